@@ -1,0 +1,17 @@
+"""Errors a user can mend. The command line prints them without a traceback and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the thing, what was expected, and what to do."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """`" Did you mean: a, b?"` with the closest of `options`, or `""` where nothing is close."""
+    by_lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return f" Did you mean: {', '.join(by_lower[c] for c in close)}?" if close else ""
