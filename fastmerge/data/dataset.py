@@ -1,0 +1,77 @@
+"""What a data set is to the rest of the package: two splits of labelled images that can be read at any size.
+
+A new data set is one file with a `load(root, ...) -> Dataset` and one line in `fastmerge.data.DATASETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The train or the test part. Images have no order of their own: position i means the same image on every machine.
+
+    labels: [n] int64, class index in natural order; domains: [n] int64, domain index (0 where there is one domain);
+    ids: [n] stable names, such as paths relative to the root (what the manifest's hash covers).
+
+    read(indices [k] int64, size S, device) gives images uint8 [k, 3, S, S] on the device and good bool [k] on the CPU.
+    The same index gives the same pixels at every call, whatever the other indices; it is called from several threads.
+    An image that cannot be read raises `UserError` naming it; with `skip_bad` its pixels are 0 and good is False.
+    on_device: `read` makes the pixels with the device's own arithmetic. Otherwise they are decoded on the host, are the
+    same for every device, and `ImageCache` may decode them in the background.
+    """
+
+    labels: np.ndarray
+    domains: np.ndarray
+    ids: Sequence[str]
+    read: Callable[[np.ndarray, int, torch.device], tuple[Tensor, Tensor]]
+    skip_bad: bool = False
+    on_device: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.labels.shape == self.domains.shape == (len(self.ids),)):
+            raise ValueError(
+                f"labels {self.labels.shape}, domains {self.domains.shape}, {len(self.ids)} ids: lengths must agree"
+            )
+        if self.labels.dtype != np.int64 or self.domains.dtype != np.int64:
+            raise TypeError(f"labels {self.labels.dtype} and domains {self.domains.dtype}: expected int64")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Two splits and their names.
+
+    templates: prompt templates with one `{}` for the class name. flip: whether a mirrored image keeps its class
+    (False for characters). notes: what a reader of the results should know about this copy of the data; they go into
+    the manifest as warnings.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    train: Split
+    test: Split
+    templates: tuple[str, ...]
+    flip: bool
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part, split in (("train", self.train), ("test", self.test)):
+            for what, index, names in (
+                ("label", split.labels, self.class_names),
+                ("domain", split.domains, self.domain_names),
+            ):
+                if len(index) and not 0 <= index.min() <= index.max() < len(names):
+                    raise ValueError(f"{self.name} {part}: {what} outside 0..{len(names) - 1}")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
