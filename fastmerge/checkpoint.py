@@ -1,0 +1,84 @@
+"""Atomic files: a checkpoint is either the old one or the new one, whatever kills the process in between.
+
+One safetensors file holds tensors and, as JSON in its metadata, everything else. It is written beside its target, flushed
+to the disk, and renamed over it; so a full disk or a killed process leaves the old file valid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmerge.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary)` then rename to `path`.
+
+    Raises:
+        UserError: the file cannot be written (full disk, no permission); what stood at `path` before is untouched.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "the older version there is unharmed" if path.exists() else "nothing was written there before"
+        raise UserError(
+            f"cannot write {path}: {error}; {kept}. Free space or fix the permissions, then run the same command again"
+        ) from None
+
+
+def save_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_json(path: Path, values: Any) -> None:
+    save_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write `tensors` (any device, dtype, shape; views are copied out) and the JSON-able `about` as one file."""
+    # a view would drag its whole storage along, and safetensors refuses shared storages
+    own = {name: t.detach().to("cpu", copy=t.untyped_storage().nbytes() != t.nbytes).contiguous() for name, t in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(own, temporary, metadata={"about": json.dumps(about, allow_nan=False)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_tensors` wrote: tensors on the CPU, and `about`.
+
+    Raises:
+        UserError: the file cannot be read or is not such a file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a checkpoint of fastmerge ({error}); delete it to start this run anew") from None
+
+
+def resident(tensors: dict[str, Tensor]) -> int:
+    """Bytes that the tensors hold."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries 'prefix.name', without the prefix."""
+    return {k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")}
+
+
+def joined(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `select`: one dict with 'part.name' keys."""
+    return {f"{part}.{name}": torch.as_tensor(t) for part, tensors in parts.items() for name, t in tensors.items()}

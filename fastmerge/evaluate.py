@@ -1,0 +1,119 @@
+"""The accuracy matrix and every metric derived from it.
+
+R[i][j] = accuracy in percent after task i on the test images of task j, without a task id: the candidates are all classes
+seen after task i (or all of the dataset, `--eval-classes all`). So the label space of a class-incremental matrix grows with
+i. Rows hold None where a task was not evaluated. n[j] = number of test images of task j. T tasks, counted from 0 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmerge.data.cache import TaskImages
+from fastmerge.training import Learner, positions
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+@torch.no_grad()
+def accuracies(
+    learner: Learner, tests: Sequence[TaskImages], classes: Sequence[int], tick: Callable[[int], None] = lambda n: None
+) -> list[float | None]:
+    """Accuracy in percent on each of `tests` with `classes` (natural indices) as candidates; one row of the matrix.
+
+    `tick(n)` is called after every batch of n images. A test set without images gives None.
+    """
+    candidates = torch.tensor(classes, device=learner.device)
+    row = []
+    for images in tests:
+        correct = torch.zeros((), dtype=torch.int64, device=learner.device)
+        order = list(torch.arange(len(images)).split(max(learner.config.training.batch_size, 128))) if len(images) else []
+        images.plan(order)
+        for rows in order:
+            pixels, labels = images.batch(rows)
+            logits = learner.head(learner.backbone(learner.plain(pixels)), candidates)
+            correct += (logits.argmax(1) == positions(labels, candidates)).sum()
+            tick(len(rows))
+        row.append(100.0 * correct.item() / len(images) if len(images) else None)
+    return row
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def macro(row: Sequence[float | None]) -> float | None:
+    """A_t, mean over tasks: (1/t) sum_j R[t][j] (CODA-Prompt, L2P, mammoth, magmax)."""
+    return _mean(row)
+
+
+def micro(row: Sequence[float | None], counts: Sequence[int]) -> float | None:
+    """A_t, mean over images: correct / total (PILOT, C3Box, RanPAC). Equals FACIL's size-weighted mean."""
+    total = sum(n for r, n in zip(row, counts, strict=False) if r is not None)
+    return sum(r * n for r, n in zip(row, counts, strict=False) if r is not None) / total if total else None
+
+
+def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
+    """Every metric of a finished (or partial) run from its lower-triangular part. All values are in percent (points).
+
+    final_accuracy, final_accuracy_macro: A_T, `micro` and `macro` over the tasks seen (all, after the last one).
+    aaa, aaa_macro: average anytime accuracy, (1/T) sum_t A_t (PILOT's "average accuracy", "average incremental accuracy").
+    forgetting: mean over j < T of max_l R[l][j] - R[T][j], l over all rows, the last included: >= 0 (PILOT, mammoth).
+    forgetting_before_last: the same with l < T only, may be negative (Chaudhry et al. 2018; continuum, FACIL).
+    bwt: backward transfer, mean over j < T of R[T][j] - R[j][j] (Lopez-Paz & Ranzato 2017).
+    plasticity: mean over j of R[j][j] (learning accuracy, Riemer et al. 2019).
+
+    With one task the forgetting metrics and bwt are undefined: None, not 0.
+    """
+    rows = [list(row[: i + 1]) for i, row in enumerate(matrix)]
+    if not rows:
+        names = "final_accuracy final_accuracy_macro aaa aaa_macro forgetting forgetting_before_last bwt plasticity"
+        return dict.fromkeys(names.split())
+    last, old = rows[-1], range(len(rows) - 1)
+
+    def drops(include_last: bool) -> list[float | None]:
+        stop = len(rows) if include_last else len(rows) - 1
+        best = [max((r for r in (rows[i][j] for i in range(j, stop)) if r is not None), default=None) for j in old]
+        return [b - last[j] if b is not None and last[j] is not None else None for j, b in zip(old, best, strict=True)]
+
+    pairs = [(last[j], rows[j][j]) for j in old]
+    return {
+        "final_accuracy": micro(last, counts),
+        "final_accuracy_macro": macro(last),
+        "aaa": _mean([micro(row, counts) for row in rows]),
+        "aaa_macro": _mean([macro(row) for row in rows]),
+        "forgetting": _mean(drops(include_last=True)),
+        "forgetting_before_last": _mean(drops(include_last=False)),
+        "bwt": _mean([a - b for a, b in pairs if a is not None and b is not None]),
+        "plasticity": _mean([row[-1] for row in rows]),
+    }
+
+
+@torch.no_grad()
+def zero_shot(learner: Learner, tests: Sequence[TaskImages], candidates: Sequence[Sequence[int]]) -> list[list[float | None]]:
+    """The accuracy matrix that the starting model has without any training; row t with `candidates[t]` as classes.
+
+    Makes sense for a head that knows every class from the start (text). Row t covers all tests whose classes are among
+    the candidates, None for the others. One pass over the images, whatever the number of tasks.
+    """
+    everything = torch.tensor(sorted({c for row in candidates for c in row}), device=learner.device)
+    masks = [torch.isin(everything, torch.tensor(row, device=learner.device)) for row in candidates]
+    matrix: list[list[float | None]] = [[None] * len(tests) for _ in candidates]
+    for j, images in enumerate(tests):
+        hits = torch.zeros(len(candidates), dtype=torch.int64, device=learner.device)
+        inside = torch.zeros_like(hits)
+        for rows in torch.arange(len(images)).split(max(learner.config.training.batch_size, 128)):
+            pixels, labels = images.batch(rows)
+            logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
+            truth = positions(labels, everything)
+            for t, mask in enumerate(masks):
+                hits[t] += (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).sum()
+                inside[t] += mask[truth].sum()
+        for t, (hit, known) in enumerate(zip(hits.tolist(), inside.tolist(), strict=True)):
+            if known == len(images) > 0:
+                matrix[t][j] = 100.0 * hit / len(images)
+    return matrix
