@@ -1,0 +1,115 @@
+"""Image files: listing folders of them, and decoding them to squares of uint8 pixels on a thread pool.
+
+Decoding: RGB, shorter side resized to `size` (bicubic with antialias), centre crop. Where this differs from
+torchvision's Resize + CenterCrop: crop and resize are one step on the exact square, where torchvision rounds the longer
+side to whole pixels first; and a JPEG more than twice too large is shrunk by 2, 4 or 8 in its DCT, which is faster.
+EXIF rotation is ignored, as torchvision does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastmerge.errors import UserError
+
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names these formats but cannot decode them by itself
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The file-name endings (lower case, with the dot) that Pillow can decode."""
+    Image.init()
+    return frozenset(e for e, f in Image.registered_extensions().items() if f in Image.OPEN and f not in _STUBS)
+
+
+def data_root(name: str, root: str | os.PathLike[str] | None) -> str:
+    """`root` as an existing folder, or UserError: `name` is the data set that needs it."""
+    if root is None:
+        raise UserError(f"data set {name!r} needs a folder: pass --data-root DIR.")
+    path = os.path.expanduser(os.fspath(root))
+    if not os.path.isdir(path):
+        what = "is not a folder" if os.path.exists(path) else "does not exist"
+        raise UserError(f"data set {name!r}: --data-root {path} {what}. Pass the folder that holds the data.")
+    return path
+
+
+def listing(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the images and of the sub-folders in `folder`, each sorted by code point; hidden names are left out.
+
+    One scandir pass without a stat call per file: 1.3 M images are listed in seconds.
+    """
+    suffixes, images, folders = image_suffixes(), [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if os.path.splitext(name)[1].lower() in suffixes:
+                images.append(name)
+            elif entry.is_dir():
+                folders.append(name)
+    return sorted(images), sorted(folders)
+
+
+def decode(path: str, size: int) -> np.ndarray:
+    """The image at `path` as uint8 [size, size, 3]. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        image.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
+        image = _rgb(image)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(square)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; what is transparent becomes white."""
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit values at 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cores, thread_name_prefix="decode")
+
+
+class FileReader:
+    """`Split.read` for files `root/ids[i]`: decoded in parallel (Pillow lets go of the interpreter lock)."""
+
+    def __init__(self, root: str, ids: Sequence[str], skip_bad: bool) -> None:
+        self.root, self.ids, self.skip_bad = root, ids, skip_bad
+
+    def __call__(self, indices: np.ndarray, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        pixels = np.zeros((len(indices), size, size, 3), np.uint8)
+        good = np.ones(len(indices), bool)
+
+        def read(position: int) -> None:
+            path = os.path.join(self.root, self.ids[indices[position]])
+            try:
+                pixels[position] = decode(path, size)
+            except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+                if not self.skip_bad:
+                    raise UserError(
+                        f"cannot read image {path}: {error}. Mend or remove the file, or pass --skip-bad-images "
+                        "to go on without it."
+                    ) from error
+                good[position] = False
+
+        list(_pool().map(read, range(len(indices))))  # raises the error of the first bad image in order
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return images.to(device), torch.from_numpy(good)

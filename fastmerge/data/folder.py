@@ -1,0 +1,257 @@
+"""Images in class folders. Understood as they lie, never modified:
+
+    {train,test|val}/<class>/<image>
+    {train,test|val}/<domain>/<class>/<image>
+    <domain>/{train,test|val}/<class>/<image>
+    <class>/<image>, or <domain>/<class>/<image>, with a split file
+
+A split file says which image is for training; images that it does not list are left out. Either JSON,
+`{"train": [path, ...], "test": [path, ...]}`, or lines `train path` / `test path`; paths are relative to the root.
+
+A class is called as its folder with `_` read as a space. Classes are the union over domains and parts, in code-point
+order of the folder names, so a class that one domain lacks shifts no label. Images are sorted by domain, class, name.
+`train`, `test` and `val` are matched in any case; with both `test` and `val`, `test` is used. Hidden files are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.files import FileReader, data_root, listing
+from fastmerge.errors import UserError
+
+LAYOUTS = """Layouts understood:
+  {train,test|val}/<class>/<image>
+  {train,test|val}/<domain>/<class>/<image>
+  <domain>/{train,test|val}/<class>/<image>
+  <class>/<image> or <domain>/<class>/<image>, with --split-file FILE"""
+
+
+class ClassFolder(NamedTuple):
+    """One folder of images: `path` relative to the root, with '/'; `domain` is '' where there is one domain."""
+
+    domain: str
+    name: str
+    path: str
+    images: list[str]
+
+
+def load(
+    root: str | None,
+    *,
+    split_file: str | None = None,
+    skip_bad_images: bool = False,
+    flip: bool = False,
+) -> Dataset:
+    """The data set under `root`. flip: whether a mirrored image keeps its class, which a folder cannot tell.
+
+    Raises UserError: no layout found (lists the paths looked at), a class folder without images, a bad split file.
+    """
+    root = data_root("folder", root)
+    notes: list[str] = []
+    if split_file is not None:
+        train, test = _split_by_file(root, os.path.expanduser(split_file))
+    else:
+        train, test = _split_by_folders(root, notes)
+    return assemble(
+        os.path.basename(os.path.abspath(root)) or "folder",
+        root,
+        train,
+        test,
+        skip_bad=skip_bad_images,
+        flip=flip,
+        templates=("a photo of a {}.",),
+        notes=notes,
+    )
+
+
+def assemble(
+    name: str,
+    root: str,
+    train: list[ClassFolder],
+    test: list[ClassFolder],
+    *,
+    skip_bad: bool,
+    flip: bool,
+    templates: tuple[str, ...],
+    notes: Iterable[str] = (),
+    class_names: dict[str, str] | None = None,
+) -> Dataset:
+    """Class folders as a Dataset. class_names: what a folder's class is called, where `_` for a space is not enough."""
+    folders = sorted({f.name for f in (*train, *test)})
+    domains = sorted({f.domain for f in (*train, *test)})
+    label, domain = {f: i for i, f in enumerate(folders)}, {d: i for i, d in enumerate(domains)}
+
+    def split(part: list[ClassFolder]) -> Split:
+        part = sorted(part)
+        counts = [len(f.images) for f in part]
+        ids = [f"{f.path}/{image}" for f in part for image in f.images]
+        return Split(
+            labels=np.repeat(np.array([label[f.name] for f in part], np.int64), counts),
+            domains=np.repeat(np.array([domain[f.domain] for f in part], np.int64), counts),
+            ids=ids,
+            read=FileReader(root, ids, skip_bad),
+            skip_bad=skip_bad,
+        )
+
+    names = tuple(class_names[f] if class_names else f.replace("_", " ") for f in folders)
+    return Dataset(
+        name, names, tuple(d or name for d in domains), split(train), split(test), templates, flip, tuple(notes)
+    )
+
+
+def _split_by_folders(root: str, notes: list[str]) -> tuple[list[ClassFolder], list[ClassFolder]]:
+    looked: list[str] = []
+    parts = find_parts(root, looked, notes)
+    if parts is None:
+        train, test = _domains_outside(root, looked, notes)
+    elif all(_holds_domains(os.path.join(root, part)) for part in parts):
+        train, test = (
+            [f for d in _folders(root, part) for f in class_folders(root, f"{part}/{d}", d)] for part in parts
+        )
+    else:
+        train, test = (class_folders(root, part) for part in parts)
+    for what, found, other in (("train", train, test), ("test", test, train)):
+        if only := sorted({(f.domain, f.name) for f in found} - {(f.domain, f.name) for f in other}):
+            shown = ", ".join("/".join(filter(None, key)) for key in only[:5])
+            notes.append(f"{len(only)} class folders only in {what}: {shown}{', ...' if len(only) > 5 else ''}")
+    domains = {d: {f.name for f in train if f.domain == d} for d in sorted({f.domain for f in train})}
+    if len(domains) > 1 and not set.intersection(*domains.values()):
+        notes.append(f"no class is in every domain ({', '.join(domains)})")
+    return train, test
+
+
+def _domains_outside(root: str, looked: list[str], notes: list[str]) -> tuple[list[ClassFolder], list[ClassFolder]]:
+    train, test, others = [], [], []
+    for name in _folders(root):
+        if parts := find_parts(os.path.join(root, name), looked, notes):
+            train += class_folders(root, f"{name}/{parts[0]}", name)
+            test += class_folders(root, f"{name}/{parts[1]}", name)
+        else:
+            others.append(name)
+    if not train:
+        raise UserError("no train and test images found. " + looked_for(looked) + "\n" + LAYOUTS)
+    if others:
+        notes.append(f"not a domain, left out (no train and test folder inside): {', '.join(others)}")
+    return train, test
+
+
+def looked_for(looked: list[str]) -> str:
+    shown = looked[:50] + [f"and {len(looked) - 50} more folders"] * (len(looked) > 50)
+    return "Looked for:" + "".join(f"\n  {path}" for path in shown)
+
+
+def find_parts(
+    folder: str, looked: list[str], notes: list[str], tests: tuple[str, ...] = ("test", "val"), layouts: str = LAYOUTS
+) -> tuple[str, str] | None:
+    """Names of the train and the test folder in `folder`, in any case, or None. What was looked for goes to `looked`.
+
+    Raises UserError where only one of the two is there.
+    """
+    looked.append(os.path.join(folder, f"{{{','.join(('train', *tests))}}}"))
+    by_lower = {name.lower(): name for name in _folders(folder)}
+    train, test = by_lower.get("train"), [by_lower[part] for part in tests if part in by_lower]
+    if (train is None) != (not test):
+        missing = f"no folder {' or '.join(tests)}" if train else "no folder train"
+        raise UserError(f"{folder} has a folder {train or test[0]}, but {missing}. {looked_for(looked)}\n{layouts}")
+    if len(test) > 1:
+        notes.append(f"{folder}: {test[0]} is used for testing, {', '.join(test[1:])} is left out")
+    return (train, test[0]) if train else None
+
+
+def _folders(*path: str) -> list[str]:
+    return listing(os.path.join(*path))[1]
+
+
+def _holds_domains(part: str) -> bool:
+    """Whether the folders in `part` hold class folders: the first one that is not empty decides."""
+    for name in _folders(part):
+        images, folders = listing(os.path.join(part, name))
+        if images or folders:
+            return not images
+    return False
+
+
+def class_folders(root: str, path: str, domain: str = "") -> list[ClassFolder]:
+    """The class folders in `root/path`. Raises UserError for one without images."""
+    loose, folders = listing(os.path.join(root, path))
+    full = os.path.join(root, *path.split("/"))
+    if loose and not folders:
+        raise UserError(
+            f"{full}: {len(loose)} images lie in no class folder; sort them into <class>/ folders.\n{LAYOUTS}"
+        )
+    if not folders:
+        raise UserError(f"{full} is empty: expected class folders in it.\n{LAYOUTS}")
+    found = [ClassFolder(domain, name, f"{path}/{name}", listing(os.path.join(full, name))[0]) for name in folders]
+    if empty := [f.name for f in found if not f.images]:
+        others = f", like {len(empty) - 1} others" if len(empty) > 1 else ""
+        inside = _folders(full, empty[0])
+        instead = f" but the folders {', '.join(inside[:3])}" if inside else ""
+        raise UserError(
+            f"empty class folder: {os.path.join(full, empty[0])} holds no images{instead}{others}. "
+            f"Put images there or remove the folder.\n{LAYOUTS}"
+        )
+    return found
+
+
+def _split_by_file(root: str, split_file: str) -> tuple[list[ClassFolder], list[ClassFolder]]:
+    part_of: dict[str, str] = {}
+    parts: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}  # part -> class folder -> images
+    on_disk: dict[str, frozenset[str]] = {}
+    depth = None
+    for part, path, where in _split_lines(split_file):
+        folder, _, image = path.rpartition("/")
+        depth = path.count("/") if depth is None else depth
+        if depth not in (1, 2) or path.count("/") != depth:
+            raise UserError(f"{where}: {path!r} should be <class>/<image>, or <domain>/<class>/<image> in every entry.")
+        if path in part_of:
+            raise UserError(f"{where}: {path!r} is listed twice (first for {part_of[path]}); list every image once.")
+        full = os.path.join(root, folder)
+        if folder not in on_disk:
+            on_disk[folder] = frozenset(os.listdir(full)) if os.path.isdir(full) else frozenset()
+        if image not in on_disk[folder]:
+            raise UserError(
+                f"{where}: there is no {os.path.join(full, image)}. Write paths relative to --data-root {root}."
+            )
+        part_of[path] = part
+        parts[part].setdefault(folder, []).append(image)
+    if missing := [part for part, folders in parts.items() if not folders]:
+        raise UserError(f"split file {split_file} lists no image for {' and '.join(missing)}.")
+    train, test = (
+        [ClassFolder(*(("", *folder.split("/"))[-2:]), folder, sorted(images)) for folder, images in part.items()]
+        for part in parts.values()
+    )
+    return train, test
+
+
+def _split_lines(split_file: str) -> Iterable[tuple[str, str, str]]:
+    """(train or test, path, where it is said) for every entry of a split file."""
+    form = 'Expected JSON {"train": [path, ...], "test": [path, ...]} or lines "train path" / "test path".'
+    try:
+        with open(split_file, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read split file {split_file}: {error}. {form}") from error
+    if text.lstrip().startswith("{"):
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"split file {split_file} is not JSON: {error}. {form}") from error
+        if set(data) != {"train", "test"} or not all(
+            isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in data.values()
+        ):
+            raise UserError(f"split file {split_file} has the keys {sorted(data)}. {form}")
+        entries = ((part, path, f"{split_file}, {part}[{i}]") for part in data for i, path in enumerate(data[part]))
+    else:
+        lines = ((number, line.split(maxsplit=1)) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        entries = ((words[0], words[-1].strip(), f"{split_file}, line {number}") for number, words in lines)
+    for part, path, where in entries:
+        if part not in ("train", "test") or part == path:
+            raise UserError(f"{where}: {part!r} is neither 'train' nor 'test' with a path after it. {form}")
+        yield part, path.removeprefix("./"), where

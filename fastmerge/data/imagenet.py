@@ -1,0 +1,89 @@
+"""ImageNet-1K (ILSVRC 2012) as it lies on disk: `{train,val}/<wnid>/*.JPEG` under the root or a usual folder in it.
+
+The validation images are the test part. A copy with some of the 1000 wnids only is used as it is, and says so.
+
+Class names: open_clip's 1000 curated names, in the order of timm's synset list (sorted wnids); prompts: OpenAI's 80.
+Two names stand for two classes each (missile, sunglasses), in OpenAI's list too; they are left so, and noted.
+"""
+
+from __future__ import annotations
+
+import os
+
+from fastmerge.data.dataset import Dataset
+from fastmerge.data.files import data_root, listing
+from fastmerge.data.folder import assemble, class_folders, find_parts, looked_for
+from fastmerge.errors import UserError
+
+BASES = (
+    "",
+    "imagenet/images",
+    "imagenet",
+    "images",
+    "ILSVRC/Data/CLS-LOC",
+    "imagenet/ILSVRC/Data/CLS-LOC",
+    "Data/CLS-LOC",
+)
+LAYOUT = "Layout understood: {train,val}/<wnid>/<image>, with wnids like n01440764."
+
+
+def class_names() -> dict[str, str]:
+    """wnid -> name of the 1000 classes, in sorted order of the wnids."""
+    from open_clip import IMAGENET_CLASSNAMES  # these two take seconds to import
+    from timm.data import ImageNetInfo
+
+    return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
+
+
+def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
+    """ImageNet-1K under `root`.
+
+    Raises UserError: not found (lists the paths looked at), a flat `val`, a folder that is no wnid, an empty folder.
+    """
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    root, parts = _find(data_root("imagenet1k", root))
+    for part in parts:
+        images, folders = listing(os.path.join(root, part))
+        if images and not folders:
+            raise UserError(
+                f"{os.path.join(root, part)} is flat: {len(images)} images lie directly in it, their classes are "
+                "unknown. Sort them into one folder per wnid (the script valprep.sh does it for val). " + LAYOUT
+            )
+    train, test = (class_folders(root, part) for part in parts)
+    names = class_names()
+    for folder in (*train, *test):
+        if folder.name not in names:
+            raise UserError(
+                f"{os.path.join(root, folder.path)}: {folder.name!r} is not one of the 1000 wnids of ImageNet-1K. "
+                "Move it away, or use --dataset folder for classes of your own. " + LAYOUT
+            )
+    notes, present = [], {folder.name for folder in train}
+    if len(present) < 1000:
+        notes.append(f"{len(present)} of the 1000 classes of ImageNet-1K are present: not the usual benchmark")
+    if left_out := {folder.name for folder in test} - present:
+        test = [folder for folder in test if folder.name in present]
+        notes.append(f"{len(left_out)} classes of {parts[1]} are left out: {parts[0]} has no folder for them")
+    return assemble(
+        "imagenet1k",
+        root,
+        train,
+        test,
+        skip_bad=skip_bad_images,
+        flip=True,
+        templates=tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
+        notes=notes,
+        class_names=names,
+    )
+
+
+def _find(root: str) -> tuple[str, tuple[str, str]]:
+    """The folder that holds the two parts, and their names."""
+    looked: list[str] = []
+    for base in BASES:
+        folder = os.path.join(root, base) if base else root
+        if not os.path.isdir(folder):
+            looked.append(f"{folder} (no such folder)")
+        elif parts := find_parts(folder, looked, [], tests=("val",), layouts=LAYOUT):
+            return folder, parts
+    raise UserError(f"data set 'imagenet1k' not found. {looked_for(looked)}\n{LAYOUT}")

@@ -1,0 +1,251 @@
+"""A data set cut into a sequence of tasks, and the manifest that says how.
+
+Class-incremental ('cil'): tasks are consecutive slices of the class order. Domain-incremental ('dil'): one task per
+domain, one label space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastmerge.data.dataset import Dataset, Split
+from fastmerge.errors import UserError, nearest
+
+FEW_TEST_IMAGES = 5  # fewer than this many for a class is worth a warning: one image moves its accuracy by over 20 %
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """classes: natural class indices in the order of the class order (dil: all classes).
+
+    train, test: int64 indices into `dataset.train` and `dataset.test`, ascending.
+    """
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    train: np.ndarray
+    test: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """kind: 'cil' or 'dil'. class_order: every class index once, in the order in which the classes come.
+
+    domain_order: dil: domain index of every task; cil: empty.
+    """
+
+    kind: str
+    dataset: Dataset
+    class_order: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    domain_order: tuple[int, ...] = ()
+
+    def seen(self, t: int) -> tuple[int, ...]:
+        """Classes of the tasks 0..t in class order (dil: all classes)."""
+        if self.kind == "dil":
+            return self.class_order
+        return self.class_order[: sum(len(task.classes) for task in self.tasks[: t + 1])]
+
+    def manifest(self) -> dict[str, Any]:
+        """What was trained on what, for JSON: order and its hash, classes and counts per task, hash of the splits."""
+        data, names = self.dataset, self.dataset.class_names
+        order = self.class_order if self.kind == "cil" else self.domain_order
+        return {
+            "dataset": data.name,
+            "scenario": self.kind,
+            "classes": len(names),
+            "class_order": list(self.class_order),
+            "domain_order": [data.domain_names[d] for d in self.domain_order],
+            "order_sha256": order_hash(order),
+            "tasks": [
+                {
+                    "index": task.index,
+                    "name": task.name,
+                    "classes": [names[c] for c in task.classes],
+                    "train": len(task.train),
+                    "test": len(task.test),
+                }
+                for task in self.tasks
+            ],
+            "train": len(data.train),
+            "test": len(data.test),
+            "split_sha256": {"train": split_hash(data.train), "test": split_hash(data.test)},
+            "warnings": [*data.notes, *_warnings(data)],
+        }
+
+
+def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: str = "natural") -> Scenario:
+    """`dataset` as a sequence of tasks.
+
+    class_order: 'natural'; an integer s: `numpy.random.RandomState(s).permutation` (1993 is the order of iCaRL, PyCIL
+    and PILOT); or a file that lists all classes, as indices or names, as JSON or one a line. In 'dil' it orders the
+    domains.
+    tasks: number of tasks; sizes differ by at most one class, larger ones first. 'dil': number of domains, or None.
+
+    Raises UserError: more tasks than classes, a class without train images, a task without test images, a file that
+    is not a permutation, 'dil' with one domain.
+    """
+    if kind not in ("cil", "dil"):
+        raise UserError(f"unknown scenario {kind!r}.{nearest(kind, ('cil', 'dil'))} There are: cil, dil.")
+    _check_train_images(dataset)
+    if kind == "dil":
+        return _domain_incremental(dataset, tasks, class_order)
+    n = len(dataset.class_names)
+    if tasks is None or not 1 <= tasks <= n:
+        raise UserError(f"--tasks {tasks}: {dataset.name} has {n} classes; choose 1 to {n} tasks.")
+    order = read_order(class_order, dataset.class_names, "class")
+    slices = [order[start:stop] for start, stop in task_bounds(n, tasks)]
+    task_of_class = np.empty(n, np.int64)
+    for t, classes in enumerate(slices):
+        task_of_class[list(classes)] = t
+    train, test = (_group(task_of_class[split.labels], tasks) for split in (dataset.train, dataset.test))
+    return Scenario("cil", dataset, order, _tasks([f"task {t + 1}" for t in range(tasks)], slices, train, test))
+
+
+def _domain_incremental(dataset: Dataset, tasks: int | None, domain_order: str) -> Scenario:
+    n = len(dataset.domain_names)
+    if n < 2:
+        raise UserError(f"{dataset.name} has one domain only; use --scenario cil, or data with a folder per domain.")
+    if tasks not in (None, n):
+        raise UserError(
+            f"--tasks {tasks}: a domain-incremental run has one task per domain, and {dataset.name} has {n} domains "
+            f"({', '.join(dataset.domain_names)}); leave --tasks out."
+        )
+    order = read_order(domain_order, dataset.domain_names, "domain")
+    classes = tuple(range(len(dataset.class_names)))
+    train, test = (_group(split.domains, n) for split in (dataset.train, dataset.test))
+    train, test = ([groups[d] for d in order] for groups in (train, test))
+    sequence = _tasks([dataset.domain_names[d] for d in order], [classes] * n, train, test)
+    return Scenario("dil", dataset, classes, sequence, order)
+
+
+def _tasks(
+    names: Sequence[str], classes: Sequence[tuple[int, ...]], train: Sequence, test: Sequence
+) -> tuple[Task, ...]:
+    for part, groups in (("train", train), ("test", test)):
+        if empty := [name for name, group in zip(names, groups, strict=True) if not len(group)]:
+            raise UserError(
+                f"no {part} image for {_some(empty)}: the accuracy would be undefined. Add images, or use fewer tasks."
+            )
+    return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
+
+
+def task_bounds(classes: int, tasks: int) -> list[tuple[int, int]]:
+    """(start, stop) per task in the class order: sizes differ by at most one, larger first, every class covered."""
+    size, larger = divmod(classes, tasks)
+    starts = [t * size + min(t, larger) for t in range(tasks + 1)]
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def read_order(spec: str, names: Sequence[str], what: str) -> tuple[int, ...]:
+    """The order of `names` that `spec` stands for; see build_scenario. what: 'class' or 'domain', for messages."""
+    n = len(names)
+    if spec == "natural":
+        return tuple(range(n))
+    if re.fullmatch(r"-?\d+", spec):
+        seed = int(spec)
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--class-order {spec}: a seed lies between 0 and 2**32 - 1.")
+        return tuple(np.random.RandomState(seed).permutation(n).tolist())  # the same as np.random.seed(seed) and on
+    path = os.path.expanduser(spec)
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--class-order {spec}: neither 'natural', nor an integer seed such as 1993, nor an existing file."
+            + nearest(spec, ["natural"])
+        )
+    return _order_from_file(path, names, what)
+
+
+def _order_from_file(path: str, names: Sequence[str], what: str) -> tuple[int, ...]:
+    n, where = len(names), f"--class-order {path}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read().strip()
+        entries = json.loads(text) if text.startswith("[") else _tokens(text, names)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{where}: cannot read it as a list: {error}.") from error
+    by_name = _by_name(names)
+    order = []
+    for entry in entries:
+        index = entry if type(entry) is int else None
+        if isinstance(entry, str):  # a name wins over an integer: classes may be called 0, 1, 2
+            index = by_name.get(entry, int(entry) if entry.isdecimal() else None)
+        if index == -1:
+            raise UserError(f"{where}: more than one {what} is called {entry!r}; list indices 0..{n - 1} instead.")
+        if index is None or not 0 <= index < n:
+            raise UserError(
+                f"{where}: {entry!r} is neither a {what} name nor an index in 0..{n - 1}.{nearest(str(entry), names)}"
+            )
+        order.append(index)
+    if double := [names[i] for i, count in Counter(order).items() if count > 1]:
+        raise UserError(f"{where}: listed more than once: {_some(double)}. List each {what} exactly once.")
+    if missing := [names[i] for i in sorted(set(range(n)) - set(order))]:
+        raise UserError(f"{where}: {len(missing)} of {n} missing: {_some(missing)}. List each {what} exactly once.")
+    return tuple(order)
+
+
+def _by_name(names: Sequence[str]) -> dict[str, int]:
+    """name -> index, also with `_` for a space; -1 for a name that several have."""
+    counts = Counter(names)
+    by_name = {name: i if counts[name] == 1 else -1 for i, name in enumerate(names)}
+    return {name.replace(" ", "_"): i for name, i in by_name.items()} | by_name
+
+
+def _tokens(text: str, names: Sequence[str]) -> list[str]:
+    """Words, unless the lines are names that hold spaces."""
+    lines, words, known = [line.strip() for line in text.splitlines()], text.split(), _by_name(names)
+    return words if len(lines) == 1 or all(word in known or word.isdecimal() for word in words) else lines
+
+
+def order_hash(order: Sequence[int]) -> str:
+    """First 12 hex digits of the sha256 of the order as JSON, the convention of published class orders."""
+    return hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:12]
+
+
+def split_hash(split: Split) -> str:
+    """sha256 over id, label and domain of every image, in order."""
+    digest = hashlib.sha256()
+    for image, label, domain in zip(split.ids, split.labels.tolist(), split.domains.tolist(), strict=True):
+        digest.update(f"{image}\t{label}\t{domain}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _group(keys: np.ndarray, groups: int) -> list[np.ndarray]:
+    """Positions of every key 0..groups-1, ascending."""
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(keys, minlength=groups))[:-1])
+
+
+def _check_train_images(dataset: Dataset) -> None:
+    counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+    if empty := [dataset.class_names[c] for c in np.flatnonzero(counts == 0)]:
+        raise UserError(
+            f"{dataset.name}: no train image of class {_some(empty)}. Every class needs at least one: add images, or "
+            "remove the class from the test part."
+        )
+
+
+def _warnings(dataset: Dataset) -> list[str]:
+    names, found = dataset.class_names, []
+    counts = np.bincount(dataset.test.labels, minlength=len(names))
+    if few := [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < FEW_TEST_IMAGES)]:
+        found.append(f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images: {_some(few)}")
+    if double := [name for name, count in Counter(names).items() if count > 1]:
+        found.append(
+            f"{len(double)} names stand for several classes each, which a text head cannot tell apart: {_some(double)}"
+        )
+    return found
+
+
+def _some(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
