@@ -1,0 +1,68 @@
+"""Augmentation in batches on the device, after the data path of Keller Jordan's cifar10-airbench.
+
+Parameters are drawn on the CPU, so a generator's seed means the same crops on every device, and on the CPU the same
+bits. Images are [b, 3, S, S].
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_resized_crop(
+    images: Tensor,
+    generator: torch.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = False,
+) -> Tensor:
+    """A random crop of every image, resized back to S x S: uint8 [b, 3, S, S] -> float32 in 0..1 on the same device.
+
+    Crops are drawn as in torchvision's RandomResizedCrop (Inception crop, Szegedy et al. 2015): area uniform in `scale`,
+    aspect ratio log-uniform in `ratio`, the first of ten draws that fits, else the whole image. Different: borders are
+    not rounded to whole pixels, and the square that is cropped was cut from the image before. Bilinear; a crop is never
+    larger than the result, so no antialias is needed. flip: mirror half of the images.
+
+    generator: on the CPU; takes the same number of values whatever the options are.
+    """
+    b, _, size, _ = images.shape
+    u = torch.rand(b, 23, generator=generator)
+    area = scale[0] + (scale[1] - scale[0]) * u[:, :10]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    root_ratio = torch.exp(0.5 * (low + (high - low) * u[:, 10:20]))
+    width, height = area.sqrt() * root_ratio, area.sqrt() / root_ratio  # of the image's side
+    fits = (width <= 1) & (height <= 1)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    whole = ~fits.any(1)
+    width, height = (x.gather(1, first).squeeze(1).masked_fill(whole, 1.0) for x in (width, height))
+    # affine_grid's square is -1..1: a crop of width w may move its centre by 1 - w to either side.
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0] = torch.where(u[:, 22] < 0.5, -width, width) if flip else width
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (2 * u[:, 20] - 1) * (1 - width)
+    theta[:, 1, 2] = (2 * u[:, 21] - 1) * (1 - height)
+    grid = F.affine_grid(theta.to(images.device, non_blocking=True), [b, 3, size, size], align_corners=False)
+    return F.grid_sample(to_float(images), grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in 0..1."""
+    return images.float().div_(255)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(images - mean) / std per channel; mean, std: one value per channel, in the units of `images`."""
+    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    return (images - mean) / std
+
+
+@cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[c, 1, 1] on the device, copied there once and not at every step."""
+    with torch.inference_mode(False):  # whoever asks first must not decide what the tensor can be used for
+        return torch.tensor(values, device=device)[:, None, None]

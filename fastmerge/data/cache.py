@@ -1,0 +1,208 @@
+"""Decode once: a task's images as one uint8 tensor on the device, and the next task's decoded meanwhile.
+
+A task is trained for many epochs on the same few thousand images, so its images are decoded and resized once and then
+picked by index (the data path of Keller Jordan's cifar10-airbench). What does not fit the budget is streamed: decoded
+batch by batch, ahead of their use. Both ways give the same pixels, and leave out the same unreadable images, so a run
+does not depend on the budget.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmerge.data.dataset import Split
+from fastmerge.errors import UserError
+
+CHUNK = 256  # images decoded at a time: what a copy to the device carries, and how soon a decoder can be stopped
+LOOK_AHEAD = 3  # batches decoded before they are asked for
+CPU = torch.device("cpu")
+
+
+class TaskImages:
+    """Images of one task in memory. labels: [n] int64 on the device. skipped: unreadable images that were left out.
+
+    images: [n, 3, S, S] uint8 on the device.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, skipped: int) -> None:
+        self.images, self.labels, self.skipped = images, labels, skipped
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def plan(self, order: Iterable[Tensor]) -> None:
+        """Announce the batches to come, in order. Only streaming makes use of it."""
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 [b, 3, S, S] and labels [b], both on the device, for index [b] int64 on the CPU."""
+        rows = index.to(self.labels.device, non_blocking=True)
+        return self.images[rows], self.labels[rows]
+
+
+class StreamedImages(TaskImages):
+    """The same, decoded at every use; batches that `plan` announced are decoded ahead by a background thread."""
+
+    def __init__(
+        self, split: Split, indices: np.ndarray, size: int, device: torch.device, ahead: ThreadPoolExecutor
+    ) -> None:
+        n = len(indices)
+        if split.skip_bad:  # known before the first batch, so that epochs have the length they have in memory
+            chunks = (split.read(indices[i : i + CHUNK], 8, CPU)[1] for i in range(0, n, CHUNK))
+            indices = indices[torch.cat(list(chunks)).numpy()]
+        self.split, self.indices, self.size, self._ahead = split, indices, size, ahead
+        self.labels = torch.from_numpy(split.labels[indices]).to(device)
+        self.skipped = n - len(indices)
+        self._order: deque[Tensor] = deque()
+        self._decoded: deque[tuple[Tensor, Future[Tensor]]] = deque()
+
+    def plan(self, order: Iterable[Tensor]) -> None:
+        """A batch in another order than announced is decoded when it is asked for."""
+        for _, future in self._decoded:
+            future.cancel()
+        self._decoded.clear()
+        self._order = deque() if self.split.on_device else deque(order)
+        self._fill()
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.labels.device
+        if self._decoded and torch.equal(self._decoded[0][0], index):
+            images = self._decoded.popleft()[1].result()
+            self._fill()
+        else:
+            images = self._read(index)
+        return images.to(device), self.labels[index.to(device)]
+
+    def _fill(self) -> None:
+        while self._order and len(self._decoded) < LOOK_AHEAD:
+            index = self._order.popleft()
+            self._decoded.append((index, self._ahead.submit(self._read, index)))
+
+    def _read(self, index: Tensor) -> Tensor:
+        where = self.labels.device if self.split.on_device else CPU
+        images, good = self.split.read(self.indices[index.numpy()], self.size, where)
+        if not good.all():
+            name = self.split.ids[self.indices[index[~good][0]]]
+            raise UserError(f"image {name} could be read before and no longer can. Leave the data alone during a run.")
+        return images
+
+
+class ImageCache:
+    """The images of a run at `size` pixels on `device`.
+
+    budget_bytes: most bytes of pixels in memory, for sets that are kept (test images) and, once more, for sets that are
+    not (a task's train images and, beside them, the prefetched next ones); at most a quarter of the memory that is free
+    at the start. A set that does not fit is streamed. Memory does not grow with the number of tasks otherwise: a set
+    that is not kept lives as long as the caller holds it.
+    """
+
+    def __init__(self, size: int, device: torch.device | str, budget_bytes: int = 8_000_000_000) -> None:
+        self.size, self.device = size, torch.device(device)
+        self.budget_bytes = min(budget_bytes, _free_bytes(self.device) // 4)
+        self._kept: dict[tuple[Split, bytes], TaskImages] = {}
+        self._kept_bytes = self._current_bytes = 0
+        self._next: _Prefetch | None = None
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
+
+    def get(self, split: Split, indices: np.ndarray, keep: bool = False) -> TaskImages:
+        """The images `indices` of `split`, decoded now unless they were prefetched or kept.
+
+        Raises UserError for an unreadable image (also one met by `prefetch`), and where no image is readable.
+        """
+        key = (split, indices.tobytes())
+        if key in self._kept:
+            return self._kept[key]
+        prefetch = self._next
+        if prefetch and (prefetch.key == key or not keep):
+            self._next = None
+            if prefetch.key != key:
+                prefetch.stop.set()
+        needed, used = self._bytes(indices), self._kept_bytes if keep else 0
+        if used + needed > self.budget_bytes:
+            images = StreamedImages(split, indices, self.size, self.device, self._ahead)
+            needed = 0
+        elif prefetch and prefetch.key == key:
+            images = self._on_device(*prefetch.decoded.result())
+        else:
+            images = self._on_device(*self._decode(split, indices, self.device))
+        if not len(images):
+            raise UserError(f"none of {len(indices)} images can be read; the first is {split.ids[indices[0]]}.")
+        if keep:
+            self._kept[key] = images
+            self._kept_bytes += needed
+        else:
+            self._current_bytes = needed
+        return images
+
+    def prefetch(self, split: Split, indices: np.ndarray) -> None:
+        """Start to decode in the background what a later `get` will ask for; nothing where it would not fit.
+
+        The background thread works on the host only: a device's work is left to the thread that owns it.
+        """
+        key = (split, indices.tobytes())
+        room = self.budget_bytes - self._current_bytes
+        if key in self._kept or self._bytes(indices) > room or (split.on_device and self.device != CPU):
+            return
+        if self._next and self._next.key == key:
+            return
+        self.close()
+        self._next = _Prefetch(key)
+        threading.Thread(target=self._fetch, args=(self._next, split, indices), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop the background decoding, if any."""
+        if self._next:
+            self._next.stop.set()
+            self._next = None
+
+    def _fetch(self, prefetch: _Prefetch, split: Split, indices: np.ndarray) -> None:
+        try:
+            prefetch.decoded.set_result(self._decode(split, indices, CPU, prefetch.stop))
+        except BaseException as error:  # whatever it is, get() raises it in the thread that asks
+            prefetch.decoded.set_exception(error)
+
+    def _decode(
+        self, split: Split, indices: np.ndarray, device: torch.device, stop: threading.Event | None = None
+    ) -> tuple[Tensor, np.ndarray, int]:
+        """Images [n, 3, S, S] on `device`, their labels, and how many could not be read."""
+        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8, device=device)
+        labels, filled = [], 0
+        for start in range(0, len(indices), CHUNK):
+            if stop and stop.is_set():
+                break
+            chunk = indices[start : start + CHUNK]
+            pixels, good = split.read(chunk, self.size, device if split.on_device else CPU)
+            if not good.all():
+                pixels, chunk = pixels[good.to(pixels.device)], chunk[good.numpy()]
+            images[filled : filled + len(chunk)] = pixels
+            labels.append(split.labels[chunk])
+            filled += len(chunk)
+        return images[:filled], np.concatenate(labels or [split.labels[:0]]), len(indices) - filled
+
+    def _on_device(self, images: Tensor, labels: np.ndarray, skipped: int) -> TaskImages:
+        return TaskImages(images.to(self.device), torch.from_numpy(labels).to(self.device), skipped)
+
+    def _bytes(self, indices: np.ndarray) -> int:
+        return len(indices) * 3 * self.size * self.size
+
+
+class _Prefetch:
+    def __init__(self, key: tuple[Split, bytes]) -> None:
+        self.key, self.decoded, self.stop = key, Future(), threading.Event()
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: half of all memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
