@@ -51,8 +51,13 @@ def save_json(path: Path, values: Any) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write `tensors` (any device, dtype, shape; views are copied out) and the JSON-able `about` as one file."""
     # a view would drag its whole storage along, and safetensors refuses shared storages
-    own = {name: t.detach().to("cpu", copy=t.untyped_storage().nbytes() != t.nbytes).contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(own, temporary, metadata={"about": json.dumps(about, allow_nan=False)}))
+    own = {
+        name: t.detach().to("cpu", copy=t.untyped_storage().nbytes() != t.nbytes).contiguous()
+        for name, t in tensors.items()
+    }
+    write_atomically(
+        path, lambda temporary: save_file(own, temporary, metadata={"about": json.dumps(about, allow_nan=False)})
+    )
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

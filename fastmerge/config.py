@@ -139,7 +139,15 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags carry no prefix
 
 # These may differ when a run goes on: they choose which results, where and how they are shown, not what the numbers are.
-FREE = {"training.method", "training.seeds", "run.device", "run.run_dir", "run.save_every", "run.quiet", "data.download"}
+FREE = {
+    "training.method",
+    "training.seeds",
+    "run.device",
+    "run.run_dir",
+    "run.save_every",
+    "run.quiet",
+    "data.download",
+}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -189,7 +197,9 @@ def resolve(config: Config) -> Config:
     Raises:
         UserError: naming the flag, what was given, and what was expected.
     """
-    c = dataclasses.replace(config, **{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)})
+    c = dataclasses.replace(
+        config, **{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    )
     if c.model.model is None:
         c.model.model = "tiny" if c.data.dataset == "glyphs" else "ViT-B-16-quickgelu"
     tiny = c.model.model == "tiny"
@@ -197,7 +207,8 @@ def resolve(config: Config) -> Config:
         known = {"tiny": "glyphs", "ViT-B-16-quickgelu": "openai"}
         if c.model.model not in known:
             raise UserError(
-                f"--pretrained is not given for --model {c.model.model}: give a tag, a checkpoint file, or none for random weights"
+                f"--pretrained is not given for --model {c.model.model}: give a tag, a checkpoint file, "
+                "or none for random weights"
             )
         c.model.pretrained = known[c.model.model]
     for name, paper, small in (("epochs", 15, 8), ("merge_epochs", 5, 3), ("batch_size", 128, 64), ("lr", 1e-5, 3e-4)):
@@ -222,10 +233,20 @@ def resolve(config: Config) -> Config:
         ("--method", c.training.method, len(c.training.method) > 0, "at least one method"),
         ("--method", c.training.method, len(set(c.training.method)) == len(c.training.method), "each method once"),
         ("--seeds", c.training.seeds, len(c.training.seeds) > 0, "at least one seed"),
-        ("--seeds", c.training.seeds, all(0 <= s < 2**63 for s in c.training.seeds), "whole numbers from 0 to 2^63 - 1"),
+        (
+            "--seeds",
+            c.training.seeds,
+            all(0 <= s < 2**63 for s in c.training.seeds),
+            "whole numbers from 0 to 2^63 - 1",
+        ),
         ("--seeds", c.training.seeds, len(set(c.training.seeds)) == len(c.training.seeds), "each seed once"),
         ("--trm.replace-ratio", c.trm.replace_ratio, 0 <= c.trm.replace_ratio <= 1, "between 0 and 1"),
-        ("--trm.layer-b", c.trm.layer_b, c.trm.layer_b is None or c.trm.layer_b >= 1, "1 or more (the first layer is 1)"),
+        (
+            "--trm.layer-b",
+            c.trm.layer_b,
+            c.trm.layer_b is None or c.trm.layer_b >= 1,
+            "1 or more (the first layer is 1)",
+        ),
         ("--trm.lr", c.trm.lr, c.trm.lr >= 0, "0 or more"),
     ]
     for flag, value, good, expected in checks:
@@ -246,7 +267,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         try:
             values = json.loads(Path(known.config).read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"--config {known.config}: cannot be read ({error}); expected the config.json of a run") from None
+            raise UserError(
+                f"--config {known.config}: cannot be read ({error}); expected the config.json of a run"
+            ) from None
         if not isinstance(values, dict):
             raise UserError(f"--config {known.config}: expected an object of groups, as in the config.json of a run")
         rest = [*as_flags(values, f"--config {known.config}"), *rest]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from fastmerge.data.cache import TaskImages
 from fastmerge.training import Learner, positions
@@ -30,7 +29,9 @@ def accuracies(
     row = []
     for images in tests:
         correct = torch.zeros((), dtype=torch.int64, device=learner.device)
-        order = list(torch.arange(len(images)).split(max(learner.config.training.batch_size, 128))) if len(images) else []
+        order = (
+            list(torch.arange(len(images)).split(max(learner.config.training.batch_size, 128))) if len(images) else []
+        )
         images.plan(order)
         for rows in order:
             pixels, labels = images.batch(rows)
@@ -94,7 +95,9 @@ def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
 
 
 @torch.no_grad()
-def zero_shot(learner: Learner, tests: Sequence[TaskImages], candidates: Sequence[Sequence[int]]) -> list[list[float | None]]:
+def zero_shot(
+    learner: Learner, tests: Sequence[TaskImages], candidates: Sequence[Sequence[int]]
+) -> list[list[float | None]]:
     """The accuracy matrix that the starting model has without any training; row t with `candidates[t]` as classes.
 
     Makes sense for a head that knows every class from the start (text). Row t covers all tests whose classes are among

@@ -1,0 +1,224 @@
+"""Flags in, runs, table out.
+
+    python -m fastmerge                                                     # embedded glyphs and tiny CLIP, no download
+    python -m fastmerge --dataset imagenet1k --tasks 100 --data-root DIR    # the main job
+    python -m fastmerge --method trm finetune --seeds 0 1 2                 # one comparison table
+
+Exit codes: 0 done, 2 bad input (with what to do), 130 or 143 stopped by a signal (the same command continues).
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from fastmerge.errors import UserError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    from fastmerge.config import parse
+
+    try:
+        return run(parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(config: Any) -> int:
+    """Everything after the flags: prepare, run every method and seed, report. Returns the exit code."""
+    # here, so that --help and wrong flags answer at once
+    import torch
+
+    from fastmerge.checkpoint import save_json
+    from fastmerge.config import to_dict
+    from fastmerge.console import Console, Work, results_table
+    from fastmerge.data import load_dataset
+    from fastmerge.data.scenario import build_scenario
+    from fastmerge.evaluate import metrics, zero_shot
+    from fastmerge.loop import Images, candidates, learn, test_counts
+    from fastmerge.machine import choose_device, environment
+    from fastmerge.methods import METHODS
+    from fastmerge.models import load_backbone
+    from fastmerge.models.heads import build_head
+    from fastmerge.plots import draw
+    from fastmerge.runfolder import Interrupted, RunFolder, StopRequest, final_model
+    from fastmerge.training import Learner
+
+    # numeric noise of libraries that a user of this program cannot act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
+    console = Console(config.run.quiet)
+    for name in config.training.method:
+        if name not in METHODS:
+            raise UserError(f"unknown method {name!r}.{nearest(name, METHODS)} There are: {', '.join(METHODS)}.")
+    device = choose_device(config.run.device)
+
+    dataset = load_dataset(
+        config.data.dataset,
+        config.data.data_root,
+        download=config.data.download,
+        skip_bad_images=config.data.skip_bad_images,
+        split_file=config.data.split_file,
+    )
+    scenario = build_scenario(dataset, config.scenario.scenario, config.scenario.tasks, config.scenario.class_order)
+
+    def prepare(seed: int) -> tuple[Any, Any]:
+        torch.manual_seed(seed)  # --pretrained none draws weights
+        backbone, encoder = load_backbone(config.model.model, config.model.pretrained, download=config.data.download)
+        kind = config.model.head or ("text" if encoder is not None else "prototype")
+        templates = dataset.templates
+        head = build_head(
+            kind, backbone=backbone, encoder=encoder, class_names=dataset.class_names, templates=templates
+        )
+        return backbone, head
+
+    random_weights = config.model.pretrained == "none"
+    seeds, methods = config.training.seeds, config.training.method
+    backbone, head = prepare(seeds[0])
+    folder = RunFolder(config, environment(device), scenario.manifest() | {"weights_sha256": backbone.weights_sha256})
+    for text in header(scenario, backbone, head, device, folder):
+        console.line(text)
+    for text in scenario.manifest()["warnings"]:
+        console.line(f"note: {text}", style="yellow")
+    if random_weights:
+        console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
+
+    counts = test_counts(scenario)
+    runs = [(method, seed) for seed in seeds for method in methods]
+    images = Images(scenario, config, backbone.image_size, device)
+    work = Work(scenario, config, runs, {name for name, method in METHODS.items() if method.searches})
+    results: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    starting: dict[str, Any] | None = None
+    previous = {s: signal.signal(s, request_stop(console)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        console.start(work, runs, len(scenario.tasks))
+        if head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
+            learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seeds[0], device)
+            rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
+            matrix = zero_shot(learner, images.tests(len(scenario.tasks) - 1), rows)
+            starting = metrics(matrix, counts) | {"accuracy_matrix": matrix}
+            del learner
+        for number, (method_name, seed) in enumerate(runs):
+            record = folder.record(method_name, seed, config.run.save_every)
+            console.next_run(number)
+            result = record.finished()
+            if result is None:
+                if random_weights and seed != seeds[0]:
+                    backbone, head = prepare(seed)
+                learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seed, device, dataset.flip)
+                state = learn(learner, METHODS[method_name](learner), scenario, images, record, console)
+                result = metrics(state.matrix, counts) | {
+                    "accuracy_matrix": state.matrix,
+                    "kept_bytes": state.kept_bytes,
+                    "peak_memory_bytes": max(state.peak_memory_bytes),
+                    "peak_memory_bytes_per_task": state.peak_memory_bytes,
+                    "seconds": state.seconds,
+                    "bad_images": state.bad_images,
+                }
+                recipe = {
+                    "method": method_name,
+                    "seed": seed,
+                    "config": to_dict(config),
+                    "class_names": dataset.class_names,
+                    "head": learner.head.kind,
+                    "final_accuracy": result["final_accuracy"],
+                }
+                names = [task.name for task in scenario.tasks]
+                record.finish(result, names, final_model(learner), recipe)
+                del learner
+            else:
+                console.skip(number)
+                console.line(f"{method_name} seed {seed}: finished before, kept")
+            results[method_name][str(seed)] = result
+    except Interrupted:
+        console.close()
+        number = StopRequest.signal or signal.SIGINT
+        print(
+            f"stopped by {signal.Signals(number).name}; saved. The same command continues from there.", file=sys.stderr
+        )
+        return 128 + number
+    finally:
+        console.close()
+        StopRequest.signal = None
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+    save_json(
+        folder.path / "results.json",
+        {"zero_shot": starting, "methods": results, "summary": summary(results), "test_counts": counts},
+    )
+    draw(folder.path / "plots", results, starting, counts)
+    console.rich.print(results_table(results, starting))
+    console.line(comparison(results, starting))
+    console.line(f"results, plots and models: {folder.path}")
+    return 0
+
+
+def request_stop(console: Any) -> Any:
+    """A handler that asks the run to save and stop after this step; the second signal stops at once."""
+    from fastmerge.runfolder import StopRequest
+
+    def handler(number: int, frame: Any) -> None:
+        if StopRequest.signal is not None:
+            raise KeyboardInterrupt
+        StopRequest.signal = number
+        console.line("stopping after this step (again: at once, back to the last checkpoint)")
+
+    return handler
+
+
+def header(scenario: Any, backbone: Any, head: Any, device: Any, folder: Any) -> list[str]:
+    """What is about to run, in a few lines."""
+    manifest, dataset = scenario.manifest(), scenario.dataset
+    sizes = [len(task.classes) for task in scenario.tasks]
+    shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
+    kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
+    return [
+        f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
+        f"{kind}, {len(sizes)} tasks with {shown} classes, class order {manifest['class_order_sha256']}",
+        f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
+        f"{head.kind} head, {backbone.image_size} px, {device}",
+        f"results go to {folder.path}",
+    ]
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample deviation over the seeds of every metric, per method; the deviation is None with one seed."""
+    table: dict[str, Any] = {}
+    for method, seeds in results.items():
+        table[method] = {}
+        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
+            values = [r[name] for r in seeds.values() if r[name] is not None]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}
+    return table
+
+
+def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> str:
+    """One sentence: how far each method ends above the starting model and above plain fine-tuning."""
+    final = {m: statistics.mean(r["final_accuracy"] for r in seeds.values()) for m, seeds in results.items()}
+    base = {"zero-shot": starting["final_accuracy"]} if starting else {}
+    if "finetune" in final:
+        base["plain fine-tuning"] = final["finetune"]
+    lines = []
+    for method, accuracy in final.items():
+        against = [
+            f"{accuracy - b:+.1f} against {name}"
+            for name, b in base.items()
+            if (method, name) != ("finetune", "plain fine-tuning")
+        ]
+        lines.append(f"{method} ends at {accuracy:.1f} %" + (f" ({', '.join(against)})" if against else ""))
+    return "; ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

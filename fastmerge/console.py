@@ -1,0 +1,199 @@
+"""What a run says while it runs: one live line with the time left for the whole command, plain lines without a terminal."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fastmerge.config import Config
+from fastmerge.data.scenario import Scenario, Task
+from fastmerge.runfolder import State
+from fastmerge.training import Phase
+
+PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
+GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}  # cost of an image relative to training, until it is measured
+
+
+class Work:
+    """Images still to go through, by kind of work, and how long one takes: the time left for the whole command."""
+
+    def __init__(self, scenario: Scenario, config: Config, runs: Sequence[tuple[str, int]], searching: set[str]):
+        epochs = {"train": config.training.epochs, "merge": config.training.merge_epochs}
+        tests = [len(task.test) for task in scenario.tasks]
+        self.per_task: list[dict[str, int]] = []
+        for task in scenario.tasks:
+            seen = sum(tests) if scenario.kind == "dil" else sum(tests[: task.index + 1])
+            self.per_task.append({kind: n * len(task.train) for kind, n in epochs.items()} | {"evaluate": seen})
+        self.searching = searching
+        self.remaining = [self.of(method, 0) for method, _ in runs]
+        self.seconds: dict[str, tuple[float, int]] = {}
+        self.total = sum(self._units(r) for r in self.remaining)
+
+    def of(self, method: str, task: int, phase: int = 0) -> dict[str, int]:
+        """What one run has before it, from phase `phase` of task `task` on."""
+        left = dict.fromkeys(GUESS, 0)
+        for index, images in enumerate(self.per_task[task:], start=task):
+            for number, (kind, n) in enumerate(images.items()):
+                if (index > task or number >= phase) and (kind != "merge" or method in self.searching):
+                    left[kind] += n
+        return left
+
+    @staticmethod
+    def _units(images: dict[str, int]) -> float:
+        return sum(GUESS[kind] * n for kind, n in images.items())
+
+    def done(self, run: int, kind: str, images: int, seconds: float) -> None:
+        before, count = self.seconds.get(kind, (0.0, 0))
+        self.seconds[kind] = (before + seconds, count + images)
+        self.remaining[run][kind] = max(0, self.remaining[run][kind] - images)
+
+    def fraction(self) -> float:
+        return 1 - sum(self._units(r) for r in self.remaining) / self.total if self.total else 1.0
+
+    def seconds_left(self) -> float | None:
+        """None until something was measured."""
+        cost = {kind: s / n for kind, (s, n) in self.seconds.items() if n}
+        if not cost:
+            return None
+        unit = statistics.median(c / GUESS[kind] for kind, c in cost.items())
+        return sum(n * cost.get(kind, GUESS[kind] * unit) for left in self.remaining for kind, n in left.items())
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "--:--"
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
+
+
+class Console:
+    """All output of a command. `quiet` leaves the final table and errors."""
+
+    def __init__(self, quiet: bool = False, file: Any = None):
+        self.rich = RichConsole(file=file, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+        self.live: Progress | None = None
+        self._text = ""
+
+    def line(self, text: str, style: str | None = None) -> None:
+        if not self.quiet:
+            self.rich.print(text, style=style, markup=False)
+
+    def start(self, work: Work, runs: Sequence[tuple[str, int]], tasks: int) -> None:
+        """Begin the progress of a command with these (method, seed) runs."""
+        self.work, self.runs, self.tasks, self.run = work, runs, tasks, -1
+        self._printed = time.monotonic()
+        if not self.quiet and self.rich.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[eta]} left"))
+            self.live = Progress(*columns, console=self.rich, transient=True, refresh_per_second=4)
+            self.live.start()
+            self.bar = self.live.add_task("", total=1.0, eta="--:--")
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def skip(self, run: int) -> None:
+        """This run is finished already."""
+        self.run = run
+        self.work.remaining[run] = dict.fromkeys(GUESS, 0)
+
+    def next_run(self, run: int) -> None:
+        self.run = run
+
+    def begin(self, state: State) -> None:
+        """The loop starts at `state`."""
+        self._clock = time.perf_counter()
+        method, seed = self.runs[self.run]
+        self.work.remaining[self.run] = self.work.of(method, state.task, state.phase)
+        if state.task or state.phase or state.step:
+            self.line(f"{method} seed {seed}: continues at task {state.task + 1}, step {state.step}")
+
+    def _advance(self, kind: str, images: int, text: str) -> None:
+        now = time.perf_counter()
+        self.work.done(self.run, kind, images, now - self._clock)
+        self._clock = now
+        if self.live:
+            self.live.update(
+                self.bar, completed=self.work.fraction(), description=text, eta=clock(self.work.seconds_left())
+            )
+        elif not self.quiet and time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.line(f"{text} · {clock(self.work.seconds_left())} left")
+
+    def _where(self, task: Task) -> str:
+        method, seed = self.runs[self.run]
+        return f"{method} seed {seed} · task {task.index + 1}/{self.tasks}"
+
+    def step(self, task: Task, name: str, i: int, phase: Phase, terms: dict[str, Any]) -> None:
+        batches = phase.batches
+        images = len(batches.rows(i))
+        show = self.live is not None or time.monotonic() - self._printed >= PLAIN_SECONDS
+        if show and (i % 10 == 0 or self.live is None):  # reading the loss waits for the device
+            seconds, count = self.work.seconds.get(name, (0.0, 0))
+            self._text = (
+                f"{self._where(task)} · {name} epoch {i // batches.per_epoch + 1}/{phase.steps // batches.per_epoch}"
+                f" · loss {float(terms['loss']):.3f} · {count / seconds if seconds else 0:.0f} images/s"
+            )
+        self._advance(name, images, self._text)
+
+    def evaluated(self, task: Task, images: int) -> None:
+        self._advance("evaluate", images, f"{self._where(task)} · evaluate")
+
+    def task_done(self, task: Task, summary: dict[str, Any], state: State) -> None:
+        self._clock = time.perf_counter()
+        row = summary["accuracy"]
+        own = row[task.index] if task.index < len(row) else None
+        seen = summary["seen_accuracy"]
+        self.line(
+            f"{self._where(task)} · {task.name}: accuracy on seen {seen:.1f}, on this task {own:.1f} · "
+            f"so far {clock(sum(state.seconds.values()))}, {clock(self.work.seconds_left())} left"
+        )
+
+
+def results_table(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> Table:
+    """One row per method: mean ± standard deviation over its seeds (sample deviation, from two seeds on)."""
+    columns = [
+        ("final acc", "final_accuracy", 1, 1),
+        ("AAA", "aaa", 1, 1),
+        ("forgetting", "forgetting", 1, 1),
+        ("BWT", "bwt", 1, 1),
+        ("plasticity", "plasticity", 1, 1),
+    ]
+    table = Table(title_justify="left")
+    table.add_column("method")
+    for title in ("seeds", *(c[0] for c in columns), "train", "merge", "peak memory", "kept"):
+        table.add_column(title, justify="right")
+    if zero_shot:
+        shown = {"final_accuracy", "aaa"}
+        table.add_row(
+            "zero-shot", "", *(number([zero_shot[k]] if k in shown else [None]) for _, k, *_ in columns), *[""] * 4
+        )
+    for method, seeds in methods.items():
+        results = list(seeds.values())
+        table.add_row(
+            method,
+            str(len(results)),
+            *(number([r[key] for r in results]) for _, key, *_ in columns),
+            *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
+            f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
+            f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
+        )
+    return table
+
+
+def number(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}"

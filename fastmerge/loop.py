@@ -1,0 +1,139 @@
+"""THE loop: for every task train, merge, evaluate, record, save. Everything else in this package serves these lines.
+
+A run can be stopped at any step and goes on from its checkpoint with the same bits: a checkpoint holds what the method, the
+learner's head and the current phase say they hold, and where the run stood; every random choice is a function of the
+seed and the step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastmerge.checkpoint import joined, resident, select
+from fastmerge.config import Config
+from fastmerge.console import Console
+from fastmerge.data.cache import ImageCache, TaskImages
+from fastmerge.data.scenario import Scenario, Task
+from fastmerge.evaluate import accuracies, micro
+from fastmerge.machine import PeakMemory
+from fastmerge.methods import Method
+from fastmerge.runfolder import Interrupted, Record, State, StopRequest
+from fastmerge.training import Learner
+
+
+class Images:
+    """The scenario's images on the device: the current task's to train on, and the test images."""
+
+    def __init__(self, scenario: Scenario, config: Config, size: int, device: torch.device):
+        self.scenario = scenario
+        self.cache = ImageCache(size, device, budget_bytes=int(config.data.cache_gb * 1e9))
+
+    def train(self, task: Task) -> TaskImages:
+        images = self.cache.get(self.scenario.dataset.train, task.train, keep=False)
+        if task.index + 1 < len(self.scenario.tasks):  # decoded while this task trains
+            self.cache.prefetch(self.scenario.dataset.train, self.scenario.tasks[task.index + 1].train)
+        return images
+
+    def tests(self, after: int) -> list[TaskImages]:
+        """Test images to evaluate after task `after`: those of the tasks seen (cil), of all domains (dil)."""
+        tasks = self.scenario.tasks if self.scenario.kind == "dil" else self.scenario.tasks[: after + 1]
+        return [self.cache.get(self.scenario.dataset.test, task.test, keep=True) for task in tasks]
+
+
+def learn(
+    learner: Learner, method: Method, scenario: Scenario, images: Images, record: Record, console: Console
+) -> State:
+    """Learn all tasks of the scenario, from wherever `record` says that the run stood. Returns the final state.
+
+    Raises:
+        Interrupted: a signal came; the run is saved.
+        UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is good.
+    """
+    state, saved = record.open()
+    if saved:
+        learner.load_state_dict(select(saved, "learner"))
+        method.load_state_dict(select(saved, "method"))
+    memory = PeakMemory(learner.device)
+    console.begin(state)
+
+    def save(phase_tensors: dict[str, torch.Tensor]) -> None:
+        parts = {"learner": learner.state_dict(), "method": method.state_dict(), "phase": phase_tensors}
+        record.save(state, joined(**parts))
+
+    def stop_if_asked() -> None:
+        if StopRequest.signal is not None:
+            raise Interrupted
+
+    def tick(evaluated: int) -> None:
+        console.evaluated(scenario.tasks[state.task], evaluated)
+        stop_if_asked()
+
+    for task in scenario.tasks[state.task :]:
+        memory.reset()
+        train_images = images.train(task) if state.phase < 2 else None
+        if (state.phase, state.step) == (0, 0):
+            learner.grow_head(task, train_images)
+            state.bad_images += train_images.skipped
+
+        for number, (name, make) in enumerate((("train", method.train), ("merge", method.merge))):
+            if number < state.phase:
+                continue
+            start = time.perf_counter()
+            phase = make(task, train_images)
+            if phase is not None:
+                if state.step:
+                    phase.load(select(saved, "phase"))
+                for i in range(state.step, phase.steps):
+                    terms = phase.step(i)
+                    record.log({"task": task.index, "phase": name, "step": i}, terms)
+                    console.step(task, name, i, phase, terms)
+                    if record.due():
+                        state.step = i + 1
+                        state.seconds[name] += time.perf_counter() - start
+                        start = time.perf_counter()
+                        save(phase.tensors())
+                        stop_if_asked()
+                phase.finish()
+            state.seconds[name] += time.perf_counter() - start
+            state.phase, state.step, saved = number + 1, 0, {}
+            save({})
+            stop_if_asked()
+
+        start = time.perf_counter()
+        tests = images.tests(task.index)
+        row = accuracies(learner, tests, candidates(scenario, learner.config, task.index), tick)
+        state.matrix.append(row + [None] * (len(scenario.tasks) - len(row)))
+        state.seconds["evaluate"] += time.perf_counter() - start
+        state.kept_bytes.append(kept_bytes(learner, method))
+        state.peak_memory_bytes.append(memory.read())
+        state.task, state.phase = task.index + 1, 0
+        summary = {
+            "task": task.index,
+            "accuracy": row,
+            "seen_accuracy": micro(row[: task.index + 1], test_counts(scenario)),
+            "kept_bytes": state.kept_bytes[-1],
+            "peak_memory_bytes": state.peak_memory_bytes[-1],
+        }
+        record.task(summary | {"phase": "evaluate"})
+        save({})
+        console.task_done(task, summary, state)
+    return state
+
+
+def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
+    """The classes an image may belong to at test time after task `after`."""
+    return range(len(scenario.dataset.class_names)) if config.scenario.eval_classes == "all" else scenario.seen(after)
+
+
+def test_counts(scenario: Scenario) -> list[int]:
+    """Test images per task."""
+    return [int(np.size(task.test)) for task in scenario.tasks]
+
+
+def kept_bytes(learner: Learner, method: Method) -> int:
+    """What lives on from task to task: the method's state, which includes the model, and a prototype head's theta_init."""
+    return resident(method.state_dict()) + (0 if learner.initial is None else resident({"initial": learner.initial}))

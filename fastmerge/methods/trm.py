@@ -1,0 +1,210 @@
+"""TRM, Trajectory Regularized Merging (arXiv 2605.08311; equation numbers of its first version).
+
+    python -m fastmerge --method trm --trm.replace anchored --trm.lambda1 0.1 --trm.lambda2 0.01
+
+Training phase: fine-tune the merged model theta_{t-1} to theta_t. Merging phase: search alpha and beta of
+
+    theta(alpha, beta) = theta_{t-1} + alpha d + beta P,  d = theta_t - theta_{t-1},  P a random unit vector _|_ d  (eq. 3-5)
+    L_tra = L_task + lambda1 L_pre + lambda2 L_curv,       L_curv = -||grad L_task||^2                            (eq. 6-14)
+
+on task t's images. No autograd graph runs through the merge: with g' = grad(L_task + lambda1 L_pre), g = grad L_task and
+h = Hessian(L_task) g, all with respect to theta,
+
+    dL_tra/dalpha = <g' - 2 lambda2 h, d>,   dL_tra/dbeta = <g' - 2 lambda2 h, P>
+
+exactly, and one fused pass gives both. d, P and the mask are made in registers from theta_{t-1}, theta_t and a seed.
+
+Random replacement (end of the method section). Read literally, replace_ratio of theta_init's entries come from
+theta_{t-1} or theta_t and the task vectors are added to that: a replaced entry gets its task vector twice, and the distance
+from theta_init grows from task to task (`--trm.replace literal`; tests/test_trm.py shows the divergence). So the default is
+`anchored`: a replaced entry keeps its value from theta_{t-1} or theta_t and the search moves the others; `none` searches
+the plane alone. theta_init cancels in both, so only `literal` keeps it.
+
+Our choices where the paper is silent: the search sees images without augmentation, so the teacher's class tokens are
+computed once per task; the squared norm of eq. 7 is averaged over the batch; Adam with a constant step for alpha, beta.
+"""
+
+from __future__ import annotations
+
+import math
+
+import fastmerge_kernels as fk
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, jvp
+
+from fastmerge.data.cache import TaskImages
+from fastmerge.data.scenario import Task
+from fastmerge.models.backbone import differentiable_attention
+from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors, positions
+
+
+class TRM:
+    """Between tasks it keeps the merged model; `literal` also keeps theta_init."""
+
+    searches = True
+
+    def __init__(self, learner: Learner):
+        self.learner, self.settings = learner, learner.config.trm
+        self.initial = learner.theta.clone() if self.settings.replace == "literal" else None
+        self.previous: Tensor | None = None  # theta_{t-1}; during a task only, between tasks it is the model itself
+
+    def train(self, task: Task, images: TaskImages) -> Phase:
+        if self.previous is None:  # else it came back with a checkpoint
+            self.previous = self.learner.theta.clone()
+        return Train(self.learner, task, images)
+
+    def merge(self, task: Task, images: TaskImages) -> Phase | None:
+        if task.index == 0 and not self.settings.merge_first:
+            self.previous = None
+            return None
+        return Search(self, task, images)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        kept = {"theta": self.learner.theta, "initial": self.initial, "previous": self.previous}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        self.learner.theta.copy_(tensors["theta"])
+        if self.initial is not None:
+            self.initial.copy_(tensors["initial"])
+        self.previous = tensors["previous"].to(self.learner.device) if "previous" in tensors else None
+
+
+def layer_weights(layers: int, b: int) -> Tensor:
+    """omega_l of eq. 7, `[layers]` fp32: q(l) = e before layer b and e^(l-b) from b on (l = 1..L), divided by its sum."""
+    q = torch.tensor([math.e if layer < b else math.exp(layer - b) for layer in range(1, layers + 1)])
+    return q / q.sum()
+
+
+def consistency(tokens: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """L_pre of eq. 7, mean over the batch. tokens, teacher: `[L, b, width]`; weights: `[L]`."""
+    return ((tokens - teacher).square().sum(2) * weights[:, None]).sum(0).mean()
+
+
+class Search:
+    """The merging phase: alpha and beta by gradient descent on eq. 14 (eq. 15)."""
+
+    name = "merge"
+
+    def __init__(self, method: TRM, task: Task, images: TaskImages):
+        self.method, self.task, self.images = method, task, images
+        self.learner, self.settings = method.learner, method.settings
+        self.batches = Batches(self.learner, task, images, self.name, self.learner.config.training.merge_epochs)
+        self.steps = self.batches.steps
+        self.classes = torch.tensor(task.classes, device=self.learner.device)
+        self.previous, self.current = method.previous, self.learner.theta.clone()  # theta_{t-1}, theta_t
+        start = torch.tensor([self.settings.alpha, self.settings.beta], dtype=torch.float64, device=self.learner.device)
+        self.coefficients = torch.nn.Parameter(start)  # alpha, beta
+        self.optimiser = torch.optim.Adam([self.coefficients], lr=self.settings.lr)
+        self.teacher: Tensor | None = None
+        self._epoch = -1
+
+    # -- the merge -------------------------------------------------------------------------------------------------
+
+    def aim(self, i: int) -> None:
+        """Choose the random numbers of step i's epoch and measure r against d (one pass), which fixes P."""
+        epoch = i // self.batches.per_epoch if self.settings.direction == "epoch" else 0
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.random = {
+                "seed": self.learner.seed_for("trm", self.task.index),
+                "stream": epoch,
+                "replace": self.settings.replace,
+                "ratio": self.settings.replace_ratio,
+            }
+            self.direction = fk.trm_direction(self.previous, self.current, **self.random)
+
+    def place(self) -> None:
+        """theta <- theta(alpha, beta), one pass."""
+        alpha, beta = self.coefficients.detach()
+        fk.trm_merge(
+            self.previous, self.current, alpha, beta, self.direction,
+            **self.random, initial=self.method.initial, out=self.learner.theta,
+        )  # fmt: skip
+
+    # -- the objective ---------------------------------------------------------------------------------------------
+
+    def teach(self) -> Tensor:
+        """Class tokens (cls(theta_t) + cls(theta_{t-1})) / 2 of every image: `[L, n, width]` fp32, kept for the search."""
+        backbone, theta = self.learner.backbone, self.learner.theta
+        tokens = torch.zeros(backbone.layers, len(self.images), backbone.width, device=theta.device, dtype=theta.dtype)
+        with torch.no_grad():
+            for weights in (self.current, self.previous):
+                theta.copy_(weights)
+                for rows in torch.arange(len(self.images)).split(self.learner.config.training.batch_size):
+                    pixels, _ = self.images.batch(rows)
+                    tokens[:, rows] += 0.5 * backbone.class_tokens(self.learner.plain(pixels))[1]
+        return tokens
+
+    def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
+
+    def curvature_gradient(self, images: Tensor, labels: Tensor, g: Tensor) -> Tensor:
+        """h = Hessian(L_task) g at the present theta; the gradient of ||g||^2 is 2h. `g`, result: `[n]`."""
+        flat, theta = self.learner.flat, self.learner.theta
+
+        def loss(theta: Tensor) -> Tensor:
+            return self.task_loss(functional_call(flat.module, flat.as_dict(theta), (images,)), labels)
+
+        if self.settings.curvature == "exact":
+            with differentiable_attention():
+                return jvp(grad(loss), (theta,), (g,))[1]
+        # s g is 1e-3 of theta's norm: there fp32 rounding and the cubic term are both small (tests bound the error)
+        s = 1e-3 * theta.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
+        return (grad(loss)(theta + s * g) - grad(loss)(theta - s * g)) / (2 * s)
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        flat, settings = self.learner.flat, self.settings
+        if settings.direction == "epoch" and i and i % self.batches.per_epoch == 0:
+            self.coefficients.data[1] = settings.beta  # beta belonged to the old P
+        self.aim(i)
+        if self.teacher is None and settings.lambda1:
+            self.teacher = self.teach()
+            self.weights = layer_weights(len(self.teacher), settings.layer_b or len(self.teacher) // 2).to(self.teacher)
+        rows = self.batches.rows(i)
+        pixels, labels = self.images.batch(rows)
+        images = self.learner.plain(pixels)
+        self.place()
+
+        flat.zero_grad()
+        if settings.lambda1:
+            features, tokens = flat.module.class_tokens(images)
+            l_pre = consistency(tokens, self.teacher[:, rows.to(tokens.device)], self.weights)
+        else:
+            features, l_pre = flat.module(images), None
+        l_task = self.task_loss(features, labels)
+        l_task.backward(retain_graph=l_pre is not None)
+        g = flat.gradient.clone()  # grad L_task
+        energy = g.square().sum()
+        loss = l_task.detach() - settings.lambda2 * energy
+        if l_pre is not None:
+            (settings.lambda1 * l_pre).backward()  # accumulates: flat.gradient is g' now
+            loss += settings.lambda1 * l_pre.detach()
+        h = self.curvature_gradient(images, labels, g) if settings.lambda2 else None
+        slopes = fk.subspace_gradient(
+            flat.gradient, self.previous, self.current, self.direction,
+            **self.random, gradient2=h, scale2=-2 * settings.lambda2,
+        )  # fmt: skip
+        alpha, beta = self.coefficients.detach().clone()
+        self.coefficients.grad = slopes[:2].to(self.coefficients.dtype)
+        self.optimiser.step()
+        terms = {"loss": loss, "L_task": l_task.detach(), "gradient_energy": energy, "alpha": alpha, "beta": beta}
+        return terms | ({} if l_pre is None else {"L_pre": l_pre.detach()})
+
+    def finish(self) -> None:
+        """theta_t <- theta(alpha, beta); theta_{t-1} and the fine-tuned model are let go."""
+        self.aim(max(self.steps - 1, 0))
+        self.place()
+        self.learner.flat.zero_grad()
+        self.method.previous = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {"current": self.current, "coefficients": self.coefficients.detach()}
+        return own | optimiser_tensors(self.optimiser)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.current.copy_(tensors["current"])
+        self.coefficients.data.copy_(tensors["coefficients"])
+        load_optimiser(self.optimiser, tensors)

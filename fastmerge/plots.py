@@ -1,0 +1,84 @@
+"""Pictures of a finished command: one accuracy matrix per run, and the accuracy over the tasks of all methods in one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge.checkpoint import write_atomically
+from fastmerge.evaluate import micro
+
+
+def draw(
+    folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None, counts: Sequence[int]
+) -> list[Path]:
+    """Write the plots of `methods[name][seed]` (results as in results.json) as PNG into `folder`; returns their paths."""
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # no display, and no state shared with the user's pyplot
+    from matplotlib.figure import Figure
+
+    folder.mkdir(exist_ok=True)
+    paths = []
+
+    def save(figure: Figure, name: str) -> None:
+        FigureCanvasAgg(figure)
+        write_atomically(folder / name, lambda path: figure.savefig(path, format="png", dpi=120))
+        paths.append(folder / name)
+
+    for method, seeds in methods.items():
+        for seed, result in seeds.items():
+            figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+            axes = figure.add_subplot()
+            matrix = [[float("nan") if r is None else r for r in row] for row in result["accuracy_matrix"]]
+            image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
+            if len(matrix) <= 12:
+                for i, row in enumerate(matrix):
+                    for j, value in enumerate(row):
+                        if value == value:
+                            axes.text(
+                                j,
+                                i,
+                                f"{value:.0f}",
+                                ha="center",
+                                va="center",
+                                color="w" if value < 60 else "k",
+                                fontsize=8,
+                            )
+            axes.set(xlabel="test images of task", ylabel="after task", title=f"{method}, seed {seed}: accuracy (%)")
+            ticks = range(0, len(matrix), max(1, len(matrix) // 10))
+            axes.set_xticks(ticks, [t + 1 for t in ticks])
+            axes.set_yticks(ticks, [t + 1 for t in ticks])
+            figure.colorbar(image, ax=axes)
+            save(figure, f"matrix-{method}-seed{seed}.png")
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    curves = {
+        name: [seen_accuracy(result["accuracy_matrix"], counts) for result in seeds.values()]
+        for name, seeds in methods.items()
+    }
+    if zero_shot:
+        curves = {"zero-shot": [seen_accuracy(zero_shot["accuracy_matrix"], counts)]} | curves
+    for name, runs in curves.items():
+        steps = list(zip(*runs, strict=True))
+        mean = [statistics.mean(s) for s in steps]
+        x = range(1, len(mean) + 1)
+        style = {"linestyle": "--", "color": "grey"} if name == "zero-shot" else {"marker": "o", "markersize": 3}
+        (line,) = axes.plot(x, mean, label=name, **style)
+        if len(runs) > 1:
+            spread = [statistics.stdev(s) for s in steps]
+            low, high = ([m + sign * d for m, d in zip(mean, spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="tasks learned", ylabel="accuracy on the classes seen (%)", ylim=(0, 100))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    save(figure, "accuracy.png")
+    return paths
+
+
+def seen_accuracy(matrix: Sequence[Sequence[float | None]], counts: Sequence[int]) -> list[float]:
+    """A_t (micro) after every task, over the tasks seen."""
+    return [micro(row[: i + 1], counts) or 0.0 for i, row in enumerate(matrix)]

@@ -1,0 +1,202 @@
+"""The learner (model, head, seeds: what a method acts on) and the training phase that most methods share.
+
+A *phase* is a numbered sequence of steps: `steps`, `step(i) -> {name: 0-d tensor}`, `finish()`, and
+`tensors()` / `load(tensors)` for its own state. Every random choice of step i is a function of (seed, task, phase, i), so
+a phase that goes on at step i in another process takes the same decisions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmerge.config import Config
+from fastmerge.data.augment import normalise, random_resized_crop, to_float
+from fastmerge.data.cache import TaskImages
+from fastmerge.data.scenario import Task
+from fastmerge.flat import FlatModel
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.heads import Head
+
+
+class Phase(Protocol):
+    name: str
+    steps: int
+    batches: Batches
+
+    def step(self, i: int) -> dict[str, Tensor]: ...
+
+    def finish(self) -> None: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class Learner:
+    """The one model: a flat backbone and its head, on one device, with the seeds of one run.
+
+    Attributes:
+        flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
+        initial: `[n]` copy of the starting weights, kept only where the head needs them (prototypes), else None.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: Head, config: Config, seed: int, device: torch.device, flip: bool = False
+    ):
+        self.flat = FlatModel(backbone.eval()).to(device)  # eval: no dropout, so that a step is a function of its seed
+        self.backbone, self.head = backbone, head.to(device)
+        self.config, self.seed, self.device = config, seed, device
+        self.flip = flip if config.data.flip is None else config.data.flip
+        self.initial = self.theta.clone() if head.needs_initial_features else None
+
+    @property
+    def theta(self) -> Tensor:
+        return self.flat.theta.detach()
+
+    def seed_for(self, *what: str | int) -> int:
+        """A seed in [0, 2^63) that depends on the run's seed and on `what`, and on nothing else."""
+        digest = hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def generator(self, *what: str | int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed_for(*what))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return normalise(images, self.backbone.mean, self.backbone.std)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """uint8 `[b, 3, s, s]` -> the backbone's input without augmentation."""
+        return self.normalise(to_float(images))
+
+    def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 `[b, 3, s, s]` -> the backbone's input, randomly cropped (and flipped)."""
+        scale = (self.config.data.crop_scale, 1.0)
+        return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
+
+    def grow_head(self, task: Task, images: TaskImages) -> None:
+        """Give the head what it needs to know of a new task: rows, or the class means of the starting model."""
+        self.head.grow(task.classes, self.generator("head", task.index))
+        if self.initial is None:
+            return
+        current = self.theta.clone()
+        self.theta.copy_(self.initial)
+        with torch.no_grad():
+            for rows in torch.arange(len(images)).split(self.config.training.batch_size):
+                pixels, labels = images.batch(rows)
+                self.head.observe(self.backbone(self.plain(pixels)), labels)
+        self.theta.copy_(current)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        kept = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        return kept if self.initial is None else kept | {"initial": self.initial}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        self.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+        self.head.to(self.device)
+        if self.initial is not None:
+            self.initial.copy_(tensors["initial"])
+
+
+class Batches:
+    """Which images step i takes: a new permutation every epoch, the last batch of an epoch may be smaller."""
+
+    def __init__(self, learner: Learner, task: Task, images: TaskImages, phase: str, epochs: int):
+        self.learner, self.images, self.what = learner, images, (task.index, phase)
+        self.per_epoch = math.ceil(len(images) / learner.config.training.batch_size)
+        self.steps = epochs * self.per_epoch
+        self._epoch = -1
+
+    def rows(self, i: int) -> Tensor:
+        """Indices into the task's images, int64 on the CPU."""
+        epoch, place = divmod(i, self.per_epoch)
+        if epoch != self._epoch:
+            order = torch.randperm(len(self.images), generator=self.learner.generator("order", *self.what, epoch))
+            self._order, self._epoch = order.split(self.learner.config.training.batch_size), epoch
+            self.images.plan(list(self._order[place:]))
+        return self._order[place]
+
+
+def cosine(lr: float, i: int, steps: int) -> float:
+    """Cosine annealing from `lr` at step 0 to 0 after the last step (Loshchilov & Hutter 2017, eq. 5, one cycle)."""
+    return lr * 0.5 * (1 + math.cos(math.pi * i / steps))
+
+
+class Train:
+    """Cross-entropy over the task's own classes, AdamW, cosine (TRM, Implementation Details; MagMax trains alike).
+
+    The logits of earlier classes take no part, as in the released code of MagMax and CMM.
+    """
+
+    name = "train"
+
+    def __init__(self, learner: Learner, task: Task, images: TaskImages):
+        self.learner, self.task, self.images = learner, task, images
+        settings = learner.config.training
+        self.batches = Batches(learner, task, images, self.name, settings.epochs)
+        self.steps = self.batches.steps
+        self.classes = torch.tensor(task.classes, device=learner.device)
+        groups = [{"params": [learner.flat.theta], "peak": settings.lr}]
+        if head := learner.head.trainable():
+            groups.append({"params": head, "peak": settings.head_lr})
+        fused = learner.device.type in ("cpu", "cuda")
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        learner, rows = self.learner, self.batches.rows(i)
+        pixels, labels = self.images.batch(rows)
+        images = learner.augmented(pixels, learner.generator("augment", self.task.index, i))
+        loss = F.cross_entropy(learner.head(learner.backbone(images), self.classes), positions(labels, self.classes))
+        learner.flat.zero_grad()
+        for p in learner.head.trainable():
+            p.grad = None
+        loss.backward()
+        if clip := learner.config.training.clip:
+            norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], clip)
+        else:
+            norm = learner.flat.gradient.norm()
+        for group in self.optimiser.param_groups:
+            group["lr"] = cosine(group["peak"], i, self.steps)
+        self.optimiser.step()
+        return {"loss": loss.detach(), "gradient_norm": norm.detach()}
+
+    def finish(self) -> None:
+        self.learner.flat.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return optimiser_tensors(self.optimiser)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        load_optimiser(self.optimiser, tensors)
+
+
+def positions(labels: Tensor, classes: Tensor) -> Tensor:
+    """Column of each label: `labels [b]` are class indices, `classes [k]` says which class a column stands for.
+
+    Raises:
+        ValueError: a label is not among `classes` (checked on the CPU only: a check would stall a GPU).
+    """
+    hit = labels[:, None] == classes[None, :]
+    if labels.device.type == "cpu" and not bool(hit.any(1).all()):
+        raise ValueError(f"label {int(labels[~hit.any(1)][0])} is not among the {len(classes)} classes of this task")
+    return hit.int().argmax(1)
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as a flat dict 'optimiser.<parameter>.<name>' of tensors."""
+    state = optimiser.state_dict()["state"]
+    return {f"optimiser.{i}.{name}": torch.as_tensor(v) for i, entry in state.items() for name, v in entry.items()}
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -1,0 +1,57 @@
+"""Every metric against matrices worked out by hand, and the evaluation loop against a plain per-image loop."""
+
+import pytest
+
+from fastmerge.evaluate import macro, metrics, micro
+
+# three tasks with 10, 30 and 60 test images
+R = [
+    [90.0, None, None],
+    [60.0, 80.0, None],
+    [70.0, 50.0, 95.0],
+]
+N = [10, 30, 60]
+
+
+def test_averages():
+    assert macro([60.0, 80.0]) == 70.0
+    assert micro([60.0, 80.0], [10, 30]) == 75.0  # (6 + 24) / 40
+    assert micro([60.0, 80.0], [20, 20]) == macro([60.0, 80.0])
+    assert micro([None, 80.0], [10, 30]) == 80.0
+    assert macro([None]) is None and micro([None], [3]) is None
+
+
+def test_hand_computed_matrix():
+    m = metrics(R, N)
+    assert m["final_accuracy"] == pytest.approx((7 + 15 + 57) / 100 * 100)
+    assert m["final_accuracy_macro"] == pytest.approx((70 + 50 + 95) / 3)
+    assert m["aaa"] == pytest.approx((90 + 75 + 79) / 3)
+    assert m["aaa_macro"] == pytest.approx((90 + 70 + 215 / 3) / 3)
+    assert m["forgetting"] == pytest.approx(((90 - 70) + (80 - 50)) / 2)
+    assert m["forgetting_before_last"] == pytest.approx(((90 - 70) + (80 - 50)) / 2)
+    assert m["bwt"] == pytest.approx(((70 - 90) + (50 - 80)) / 2)
+    assert m["plasticity"] == pytest.approx((90 + 80 + 95) / 3)
+
+
+def test_the_two_forgettings_differ_where_the_last_row_is_the_best():
+    improved = [[50.0, None], [80.0, 70.0]]
+    m = metrics(improved, [1, 1])
+    assert m["forgetting"] == 0.0  # the maximum includes the last row
+    assert m["forgetting_before_last"] == -30.0  # Chaudhry: may be negative
+    assert m["bwt"] == 30.0
+
+
+def test_upper_triangle_takes_no_part():
+    """A domain-incremental matrix is full; the metrics are defined on the tasks seen."""
+    full = [[90.0, 11.0, 12.0], [60.0, 80.0, 13.0], [70.0, 50.0, 95.0]]
+    assert metrics(full, N) == metrics(R, N)
+
+
+def test_one_task_has_no_forgetting():
+    m = metrics([[42.0]], [7])
+    assert m["final_accuracy"] == m["aaa"] == m["plasticity"] == 42.0
+    assert m["forgetting"] is None and m["forgetting_before_last"] is None and m["bwt"] is None
+
+
+def test_nothing_evaluated():
+    assert set(metrics([], [])) == set(metrics(R, N)) and not any(metrics([], []).values())
