@@ -1,0 +1,127 @@
+"""What every op shares: argument checks, registration as `torch.library` op, the choice between CPU loop and Triton kernel.
+
+A family `x` has its formulas and public functions in `x.py`, numba loops in `x_cpu.py`, Triton kernels in `x_gpu.py`; the
+last two are imported on first use, so importing the package costs neither numba nor Triton. With TRITON_INTERPRET=1 in the
+environment CPU tensors go through the Triton kernels too (Triton's interpreter; for tests).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_library = torch.library.Library("fastmerge", "DEF")
+
+
+def register(name: str, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable:
+    """Decorator: the annotated function becomes the op `fastmerge::name`, which writes into the arguments `mutates`.
+
+    `fake` gives the results' shapes; without it the op returns nothing. `Library` rather than `custom_op`: the latter imports
+    torch._dynamo at its first call, which costs seconds. So version counters of written tensors are raised here.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates))
+        positions = [k for k, argument in enumerate(inspect.signature(function).parameters) if argument in mutates]
+
+        @functools.wraps(function)
+        def kernel(*args):
+            result = function(*args)
+            torch.autograd.graph.increment_version([args[k] for k in positions if args[k] is not None])
+            return result
+
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, kernel, device)
+        torch.library.register_fake(f"fastmerge::{name}", fake or (lambda *args: None), lib=_library)
+        return getattr(torch.ops.fastmerge, name).default
+
+    return decorate
+
+
+def backend(family: str, tensor: Tensor):
+    """The module with this family's loops for the tensor's device: `family_gpu` (Triton) or `family_cpu` (numba)."""
+    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return importlib.import_module(f".{family}_gpu", __package__)
+    if tensor.device.type == "cpu":
+        return importlib.import_module(f".{family}_cpu", __package__)
+    raise RuntimeError(f"fastmerge_kernels runs on cpu and cuda tensors, got a tensor on {tensor.device}")
+
+
+def check_vectors(first: str, /, **tensors: Tensor | None) -> Tensor:
+    """Raise TypeError / ValueError unless all are 1-D contiguous fp32/bf16/fp16, of the length and device of `first`.
+
+    None stands for an optional argument that is absent. Returns the tensor called `first`.
+    """
+    lead = tensors[first]
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected dtype float32, bfloat16 or float16, got {x.dtype}")
+        if x.dim() != 1:
+            raise ValueError(f"{name}: expected a 1-D tensor, got shape {list(x.shape)}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got stride {x.stride()}")
+        if x.shape != lead.shape:
+            raise ValueError(f"{name}: expected shape {list(lead.shape)}, that of {first}, got {list(x.shape)}")
+        if x.device != lead.device:
+            raise ValueError(f"{name}: expected device {lead.device}, that of {first}, got {x.device}")
+    return lead
+
+
+def check_counter(nonfinite: Tensor | None, device: torch.device) -> None:
+    """Raise unless `nonfinite` is None or an int64 tensor of one element on `device`."""
+    if nonfinite is None:
+        return
+    if not isinstance(nonfinite, Tensor) or nonfinite.dtype != torch.int64:
+        raise TypeError(f"nonfinite: expected an int64 tensor, got {getattr(nonfinite, 'dtype', type(nonfinite))}")
+    if nonfinite.numel() != 1 or nonfinite.device != device:
+        raise ValueError(
+            f"nonfinite: expected one element on {device}, got shape {list(nonfinite.shape)} on {nonfinite.device}"
+        )
+
+
+def check_overlap(written: str, out: Tensor, **inputs: Tensor | None) -> None:
+    """Raise ValueError if `out` shares memory with an input without being exactly that input."""
+    start, stop = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
+    for name, x in inputs.items():
+        if x is None or x.numel() == 0:
+            continue
+        begin, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
+        if begin < stop and start < end and (begin != start or x.dtype != out.dtype):
+            raise ValueError(f"{written}: partly overlaps {name}; it may be the same tensor or a disjoint one")
+
+
+def scalar(name: str, value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number given as float or as tensor of one element, for a custom op's schema: (float, None) or (0.0, tensor)."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: expected one floating-point element, got {value.dtype} {list(value.shape)}")
+        return 0.0, value.detach()
+    return float(value), None
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Raise ValueError unless 0 <= value <= 1 (NaN fails too)."""
+    if not 0.0 <= value <= 1.0 or math.isnan(value):
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: str, options: tuple[str, ...]) -> str:
+    """Raise ValueError unless value is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
+    return value

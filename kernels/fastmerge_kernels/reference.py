@@ -1,0 +1,118 @@
+"""The formula of every op in float64: the oracle of all tests. Slow, allocates freely, reads like the paper.
+
+Inputs are tensors of any float dtype on the CPU; results are float64. Random words come from a Philox of its own, in numpy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .philox import PURPOSES, key_words, threshold
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
+    """Philox4x32 of counters [4, n] under two key words: uint64 [4, n] of 32-bit words (Salmon et al. 2011, sec. 3.3)."""
+    x, (k0, k1), low, half = counter.astype(np.uint64), key, np.uint64(0xFFFFFFFF), np.uint64(32)
+    for r in range(rounds):
+        a, b = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
+        round_key = [np.uint64((k + r * step) & 0xFFFFFFFF) for k, step in ((k0, 0x9E3779B9), (k1, 0xBB67AE85))]
+        x = np.stack([(b >> half) ^ x[1] ^ round_key[0], b & low, (a >> half) ^ x[3] ^ round_key[1], a & low])
+    return x
+
+
+def _counter_words(position: np.ndarray, seed: int, stream: int, purpose: str) -> np.ndarray:
+    k0, k1, s0, s1 = key_words(seed, stream)
+    c = position // 512 * 128 + position % 128
+    row = lambda value: np.full_like(position, value)  # noqa: E731
+    return philox4x32(np.stack([c & 0xFFFFFFFF, (c >> 32) | (PURPOSES[purpose] << 29), row(s0), row(s1)]), (k0, k1))
+
+
+def random_words(n: int, seed: int, stream: int, purpose: str, offset: int = 0) -> np.ndarray:
+    """uint64 [n]: the 32-bit word of each position offset .. offset+n-1."""
+    position = offset + np.arange(n, dtype=np.int64)
+    return np.take_along_axis(_counter_words(position, seed, stream, purpose), (position % 512 // 128)[None], 0)[0]
+
+
+def random_normal(n: int, seed: int, stream: int, offset: int = 0) -> Tensor:
+    """float64 [n]: Box-Muller on words (0, 1) and (2, 3) of each counter."""
+    position = offset + np.arange(n, dtype=np.int64)
+    w, word = _counter_words(position, seed, stream, "normal"), position % 512 // 128
+    a, b = np.where(word < 2, w[0], w[2]), np.where(word < 2, w[1], w[3])
+    radius, angle = np.sqrt(-2 * np.log(((a >> np.uint64(8)) + np.uint64(1)) / 2.0**24)), 2 * math.pi * (b / 2.0**32)
+    return torch.from_numpy(radius * np.where(word % 2 == 0, np.cos(angle), np.sin(angle)))
+
+
+def lerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """(1 - alpha) a + alpha b."""
+    return (1 - alpha) * a.double() + alpha * b.double()
+
+
+def replaced(n: int, seed: int, stream: int, ratio: float, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """(entry is replaced, ... by the value of `previous`): u < floor(ratio 2^32), u < floor(ratio / 2 2^32)."""
+    u = random_words(n, seed, stream, "mask", offset)
+    return torch.from_numpy(u < threshold(ratio)), torch.from_numpy(u < threshold(ratio / 2))
+
+
+def _plane(previous, current, seed, stream, replace, ratio, offset):
+    """d and r, zero where both models are exactly zero and (anchored) under the mask."""
+    n, d = previous.numel(), current.double() - previous.double()
+    keep = (previous != 0) | (current != 0)
+    if replace == "anchored":
+        keep = keep & ~replaced(n, seed, stream, ratio, offset)[0]
+    return torch.where(keep, d, 0.0), torch.where(keep, random_normal(n, seed, stream, offset), 0.0)
+
+
+def trm_direction(previous, current, *, seed, stream, replace="anchored", ratio=0.6, offset=0) -> Tensor:
+    """(<r,d>, <d,d>, <r,r>)."""
+    d, r = _plane(previous, current, seed, stream, replace, ratio, offset)
+    return torch.stack([r @ d, d @ d, r @ r])
+
+
+def perpendicular(direction: Tensor) -> tuple[float, float]:
+    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. d = 0 gives c = 0; r parallel to d (to 1e-3 rad) gives (c, 0): P = 0."""
+    rd, dd, rr = (float(x) for x in direction)
+    c = 0.0 if dd == 0 else rd / dd
+    square = rr - c * rd
+    return c, 0.0 if square <= 1e-6 * rr else square**-0.5
+
+
+def trm_merge(
+    previous, current, alpha, beta, direction, *, seed, stream, replace="anchored", ratio=0.6, offset=0, initial=None
+) -> Tensor:
+    """TRM eq. 4 and 5 with P of eq. 3, in the three readings of the random replacement."""
+    (d, r), (c, scale) = _plane(previous, current, seed, stream, replace, ratio, offset), perpendicular(direction)
+    p, a, b = (r - c * d) * scale, previous.double(), current.double()
+    mask, from_previous = replaced(previous.numel(), seed, stream, ratio, offset)
+    chosen = torch.where(from_previous, a, b)
+    if replace == "none":
+        merged = a + alpha * d + beta * p
+    elif replace == "anchored":
+        merged = torch.where(mask, chosen, a + alpha * d + beta * p)
+    else:
+        start = initial.double()
+        merged = torch.where(mask, chosen, start) + alpha * (b - start) + (1 - alpha) * (a - start) + beta * p
+    return torch.where((a == 0) & (b == 0), 0.0, merged)
+
+
+def subspace_gradient(
+    gradient,
+    previous,
+    current,
+    direction,
+    *,
+    seed,
+    stream,
+    replace="anchored",
+    ratio=0.6,
+    offset=0,
+    gradient2=None,
+    scale2=0.0,
+) -> Tensor:
+    """(<G,d>, <G,P>, <G,G>) with G = gradient + scale2 gradient2."""
+    (d, r), (c, scale) = _plane(previous, current, seed, stream, replace, ratio, offset), perpendicular(direction)
+    g = gradient.double() + (0 if gradient2 is None else scale2 * gradient2.double())
+    return torch.stack([g @ d, g @ ((r - c * d) * scale), g @ g])
