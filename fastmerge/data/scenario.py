@@ -79,7 +79,7 @@ class Scenario:
             ],
             "train": len(data.train),
             "test": len(data.test),
-            "split_sha256": {"train": split_hash(data.train), "test": split_hash(data.test)},
+            "sha256": split_hash(data.train, data.test),
             "warnings": [*data.notes, *_warnings(data)],
         }
 
@@ -212,11 +212,13 @@ def order_hash(order: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:12]
 
 
-def split_hash(split: Split) -> str:
+def split_hash(*splits: Split) -> str:
     """sha256 over id, label and domain of every image, in order."""
     digest = hashlib.sha256()
-    for image, label, domain in zip(split.ids, split.labels.tolist(), split.domains.tolist(), strict=True):
-        digest.update(f"{image}\t{label}\t{domain}\n".encode(errors="surrogateescape"))
+    for split in splits:
+        for image, label, domain in zip(split.ids, split.labels.tolist(), split.domains.tolist(), strict=True):
+            digest.update(f"{image}\t{label}\t{domain}\n".encode(errors="surrogateescape"))
+        digest.update(b"\n")
     return digest.hexdigest()
 
 

@@ -1,0 +1,31 @@
+"""Writes small image folders for the tests of fastmerge.data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (20, 16)) -> Path:
+    """A smooth colour image of width x height that depends on the seed; the suffix says the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def write_tree(root: Path, *folders: str, images: int = 2, suffix: str = ".png") -> Path:
+    """`images` images in each of `folders`, all different."""
+    for number, folder in enumerate(folders):
+        for k in range(images):
+            write_image(root / folder / f"{k}{suffix}", 1000 * number + k)
+    return root
+
+
+def truncate(path: Path) -> Path:
+    """Cut the file in the middle, as a download that broke off does."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path

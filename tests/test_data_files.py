@@ -1,0 +1,70 @@
+"""Decoding. Oracles: torchvision's Resize + CenterCrop, and colours known by construction.
+
+pytest tests/test_data_files.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from image_trees import write_image
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from fastmerge.data.files import decode
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 50), (400, 300), (1000, 40)])
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_agrees_with_torchvision(tmp_path, size, suffix):
+    path = write_image(tmp_path / f"x{suffix}", 3, size)
+    transform = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])
+    expected = np.asarray(transform(Image.open(path).convert("RGB"))).astype(int)
+    difference = np.abs(decode(str(path), 32).astype(int) - expected)
+    # Half a pixel of crop position and the DCT's shrinking; the image spans 0..255.
+    assert difference.mean() < 2.5, difference.mean()
+
+
+def test_a_square_of_the_right_size_is_left_alone(tmp_path):
+    path = write_image(tmp_path / "x.png", 5, (32, 32))
+    assert np.array_equal(decode(str(path), 32), np.asarray(Image.open(path)))
+
+
+RED = (200, 30, 40)
+
+
+def solid(mode: str) -> Image.Image:
+    return Image.new("RGB", (9, 9), RED).convert(mode)
+
+
+def test_colour_modes(tmp_path):
+    def pixel(image: Image.Image, suffix: str = ".png") -> tuple[int, ...]:
+        path = tmp_path / f"x{suffix}"
+        image.save(path)
+        pixels = decode(str(path), 4)
+        assert pixels.shape == (4, 4, 3) and (pixels == pixels[0, 0]).all()
+        return tuple(int(v) for v in pixels[0, 0])
+
+    grey = solid("L").getpixel((0, 0))
+    assert pixel(solid("L")) == (grey,) * 3
+    assert pixel(solid("RGB").quantize(2)) == RED
+    assert pixel(solid("CMYK"), ".tif") == pytest.approx(RED, abs=2)
+    assert pixel(Image.new("RGBA", (9, 9), (*RED, 0))) == (255, 255, 255)  # transparent is white
+    assert pixel(Image.new("RGBA", (9, 9), (*RED, 255))) == RED
+    assert pixel(Image.new("LA", (9, 9), (0, 127))) == pytest.approx((128,) * 3, abs=1)
+    palette = Image.new("P", (9, 9), 1)
+    palette.putpalette([0, 0, 0, *RED])
+    palette.info["transparency"] = 1
+    assert pixel(palette) == (255, 255, 255)
+    assert pixel(Image.fromarray(np.full((9, 9), 40000, np.uint16))) == (round(40000 / 257),) * 3
+    assert pixel(Image.fromarray(np.full((9, 9), 40000, np.uint16)), ".tif") == (round(40000 / 257),) * 3
+    assert pixel(Image.new("1", (9, 9), 1)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_ignored(tmp_path):
+    image = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 2, 0)).resize((16, 16), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    image.save(tmp_path / "x.png", exif=exif)
+    pixels = decode(str(tmp_path / "x.png"), 16)
+    assert (pixels[:, 0] == 0).all() and (pixels[:, -1] == 255).all()

@@ -1,0 +1,235 @@
+"""Task sequences. Oracles: hashes of published class orders, and the definition of a partition.
+
+pytest tests/test_scenario.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.scenario import build_scenario, order_hash, read_order, split_hash, task_bounds
+from fastmerge.errors import UserError
+
+
+def no_pixels(indices, size, device):
+    raise AssertionError("a scenario needs no pixels")
+
+
+def split(labels, domains=None) -> Split:
+    labels = np.asarray(labels, np.int64)
+    domains = np.zeros_like(labels) if domains is None else np.asarray(domains, np.int64)
+    return Split(labels, domains, [f"{i}.png" for i in range(len(labels))], no_pixels)
+
+
+def dataset(classes=10, per_class=6, domains=1, names=None, train=None, test=None, notes=()) -> Dataset:
+    """Labels cycle, so that the images of a class are scattered."""
+    labels = np.tile(np.arange(classes), per_class)
+    where = np.arange(len(labels)) % domains if domains == 1 else np.repeat(np.arange(domains), len(labels) // domains)
+    names = names or tuple(f"class {c}" for c in range(classes))
+    places = tuple(f"place {d}" for d in range(domains))
+    train, test = train or split(labels, where), test or split(labels, where)
+    return Dataset("toy", tuple(names), places, train, test, ("a {}",), True, notes)
+
+
+@given(st.integers(1, 400), st.data())
+def test_sizes_differ_by_one_larger_first_and_cover_everything(classes, data):
+    tasks = data.draw(st.integers(1, classes))
+    bounds = task_bounds(classes, tasks)
+    sizes = [stop - start for start, stop in bounds]
+    assert len(sizes) == tasks and sum(sizes) == classes
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    assert [c for start, stop in bounds for c in range(start, stop)] == list(range(classes))
+
+
+@pytest.mark.parametrize("classes, tasks", [(196, 11), (345, 21), (1000, 19)])
+def test_pairs_for_which_floating_point_bounds_lose_a_class(classes, tasks):
+    assert task_bounds(classes, tasks)[-1][1] == classes
+
+
+def test_the_example_of_196_classes():
+    assert [b - a for a, b in task_bounds(196, 10)] == [20] * 6 + [19] * 4
+
+
+PUBLISHED = {  # classes: (first five of seed 1993, its sha256[:12], sha256[:12] of the natural order)
+    31: ([21, 28, 2, 15, 10], "02b5eb34e913", "a8ccb3e32126"),
+    65: ([22, 56, 44, 45, 13], "188209099068", "0cd80d5220fe"),
+    100: ([68, 56, 78, 8, 23], "e90204efdce7", "51f2696d83d6"),
+    196: ([59, 134, 162, 9, 42], "7e078ddfbad6", "257bfbab5d8e"),
+    200: ([168, 136, 51, 9, 183], "b113214bc615", "050029a81b69"),
+    300: ([169, 221, 146, 296, 92], "28f846a95c20", "3b5f74133aec"),
+    345: ([214, 80, 343, 268, 224], "2f203e267c84", "a820c1228dd0"),
+    1000: ([54, 7, 894, 512, 126], "1184d882ffd7", "3e726f1b6f58"),
+}
+
+
+@pytest.mark.parametrize("classes", PUBLISHED)
+def test_class_orders_have_the_published_hashes(classes):
+    first, pilot, natural = PUBLISHED[classes]
+    names = [str(c) for c in range(classes)]
+    order = read_order("1993", names, "class")
+    assert list(order[:5]) == first and order_hash(order) == pilot
+    assert order_hash(read_order("natural", names, "class")) == natural
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 10])
+def test_class_incremental(tasks):
+    data = dataset()
+    scenario = build_scenario(data, "cil", tasks, "1993")
+    assert [t.index for t in scenario.tasks] == list(range(tasks))
+    assert tuple(c for t in scenario.tasks for c in t.classes) == scenario.class_order
+    for part in ("train", "test"):
+        images = np.concatenate([getattr(t, part) for t in scenario.tasks])
+        assert sorted(images) == list(range(60))
+        for task in scenario.tasks:
+            rows = getattr(task, part)
+            assert set(data.train.labels[rows]) == set(task.classes) and (np.diff(rows) > 0).all()
+    for t in range(tasks):
+        assert scenario.seen(t) == tuple(c for task in scenario.tasks[: t + 1] for c in task.classes)
+
+
+def test_domain_incremental(tmp_path):
+    data = dataset(domains=3)
+    (tmp_path / "order").write_text("place 2\nplace 0\nplace 1\n")
+    for spec, names in (("natural", ["place 0", "place 1", "place 2"]), (str(tmp_path / "order"), None)):
+        names = names or ["place 2", "place 0", "place 1"]
+        for tasks in (None, 3):
+            scenario = build_scenario(data, "dil", tasks, spec)
+            assert [t.name for t in scenario.tasks] == names
+            for t, task in enumerate(scenario.tasks):
+                assert {data.domain_names[d] for d in data.train.domains[task.train]} == {names[t]}
+                assert scenario.seen(t) == task.classes == tuple(range(10))
+            assert scenario.manifest()["domain_order"] == names
+    assert sum(len(t.test) for t in scenario.tasks) == 60
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[2, 0, 1]",
+        '["sea lion", "ant", "bee"]',
+        "2 0 1",
+        "2\n0\n1\n",
+        "sea lion\nant\nbee\n",
+        "sea_lion ant bee",
+        "sea_lion\r\n  ant\r\n2\n".replace("2", "bee"),
+        "sea_lion\n0\nbee",
+    ],
+)
+def test_order_files(tmp_path, text):
+    (tmp_path / "order.txt").write_text(text)
+    assert read_order(str(tmp_path / "order.txt"), ("ant", "bee", "sea lion"), "class") == (2, 0, 1)
+
+
+def test_names_win_over_integers(tmp_path):
+    (tmp_path / "order").write_text("10 2 1")
+    assert read_order(str(tmp_path / "order"), ("1", "10", "2"), "class") == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("0 1", ["1 of 3 missing", "sea lion"]),
+        ("0 1 1 2", ["more than once", "bee"]),
+        ("0 1 3", ["'3'", "0..2"]),
+        ("[0, 1, 2.0]", ["2.0", "0..2"]),
+        ("ant\nbee\nsea lino", ["'sea lino'", "Did you mean: sea lion"]),
+        ("[0, 1", ["cannot read it as a list"]),
+        ("", ["3 of 3 missing"]),
+    ],
+)
+def test_order_files_that_are_no_permutation(tmp_path, text, says):
+    (tmp_path / "order.txt").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_order(str(tmp_path / "order.txt"), ("ant", "bee", "sea lion"), "class")
+    assert all(part in str(caught.value) for part in [str(tmp_path / "order.txt"), *says]), caught.value
+
+
+def test_ambiguous_name_in_an_order_file(tmp_path):
+    (tmp_path / "order.txt").write_text("missile\nant\nmissile")
+    with pytest.raises(UserError, match="more than one class is called 'missile'; list indices 0..2"):
+        read_order(str(tmp_path / "order.txt"), ("ant", "missile", "missile"), "class")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("cil", 11, "natural"), "has 10 classes; choose 1 to 10 tasks"),
+        (("cil", 0, "natural"), "choose 1 to 10 tasks"),
+        (("cil", None, "natural"), "choose 1 to 10 tasks"),
+        (("cil", 2, "natura"), "nor an existing file. Did you mean: natural"),
+        (("cil", 2, "-1"), "between 0 and 2"),
+        (("cli", 2, "natural"), "unknown scenario 'cli'. Did you mean: cil"),
+        (("dil", None, "natural"), "one domain only; use --scenario cil"),
+    ],
+)
+def test_errors_say_what_is_possible(arguments, says):
+    with pytest.raises(UserError) as caught:
+        build_scenario(dataset(), *arguments)
+    assert says in str(caught.value)
+
+
+def test_number_of_domains_is_fixed():
+    with pytest.raises(UserError, match="has 3 domains .place 0, place 1, place 2.; leave --tasks out"):
+        build_scenario(dataset(domains=3), "dil", 4)
+
+
+@pytest.mark.parametrize("kind", ["cil", "dil"])
+def test_class_without_train_images_is_named(kind):
+    data = dataset(classes=3, domains=2, train=split([0, 1, 0, 1], [0, 0, 1, 1]))
+    with pytest.raises(UserError, match="no train image of class class 2.*add images"):
+        build_scenario(data, kind, None if kind == "dil" else 2)
+
+
+def test_task_without_test_images_is_named():
+    with pytest.raises(UserError, match="no test image for task 2.*fewer tasks"):
+        build_scenario(dataset(classes=2, test=split([0, 0])), "cil", 2)
+    with pytest.raises(UserError, match="no test image for place 1"):
+        build_scenario(dataset(classes=2, domains=2, test=split([0, 1])), "dil", None)
+
+
+def test_manifest():
+    names = ("a", "b", "missile", "missile")
+    data = dataset(classes=4, names=names, test=split([0, 1, 2, 3] * 5 + [0]), notes=("a copy",))
+    manifest = build_scenario(data, "cil", 2, "1993").manifest()
+    assert json.loads(json.dumps(manifest)) == manifest
+    order = np.random.RandomState(1993).permutation(4).tolist()
+    assert manifest["class_order"] == order and manifest["scenario"] == "cil" and manifest["dataset"] == "toy"
+    assert manifest["order_sha256"] == hashlib.sha256(json.dumps(order).encode()).hexdigest()[:12]
+    assert [t["classes"] for t in manifest["tasks"]] == [[names[c] for c in order[:2]], [names[c] for c in order[2:]]]
+    assert (manifest["train"], manifest["test"]) == (24, 21)
+    assert sum(t["test"] for t in manifest["tasks"]) == 21 and {t["train"] for t in manifest["tasks"]} == {12}
+    copy, duplicates = manifest["warnings"]
+    assert copy == "a copy" and "missile" in duplicates
+
+
+def test_few_test_images_are_a_warning():
+    data = dataset(classes=3, test=split([0] * 4 + [1] * 5 + [2]))
+    (warning,) = build_scenario(data, "cil", 1).manifest()["warnings"]
+    assert "class 0 (4)" in warning and "class 2 (1)" in warning and "class 1" not in warning
+
+
+def test_split_hash_covers_names_labels_domains_and_their_part():
+    base = split_hash(split([0, 1]), split([1]))
+    assert base == split_hash(split([0, 1]), split([1]))
+    renamed = Split(np.array([0, 1]), np.zeros(2, np.int64), ["0.png", "2.png"], no_pixels)
+    for other in ((split([1, 1]), split([1])), (split([0, 1], [0, 1]), split([1])), (split([0]), split([1, 1]))):
+        assert split_hash(*other) != base
+    assert split_hash(renamed, split([1])) != base
+
+
+def test_dataset_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="label outside 0..2"):
+        dataset(classes=3, train=split([0, 3]))
+    with pytest.raises(ValueError, match="exactly one"):
+        Dataset("toy", ("a",), ("d",), split([0]), split([0]), ("no place",), True)
+    with pytest.raises(ValueError, match="lengths must agree"):
+        Split(np.zeros(2, np.int64), np.zeros(2, np.int64), ["one"], no_pixels)
+    with pytest.raises(TypeError, match="int64"):
+        Split(np.zeros(1, np.int32), np.zeros(1, np.int64), ["one"], no_pixels)
