@@ -11,7 +11,8 @@ from image_trees import write_image
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from fastmerge.data.files import decode
+from fastmerge.data.files import decode, listing
+from fastmerge.errors import UserError
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 50), (400, 300), (1000, 40)])
@@ -56,9 +57,15 @@ def test_colour_modes(tmp_path):
     palette.putpalette([0, 0, 0, *RED])
     palette.info["transparency"] = 1
     assert pixel(palette) == (255, 255, 255)
-    assert pixel(Image.fromarray(np.full((9, 9), 40000, np.uint16))) == (round(40000 / 257),) * 3
-    assert pixel(Image.fromarray(np.full((9, 9), 40000, np.uint16)), ".tif") == (round(40000 / 257),) * 3
+    for value in (300, 40000, 65535):  # 16 bits: scaled by 257, neither clipped nor stretched
+        for suffix in (".png", ".tif"):
+            assert pixel(Image.fromarray(np.full((9, 9), value, np.uint16)), suffix) == (round(value / 257),) * 3
     assert pixel(Image.new("1", (9, 9), 1)) == (255, 255, 255)
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"cannot list folder {tmp_path}/gone: No such file"):
+        listing(str(tmp_path / "gone"))
 
 
 def test_exif_rotation_is_ignored(tmp_path):

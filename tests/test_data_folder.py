@@ -70,6 +70,15 @@ def test_test_wins_over_val_and_differences_are_noted(tmp_path):
     assert data.test.ids[0].startswith("test/")
 
 
+def test_wordnet_ids_get_their_names(tmp_path):
+    write_tree(tmp_path, *(f"{part}/{wnid}" for part in ("train", "test") for wnid in ("n02007558", "n01440764")))
+    data = load_dataset("folder", tmp_path)
+    assert data.class_names == ("tench", "flamingo") and "ImageNet-1K" in data.notes[0]
+    write_tree(tmp_path, "train/n00000001", "test/n00000001")
+    data = load_dataset("folder", tmp_path)
+    assert data.class_names == ("n00000001", "tench", "flamingo") and "1 that it does not have" in data.notes[0]
+
+
 def test_user_files_are_not_touched(tmp_path):
     write_tree(tmp_path, "train/a", "test/a")
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(tmp_path.rglob("*"))}

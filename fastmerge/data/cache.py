@@ -8,7 +8,6 @@ does not depend on the budget.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -204,5 +203,5 @@ def _free_bytes(device: torch.device) -> int:
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: half of all memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (OSError, StopIteration):  # not Linux: the budget alone counts
+        return 1 << 62

@@ -44,18 +44,21 @@ def data_root(name: str, root: str | os.PathLike[str] | None) -> str:
 def listing(folder: str) -> tuple[list[str], list[str]]:
     """Names of the images and of the sub-folders in `folder`, each sorted by code point; hidden names are left out.
 
-    One scandir pass without a stat call per file: 1.3 M images are listed in seconds.
+    One scandir pass without a stat call per file: 1.3 M images are listed in seconds. Raises UserError.
     """
     suffixes, images, folders = image_suffixes(), [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if os.path.splitext(name)[1].lower() in suffixes:
-                images.append(name)
-            elif entry.is_dir():
-                folders.append(name)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if os.path.splitext(name)[1].lower() in suffixes:
+                    images.append(name)
+                elif entry.is_dir():
+                    folders.append(name)
+    except OSError as error:
+        raise UserError(f"cannot list folder {folder}: {error.strerror}. Check that it can be read.") from error
     return sorted(images), sorted(folders)
 
 

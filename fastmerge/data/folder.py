@@ -8,7 +8,8 @@
 A split file says which image is for training; images that it does not list are left out. Either JSON,
 `{"train": [path, ...], "test": [path, ...]}`, or lines `train path` / `test path`; paths are relative to the root.
 
-A class is called as its folder with `_` read as a space. Classes are the union over domains and parts, in code-point
+A class is called as its folder with `_` read as a space; where all folders are WordNet ids (ImageNet-R, -A, -100), as
+ImageNet-1K calls that class. Classes are the union over domains and parts, in code-point
 order of the folder names, so a class that one domain lacks shifts no label. Images are sorted by domain, class, name.
 `train`, `test` and `val` are matched in any case; with both `test` and `val`, `test` is used. Hidden files are ignored.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -59,6 +61,17 @@ def load(
         train, test = _split_by_file(root, os.path.expanduser(split_file))
     else:
         train, test = _split_by_folders(root, notes)
+    folders, class_names = {f.name for f in (*train, *test)}, None
+    if all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
+        from fastmerge.data import imagenet
+
+        known = imagenet.class_names()
+        class_names = {wnid: known.get(wnid, wnid) for wnid in folders}
+        unknown = len(folders - known.keys())
+        notes.append(
+            "class folders are WordNet ids: classes are called as in ImageNet-1K"
+            + (f", {unknown} that it does not have by their id" if unknown else "")
+        )
     return assemble(
         os.path.basename(os.path.abspath(root)) or "folder",
         root,
@@ -68,6 +81,7 @@ def load(
         flip=flip,
         templates=("a photo of a {}.",),
         notes=notes,
+        class_names=class_names,
     )
 
 
