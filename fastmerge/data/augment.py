@@ -40,13 +40,16 @@ def random_resized_crop(
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
     whole = ~fits.any(1)
     width, height = (x.gather(1, first).squeeze(1).masked_fill(whole, 1.0) for x in (width, height))
-    # affine_grid's square is -1..1: a crop of width w may move its centre by 1 - w to either side.
-    theta = torch.zeros(b, 2, 3)
-    theta[:, 0, 0] = torch.where(u[:, 22] < 0.5, -width, width) if flip else width
-    theta[:, 1, 1] = height
-    theta[:, 0, 2] = (2 * u[:, 20] - 1) * (1 - width)
-    theta[:, 1, 2] = (2 * u[:, 21] - 1) * (1 - height)
-    grid = F.affine_grid(theta.to(images.device, non_blocking=True), [b, 3, size, size], align_corners=False)
+    # grid_sample's square is -1..1: a crop of width w may move its centre by 1 - w to either side.
+    x, y = (2 * u[:, 20] - 1) * (1 - width), (2 * u[:, 21] - 1) * (1 - height)
+    if flip:
+        width = torch.where(u[:, 22] < 0.5, -width, width)
+    crop = torch.stack([width, x, height, y]).to(images.device, non_blocking=True)[..., None]  # [4, b, 1]
+    line = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # pixel centres
+    # Not affine_grid: its matrix product is slower than this, and rounds positions to TF32 where that is allowed.
+    grid = torch.empty(b, size, size, 2, device=images.device)
+    grid[..., 0] = (crop[0] * line + crop[1])[:, None, :]
+    grid[..., 1] = (crop[2] * line + crop[3])[:, :, None]
     return F.grid_sample(to_float(images), grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

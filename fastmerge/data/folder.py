@@ -9,8 +9,9 @@ A split file says which image is for training; images that it does not list are 
 `{"train": [path, ...], "test": [path, ...]}`, or lines `train path` / `test path`; paths are relative to the root.
 
 A class is called as its folder with `_` read as a space; where all folders are WordNet ids (ImageNet-R, -A, -100), as
-ImageNet-1K calls that class. Classes are the union over domains and parts, in code-point
-order of the folder names, so a class that one domain lacks shifts no label. Images are sorted by domain, class, name.
+ImageNet-1K calls that class. Classes are the union over domains and parts, in code-point order of the folder names, so
+a class that one domain lacks shifts no label. Images are sorted by domain, class, name.
+
 `train`, `test` and `val` are matched in any case; with both `test` and `val`, `test` is used. Hidden files are ignored.
 """
 
