@@ -45,7 +45,7 @@ def run(config: Any) -> int:
     from fastmerge.data import load_dataset
     from fastmerge.data.scenario import build_scenario
     from fastmerge.evaluate import metrics, zero_shot
-    from fastmerge.loop import Images, candidates, learn, test_counts
+    from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import choose_device, environment
     from fastmerge.methods import METHODS
     from fastmerge.models import load_backbone
@@ -92,7 +92,6 @@ def run(config: Any) -> int:
     if random_weights:
         console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
 
-    counts = test_counts(scenario)
     runs = [(method, seed) for seed in seeds for method in methods]
     images = Images(scenario, config, backbone.image_size, device)
     work = Work(scenario, config, runs, {name for name, method in METHODS.items() if method.searches})
@@ -104,8 +103,9 @@ def run(config: Any) -> int:
         if head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
             learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seeds[0], device)
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
-            matrix = zero_shot(learner, images.tests(len(scenario.tasks) - 1), rows)
-            starting = metrics(matrix, counts) | {"accuracy_matrix": matrix}
+            tests = images.tests(len(scenario.tasks) - 1)
+            matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]
+            starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
             del learner
         for number, (method_name, seed) in enumerate(runs):
             record = folder.record(method_name, seed, config.run.save_every)
@@ -116,8 +116,9 @@ def run(config: Any) -> int:
                     backbone, head = prepare(seed)
                 learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seed, device, dataset.flip)
                 state = learn(learner, METHODS[method_name](learner), scenario, images, record, console)
-                result = metrics(state.matrix, counts) | {
+                result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
+                    "test_counts": state.test_counts,
                     "kept_bytes": state.kept_bytes,
                     "peak_memory_bytes": max(state.peak_memory_bytes),
                     "peak_memory_bytes_per_task": state.peak_memory_bytes,
@@ -154,9 +155,9 @@ def run(config: Any) -> int:
 
     save_json(
         folder.path / "results.json",
-        {"zero_shot": starting, "methods": results, "summary": summary(results), "test_counts": counts},
+        {"zero_shot": starting, "methods": results, "summary": summary(results)},
     )
-    draw(folder.path / "plots", results, starting, counts)
+    draw(folder.path / "plots", results, starting)
     console.rich.print(results_table(results, starting))
     console.line(comparison(results, starting))
     console.line(f"results, plots and models: {folder.path}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from fastmerge.checkpoint import joined, resident, select
@@ -108,13 +107,14 @@ def learn(
         row = accuracies(learner, tests, candidates(scenario, learner.config, task.index), tick)
         state.matrix.append(row + [None] * (len(scenario.tasks) - len(row)))
         state.seconds["evaluate"] += time.perf_counter() - start
+        state.test_counts = [len(t) for t in tests]  # without unreadable images
         state.kept_bytes.append(kept_bytes(learner, method))
         state.peak_memory_bytes.append(memory.read())
         state.task, state.phase = task.index + 1, 0
         summary = {
             "task": task.index,
             "accuracy": row,
-            "seen_accuracy": micro(row[: task.index + 1], test_counts(scenario)),
+            "seen_accuracy": micro(row[: task.index + 1], state.test_counts),
             "kept_bytes": state.kept_bytes[-1],
             "peak_memory_bytes": state.peak_memory_bytes[-1],
         }
@@ -127,11 +127,6 @@ def learn(
 def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
     """The classes an image may belong to at test time after task `after`."""
     return range(len(scenario.dataset.class_names)) if config.scenario.eval_classes == "all" else scenario.seen(after)
-
-
-def test_counts(scenario: Scenario) -> list[int]:
-    """Test images per task."""
-    return [int(np.size(task.test)) for task in scenario.tasks]
 
 
 def kept_bytes(learner: Learner, method: Method) -> int:

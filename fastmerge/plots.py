@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ from fastmerge.checkpoint import write_atomically
 from fastmerge.evaluate import micro
 
 
-def draw(
-    folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None, counts: Sequence[int]
-) -> list[Path]:
+def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> list[Path]:
     """Write the plots of `methods[name][seed]` (results as in results.json) as PNG into `folder`; returns their paths."""
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
@@ -56,12 +53,9 @@ def draw(
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    curves = {
-        name: [seen_accuracy(result["accuracy_matrix"], counts) for result in seeds.values()]
-        for name, seeds in methods.items()
-    }
+    curves = {name: [seen_accuracy(result) for result in seeds.values()] for name, seeds in methods.items()}
     if zero_shot:
-        curves = {"zero-shot": [seen_accuracy(zero_shot["accuracy_matrix"], counts)]} | curves
+        curves = {"zero-shot": [seen_accuracy(zero_shot)]} | curves
     for name, runs in curves.items():
         steps = list(zip(*runs, strict=True))
         mean = [statistics.mean(s) for s in steps]
@@ -79,6 +73,6 @@ def draw(
     return paths
 
 
-def seen_accuracy(matrix: Sequence[Sequence[float | None]], counts: Sequence[int]) -> list[float]:
+def seen_accuracy(result: dict[str, Any]) -> list[float]:
     """A_t (micro) after every task, over the tasks seen."""
-    return [micro(row[: i + 1], counts) or 0.0 for i, row in enumerate(matrix)]
+    return [micro(row[: i + 1], result["test_counts"]) or 0.0 for i, row in enumerate(result["accuracy_matrix"])]

@@ -143,7 +143,8 @@ class Train:
         self.classes = torch.tensor(task.classes, device=learner.device)
         groups = [{"params": [learner.flat.theta], "peak": settings.lr}]
         if head := learner.head.trainable():
-            groups.append({"params": head, "peak": settings.head_lr})
+            # no decay: it would wear away the rows of classes that this task does not train
+            groups.append({"params": head, "peak": settings.head_lr, "weight_decay": 0.0})
         fused = learner.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
 

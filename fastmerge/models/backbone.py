@@ -1,0 +1,102 @@
+"""Backbone: an image tower with one small interface for both families, and where its weights come from.
+
+`features = backbone(images)` and `features, tokens = backbone.class_tokens(images)`; images are normalised floats.
+Weights are found on the disk; nothing is fetched without `download=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmerge.errors import UserError
+
+
+class Backbone(nn.Module):
+    """The image tower alone. Subclasses name the family and say how class tokens are read.
+
+    name, family: as the user and the library call it. weights: where they came from; weights_sha256: of their values.
+    image_size: pixels; mean, std: of the normalisation. feature_dim: length of a feature; width: of a token; layers: blocks.
+    """
+
+    family: str
+
+    def __init__(self, name: str, tower: nn.Module, *, weights: str, image_size: int, mean, std, feature_dim: int):
+        super().__init__()
+        self.name, self.weights = name, weights
+        self.tower = tower
+        self.image_size, self.feature_dim = image_size, feature_dim
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.width, self.layers, self.has_class_token = 0, 0, False  # subclasses that have class tokens say more
+        self.requires_grad_(True)
+        self.float()
+        self.weights_sha256 = hash_tensors(self.state_dict())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[b, 3, s, s]` normalised -> `[b, feature_dim]`, not L2-normalised."""
+        return self.tower(images)
+
+    def class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `[b, feature_dim]` and the class token after every block, `[layers, b, width]`, in one forward.
+
+        Raises:
+            UserError: the model has no class token.
+        """
+        if not self.has_class_token:
+            raise UserError(
+                f"model {self.name} has no class token, which prediction consistency (TRM, eq. 7) compares: "
+                "choose a ViT with a class token, or switch the term off with --trm.lambda1 0"
+            )
+        return self._class_tokens(images)
+
+    def _class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{type(self).__name__} says it has class tokens but does not read them")
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes and values in sorted order: the same weights give the same hash from any file format."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Within it attention has second and forward derivatives: torch's fused kernels, and nn.MultiheadAttention's fast path
+    outside of training, have none (pytorch issues 98164, 117629)."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def from_hub_cache(repository: str, names: tuple[str, ...]) -> Path | None:
+    """The first of `names` that the local cache of the Hugging Face hub holds; never touches the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def missing_weights(name: str, tag: str, looked: list[str], why: str = "") -> UserError:
+    """The error for weights that are not on this machine."""
+    places = "\n  ".join(looked)
+    return UserError(
+        f"weights {tag!r} of model {name} are not here{why}. Looked for:\n  {places}\n"
+        "Allow the download with --download, give a checkpoint file with --pretrained FILE, or use --pretrained none"
+    )

@@ -1,0 +1,173 @@
+"""Heads: from features to logits of any set of classes.
+
+text: frozen embeddings of the class names (Radford et al. 2021; recipe of magmax's `src/heads.py`, also for one class).
+linear: a linear layer that gets rows when classes arrive, as in PyCIL and P&M. Rows are trained, never merged.
+prototype: class means of the frozen starting model, normalised: the counterpart of a text head for backbones without text.
+
+Columns of the logits stand in the order of `classes`, indices into the data set's class names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastmerge.errors import UserError
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.openclip import TextEncoder
+
+
+class Head(nn.Module):
+    """What the loop and the methods know of a head. All its state is in `state_dict()`, also for an ungrown head."""
+
+    kind: str
+    needs_initial_features = False  # whether `observe` wants the starting model's features of every new task
+
+    def forward(self, features: Tensor, classes: Tensor) -> Tensor:
+        """features `[b, d]`, classes `[k]` int64 -> logits `[b, k]`."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def grow(self, classes: Sequence[int], generator: torch.Generator) -> None:
+        """A task with these classes begins; classes known already are left alone."""
+
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Features `[b, d]` of the starting model with labels `[b]` (class indices)."""
+
+    def trainable(self) -> list[nn.Parameter]:
+        return []
+
+
+class TextHead(Head):
+    """logits = scale * cos(feature, text embedding); frozen. weight: `[classes, d]` fp32, L2-normalised rows."""
+
+    kind = "text"
+
+    def __init__(self, weight: Tensor, scale: float):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, features: Tensor, classes: Tensor) -> Tensor:
+        return self.scale * F.normalize(features, dim=1) @ self.weight[classes].T
+
+
+class LinearHead(Head):
+    """logits = features W^T + b over the classes known so far. Rows start at zero; weight `[known, d]`, bias `[known]`.
+
+    In a domain-incremental run all classes are known after the first task and the same rows go on training.
+    """
+
+    kind = "linear"
+
+    def __init__(self, feature_dim: int, n_classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(0, feature_dim))
+        self.bias = nn.Parameter(torch.zeros(0))
+        self.register_buffer("row", torch.full((n_classes,), -1))  # row of each class, -1 while it has none
+
+    def forward(self, features: Tensor, classes: Tensor) -> Tensor:
+        rows = self.row[classes]
+        logits = features @ self.weight[rows].T + self.bias[rows]
+        return logits.masked_fill(rows < 0, -torch.inf)  # --eval-classes all asks for classes without a row
+
+    def grow(self, classes: Sequence[int], generator: torch.Generator) -> None:
+        new = [c for c in classes if self.row[c] < 0]
+        known = len(self.weight)
+        self.row[new] = torch.arange(known, known + len(new), device=self.row.device)
+        self._resize(known + len(new))
+
+    def _resize(self, rows: int) -> None:
+        for name in ("weight", "bias"):
+            old = getattr(self, name).detach()
+            value = old.new_zeros(rows, *old.shape[1:])
+            value[: len(old)] = old[:rows]
+            setattr(self, name, nn.Parameter(value))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._resize(len(state_dict[prefix + "bias"]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [self.weight, self.bias]
+
+
+class PrototypeHead(Head):
+    """logits = scale * cos(feature, mean of the class's normalised features under the starting model).
+
+    Sums and counts are kept, so a class that comes back in another domain refines its mean. scale: 100 as in OpenAI's CLIP.
+    """
+
+    kind = "prototype"
+    needs_initial_features = True
+
+    def __init__(self, feature_dim: int, n_classes: int, scale: float = 100.0):
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(n_classes, feature_dim))
+        self.register_buffer("count", torch.zeros(n_classes, dtype=torch.int64))
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, features: Tensor, classes: Tensor) -> Tensor:
+        logits = self.scale * F.normalize(features, dim=1) @ F.normalize(self.sum[classes], dim=1).T
+        return logits.masked_fill(self.count[classes] == 0, -torch.inf)
+
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        self.sum.index_add_(0, labels, F.normalize(features.to(self.sum.dtype), dim=1))
+        self.count.index_add_(0, labels, torch.ones_like(labels))
+
+
+def text_weights(encoder: TextEncoder, class_names: Sequence[str], templates: Sequence[str], key: str) -> Tensor:
+    """`[classes, d]`: every template encoded and normalised, averaged per class, normalised again.
+
+    Kept in the user's cache folder under a hash of `key`, names and templates; a folder that cannot be used is no error.
+    """
+    about = json.dumps([key, list(class_names), list(templates)])
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = root / "fastmerge" / "heads" / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
+    try:
+        return load_file(path)["weight"]
+    except (OSError, SafetensorError, KeyError):
+        pass  # not there yet, or damaged: made anew
+    prompts = [template.format(name) for name in class_names for template in templates]
+    rows = encoder.encode(prompts).view(len(class_names), len(templates), -1)
+    weight = F.normalize(rows.mean(1), dim=1)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"weight": weight.contiguous()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError):
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+    return weight
+
+
+def build_head(
+    kind: str, *, backbone: Backbone, encoder: TextEncoder | None, class_names: Sequence[str], templates: Sequence[str]
+) -> Head:
+    """A fresh head `text`, `linear` or `prototype` for these classes.
+
+    Raises:
+        UserError: a text head for a backbone without text tower.
+    """
+    if kind == "linear":
+        return LinearHead(backbone.feature_dim, len(class_names))
+    if kind == "prototype":
+        return PrototypeHead(backbone.feature_dim, len(class_names))
+    if encoder is None:
+        raise UserError(f"--head text: model {backbone.name} has no text tower; use --head prototype or --head linear")
+    key = f"{backbone.name} {hash_of(encoder)}"
+    return TextHead(text_weights(encoder, class_names, templates, key), encoder.logit_scale)
+
+
+def hash_of(encoder: TextEncoder) -> str:
+    from fastmerge.models.backbone import hash_tensors
+
+    return hash_tensors({k: v for k, v in encoder.clip.state_dict().items() if not k.startswith("visual.")})

@@ -1,0 +1,104 @@
+"""timm models as backbones without a text tower: any name, a tag, a local checkpoint, or random weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastmerge.errors import UserError, nearest
+from fastmerge.models.backbone import Backbone, from_hub_cache, missing_weights
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class TimmBackbone(Backbone):
+    """A timm model without its classifier; its features are those before the classifier (pooled and normalised)."""
+
+    family = "timm"
+
+    def __init__(self, name: str, model: nn.Module, *, weights: str):
+        config = model.pretrained_cfg
+        height, width = config["input_size"][1:]
+        if height != width:
+            raise UserError(f"model {name} takes {height} x {width} images; only square ones are supported")
+        about = {"image_size": height, "mean": config["mean"], "std": config["std"], "feature_dim": model.num_features}
+        super().__init__(name, model, weights=weights, **about)
+        if isinstance(model, timm.models.VisionTransformer) and model.cls_token is not None:
+            self.has_class_token = True
+            self.layers, self.width = len(model.blocks), model.embed_dim
+
+    def _class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, blocks = self.tower.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")
+        return self.tower.forward_head(tokens), torch.stack([prefix[:, 0] for _, prefix in blocks])
+
+
+def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str]:
+    """(file with the weights, tag); tag `default` is timm's own choice. None: timm may fetch them itself (`download`).
+
+    Raises:
+        UserError: unknown tag, or the weights are not here and may not be fetched.
+    """
+    tags = [n.removeprefix(name + ".") for n in timm.list_pretrained(f"{name}.*")]
+    config = (
+        timm.get_pretrained_cfg(name if tag == "default" else f"{name}.{tag}") if tag in ("default", *tags) else None
+    )
+    if config is None or not (config.hf_hub_id or config.url):
+        raise UserError(
+            f"--pretrained {tag}: timm has no such tag for {name}, and there is no such file.{nearest(tag, tags)} "
+            f"Tags: default, {', '.join(tags) or 'none'}; or a checkpoint file, or none for random weights"
+        )
+    looked = []
+    if config.hf_hub_id:
+        if found := from_hub_cache(config.hf_hub_id, WEIGHT_FILES):
+            return found, config.tag
+        looked += [f"Hugging Face cache: {config.hf_hub_id}: {file}" for file in WEIGHT_FILES]
+    if config.url and config.url.startswith("http"):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
+        if path.is_file():
+            return path, config.tag
+        looked.append(str(path))
+    if not download:
+        raise missing_weights(name, tag, looked)
+    return None, config.tag
+
+
+def load_file(model: nn.Module, path: Path) -> None:
+    """Load a local checkpoint; the classifier in it is left out.
+
+    Raises:
+        UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack any tensor.)
+    """
+    mend = getattr(
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
+    )  # e.g. resizes position embeddings
+    try:
+        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=mend)
+        if result is not None and result.missing_keys:
+            raise KeyError(f"it lacks {len(result.missing_keys)} tensors, such as {result.missing_keys[0]}")
+    except Exception as error:  # unpickling, safetensors and key errors have nothing in common
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--pretrained {path}: cannot be loaded into this model ({first}); expected its state dict"
+        ) from None
+
+
+def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbone, None]:
+    """A timm model by name (see `timm.list_models()`), without text tower."""
+    if pretrained == "none" or Path(pretrained).is_file():
+        model, weights = timm.create_model(name, num_classes=0), "random weights"
+        if pretrained != "none":
+            load_file(model, Path(pretrained))
+            weights = f"file {pretrained}"
+        return TimmBackbone(name, model, weights=weights), None
+    path, tag = find_weights(name, pretrained, download)
+    overlay = None if path is None else {"file": str(path)}
+    full = f"{name}.{tag}"
+    try:
+        model = timm.create_model(full, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # the hub, urllib and the socket each raise their own kinds
+        raise missing_weights(name, tag, [str(path or f"timm hub: {full}")], f", or cannot be read ({error})") from None
+    return TimmBackbone(name, model, weights=f"timm tag {tag}"), None
