@@ -1,0 +1,198 @@
+"""Glyphs: 913 Unicode characters in twelve DejaVu faces, embedded in the package. The default data set; needs no files.
+
+Classes are characters with their Unicode names, domains are the font families (a family never seen is a real shift, a
+style hardly one). The atlas is rendered once by scripts/render_glyphs.py. An image is one glyph of the atlas under random
+affine jitter, blur, colours and noise, all of them a function of (split seed, index): the same image at every call and
+for any batch; only rounding differs between devices. Images are made on the device, in batches, at 32 x 32 pixels.
+
+Which classes: characters are put in the order of the SHA-256 of their names, which scatters the scripts, and a data set of
+n classes has the first n, sorted by code point. The embedded backbone (fastmerge.models.tiny) was pre-trained on all
+characters after the first `HELD_OUT` of that order, so up to `HELD_OUT` classes are new to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastmerge.data.dataset import Dataset, Split
+from fastmerge.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+SIZE = 32  # pixels of an atlas cell
+FAMILIES = ("sans", "mono", "serif")
+STYLES = ("regular", "bold", "oblique", "bold-oblique")
+FACES = tuple(f"{family}-{style}" for family in FAMILIES for style in STYLES)  # the columns of the atlas
+TEMPLATES = ("{}", "a {}", "the {}")
+HELD_OUT = 100
+SEEDS = {"train": 1, "test": 2}
+CHUNK = 512  # images made at a time: the intermediate floats stay in the cache of a CPU
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Half ranges, uniform unless said otherwise."""
+
+    rotation: float = 12.0  # degrees
+    scale: float = 0.2  # of the logarithm
+    shear: float = 0.15
+    shift: float = 2.5  # pixels
+    blur: float = 1.0  # largest weight of the blurred glyph against the sharp one; smallest 0
+    contrast: float = 0.35  # smallest difference of the dark ink and the light paper, largest 1
+    tint: float = 0.1  # added to every channel of ink and of paper
+    noise: float = 0.2  # largest standard deviation relative to the contrast; smallest 0
+
+
+JITTER = Jitter()
+UNIFORMS = 16  # random numbers that one image takes
+
+
+@functools.cache
+def characters() -> tuple[tuple[str, str], ...]:
+    """(code point such as 'U+0041', lower-case Unicode name) of every row of the atlas, by code point."""
+    lines = (ASSETS / "glyphs.tsv").read_text(encoding="ascii").splitlines()
+    return tuple((code, name) for code, name in (line.split("\t") for line in lines))
+
+
+@functools.cache
+def scattered() -> tuple[int, ...]:
+    """Rows of the atlas in the order of the SHA-256 of their names: the first n are the classes of a data set of n."""
+    names = [name for _, name in characters()]
+    return tuple(sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest()))
+
+
+def pretraining_rows() -> tuple[int, ...]:
+    """Rows of the atlas that the embedded backbone was pre-trained on, by code point."""
+    return tuple(sorted(scattered()[HELD_OUT:]))
+
+
+@functools.cache
+def atlas() -> np.ndarray:
+    """[characters, faces, 32, 32] uint8 coverage, ink is 255. Read-only."""
+    image = np.asarray(Image.open(ASSETS / "glyphs.png"))
+    cells = image.reshape(len(characters()), SIZE, len(FACES), SIZE).transpose(0, 2, 1, 3)
+    cells = np.ascontiguousarray(cells)
+    cells.flags.writeable = False
+    return cells
+
+
+@functools.lru_cache(maxsize=4)
+def _atlas_on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Sharp and blurred cells [characters * faces, 32, 32] float16 in 0..1, and the bank of normals [65536] float32.
+
+    Blur: twice the binomial [1 2 1]/4 in both directions.
+    """
+    sharp = torch.from_numpy(atlas().reshape(-1, SIZE, SIZE).astype(np.float32) / 255)
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    blurred = F.conv2d(sharp[:, None], (kernel[:, None] * kernel)[None, None], padding=2)[:, 0]
+    # RandomState is the one numpy generator whose normals never change between versions.
+    bank = torch.from_numpy(np.random.RandomState(0).standard_normal(1 << 16).astype(np.float32))
+    return sharp.half().to(device), blurred.half().to(device), bank.to(device)
+
+
+def uniforms(seed: int, index: np.ndarray) -> np.ndarray:
+    """[k, UNIFORMS] float64 in [0, 1): SplitMix64 at position index * UNIFORMS + j of the stream `seed`."""
+
+    def mix(z):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    position = index.astype(np.uint64)[:, None] * np.uint64(UNIFORMS) + np.arange(1, UNIFORMS + 1, dtype=np.uint64)
+    start = mix(np.full(1, seed, np.uint64) + np.uint64(0x632BE59BD9B4E019))
+    return (mix(start + position * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
+
+
+def render(cells: np.ndarray, u: np.ndarray, device: torch.device, jitter: Jitter = JITTER, size: int = SIZE) -> Tensor:
+    """Images uint8 [k, 3, size, size] of the atlas cells [k] (row * 12 + face) under jitter drawn by u [k, UNIFORMS]."""
+    return torch.cat([_render(cells[i : i + CHUNK], u[i : i + CHUNK], device, jitter, size)
+                      for i in range(0, len(cells), CHUNK)])  # fmt: skip
+
+
+def _render(cells: np.ndarray, u: np.ndarray, device: torch.device, jitter: Jitter, size: int) -> Tensor:
+    sharp, blurred, bank = _atlas_on(device)
+    signed = 2 * u - 1
+    angle, zoom = np.deg2rad(jitter.rotation) * signed[:, 0], np.exp(jitter.scale * signed[:, 1])
+    shear, shift = jitter.shear * signed[:, 2], jitter.shift * 2 / SIZE * signed[:, 3:5]
+    contrast = jitter.contrast + (1 - jitter.contrast) * u[:, 5]
+    middle = contrast / 2 + (1 - contrast) * u[:, 6]
+    ink = (middle - contrast / 2)[:, None] + jitter.tint * signed[:, 8:11]
+    paper = (middle + contrast / 2)[:, None] + jitter.tint * signed[:, 11:14]
+    blur, noise = jitter.blur * u[:, 14], jitter.noise * u[:, 15]
+    window = (u[:, 7] * (len(bank) - SIZE * SIZE)).astype(np.int64)  # of the noise
+
+    # From a pixel of the image to the atlas: undo shift, rotation, scale, shear. All products are written out: a batched
+    # matrix product may round differently for another batch size.
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    matrix = np.stack([cos + shear * sin, sin - shear * cos, cos, -sin], 1)  # x from x, x from y; y from y, y from x
+    numbers = np.concatenate([matrix, shift, blur[:, None], noise[:, None], paper * 255, (ink - paper) * 255], 1)
+    xx, xy, yy, yx, dx, dy, blur_t, noise_t, *colours = (
+        torch.from_numpy(numbers.astype(np.float32)).to(device).T[:, :, None, None].unbind()
+    )
+    cell = torch.from_numpy(cells).to(device)
+    glyph = torch.lerp(sharp[cell].float(), blurred[cell].float(), blur_t)  # [k, 32, 32]
+    centres = (torch.arange(SIZE, device=device, dtype=torch.float32) * 2 + 1) / SIZE - 1
+    x, y = centres - dx, centres[:, None] - dy  # [k, 1, 32], [k, 32, 1]
+    grid = torch.stack([xx * x + xy * y, yx * x + yy * y], -1)
+    coverage = F.grid_sample(glyph[:, None], grid, align_corners=False)[:, 0]
+    normals = bank.unfold(0, SIZE * SIZE, 1)[torch.from_numpy(window).to(device)].view(-1, SIZE, SIZE)
+    coverage = torch.addcmul(coverage, noise_t, normals)
+    paper_t, ink_t = torch.stack(colours[:3], 1), torch.stack(colours[3:], 1)  # [k, 3, 1, 1]
+    images = torch.addcmul(paper_t, ink_t, coverage[:, None])
+    if size != SIZE:
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return images.add_(0.5).clamp_(0, 255.5).to(torch.uint8)
+
+
+def _split(part: str, rows: Sequence[int], per_face: int) -> Split:
+    """Every class in every face, per_face times. Ids carry the position in the *atlas*: n does not change an image."""
+    n_faces = len(FACES)
+    label, face, copy = (a.reshape(-1) for a in np.indices((len(rows), n_faces, per_face), dtype=np.int64))
+    cell = np.asarray(rows, np.int64)[label] * n_faces + face
+    number = copy * len(characters()) * n_faces + cell  # names the image, whatever the other classes and copies
+    codes = [characters()[row][0] for row in rows]
+    ids = [f"{part}/{FACES[f]}/{codes[c]}/{i}" for c, f, i in zip(label, face, copy, strict=True)]
+    seed = SEEDS[part]
+
+    def read(indices: np.ndarray, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        images = render(cell[indices], uniforms(seed, number[indices]), torch.device(device), JITTER, size)
+        return images, torch.ones(len(indices), dtype=torch.bool)
+
+    return Split(labels=label, domains=face // len(STYLES), ids=ids, read=read, on_device=True)
+
+
+def load(root: str | None = None, *, classes: int = 100, train_per_face: int = 4, test_per_face: int = 2) -> Dataset:
+    """The glyphs data set: classes * 12 faces * (train_per_face, test_per_face) images, domains sans, mono, serif.
+
+    Raises UserError for a root (there are no files), more classes than there are characters, or sizes below 1.
+    """
+    if root is not None:
+        raise UserError(f"data set 'glyphs' is part of the package and reads no files; leave the data root {root} out.")
+    if not 2 <= classes <= len(characters()):
+        raise UserError(
+            f"data set 'glyphs' has {len(characters())} characters; choose 2 to {len(characters())} classes, not {classes}."
+        )
+    for what, value in (("train_per_face", train_per_face), ("test_per_face", test_per_face)):
+        if value < 1:
+            raise UserError(f"{what} of data set 'glyphs' must be at least 1, not {value}.")
+    rows = sorted(scattered()[:classes])
+    overlap = max(0, classes - HELD_OUT)
+    return Dataset(
+        name="glyphs",
+        class_names=tuple(characters()[row][1] for row in rows),
+        domain_names=FAMILIES,
+        train=_split("train", rows, train_per_face),
+        test=_split("test", rows, test_per_face),
+        templates=TEMPLATES,
+        flip=False,
+        notes=(f"{overlap} of the classes were seen in pre-training of the embedded backbone",) if overlap else (),
+    )
