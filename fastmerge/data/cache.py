@@ -8,6 +8,8 @@ does not depend on the budget.
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -171,8 +173,8 @@ class ImageCache:
         self, split: Split, indices: np.ndarray, device: torch.device, stop: threading.Event | None = None
     ) -> tuple[Tensor, np.ndarray, int]:
         """Images [n, 3, S, S] on `device`, their labels, and how many could not be read."""
-        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8, device=device)
-        labels, filled = [], 0
+        images = _pixels((len(indices), 3, self.size, self.size), device)
+        labels, filled = np.empty(len(indices), np.int64), 0
         for start in range(0, len(indices), CHUNK):
             if stop and stop.is_set():
                 break
@@ -181,9 +183,9 @@ class ImageCache:
             if not good.all():
                 pixels, chunk = pixels[good.to(pixels.device)], chunk[good.numpy()]
             images[filled : filled + len(chunk)] = pixels
-            labels.append(split.labels[chunk])
+            labels[filled : filled + len(chunk)] = split.labels[chunk]
             filled += len(chunk)
-        return images[:filled], np.concatenate(labels or [split.labels[:0]]), len(indices) - filled
+        return images[:filled], labels[:filled], len(indices) - filled
 
     def _on_device(self, images: Tensor, labels: np.ndarray, skipped: int) -> TaskImages:
         return TaskImages(images.to(self.device), torch.from_numpy(labels).to(self.device), skipped)
@@ -195,6 +197,14 @@ class ImageCache:
 class _Prefetch:
     def __init__(self, key: tuple[Split, bytes]) -> None:
         self.key, self.decoded, self.stop = key, Future(), threading.Event()
+
+
+def _pixels(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Uninitialised uint8. On the host outside the heap: test images are kept while train images come and go between
+    them, and a heap would be left with holes as large as what is kept."""
+    if device != CPU or not (size := math.prod(shape)):
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape)
 
 
 def _free_bytes(device: torch.device) -> int:
