@@ -2,8 +2,10 @@
 
 Every loop has the signature `f(start, stop, ...)` over entries start..stop-1 and releases the GIL. Threads take spans of
 whole chunks from one queue; a reduction writes one float64 row per chunk, and rows are added in order, so results do not
-depend on the number of threads. bf16 comes as uint16 and fp16 as int16 arrays (numba has neither): `load` and `store`
-convert, arithmetic is fp32 throughout. No fast-math flag is set, so NaN and inf propagate and vector and scalar code give
+depend on the number of threads. Loops work on blocks that stay in the first-level cache: `fetch` gives a block of an
+input as fp32, `store` writes one. Where all tensors are fp32 a fetched block is the input itself; with any bf16 or fp16 it
+is converted, by bit arithmetic and the processor's half-precision instructions, so a loop is compiled for these two cases
+only. No fast-math flag is set, so NaN and inf propagate and vector and scalar code give
 the same bits.
 """
 
@@ -127,12 +129,14 @@ def reduce(function: Callable, length: int, columns: int, *args) -> np.ndarray:
     return rows.sum(0)
 
 
-_VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def array(x: Tensor | None) -> np.ndarray | None:
-    """The tensor's memory as float32, uint16 (bf16) or int16 (fp16) array."""
-    return None if x is None else x.detach().view(_VIEWS.get(x.dtype, x.dtype)).numpy()
+def arrays(*tensors: Tensor | None) -> list:
+    """What loops take for the tensors of one call: fp32 arrays, or (bytes, dtype code) pairs if any of them is not fp32."""
+    if all(x is None or x.dtype == torch.float32 for x in tensors):
+        return [None if x is None else x.detach().numpy() for x in tensors]
+    return [None if x is None else (x.detach().view(torch.uint8).numpy(), _CODES[x.dtype]) for x in tensors]
 
 
 def number(value: float, tensor: Tensor | None) -> np.float32:
@@ -153,6 +157,7 @@ def _reinterpret(source, target):
     return cast
 
 
+_u32 = np.uint32
 bits = _reinterpret(types.float32, types.uint32)
 floating = _reinterpret(types.uint32, types.float32)
 
@@ -162,7 +167,7 @@ def _from_half(typingctx, x):
     def codegen(context, builder, signature, args):
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
-    return types.float32(types.int16), codegen
+    return types.float32(types.uint16), codegen
 
 
 @intrinsic
@@ -170,63 +175,78 @@ def _to_half(typingctx, x):
     def codegen(context, builder, signature, args):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
-    return types.int16(types.float32), codegen
+    return types.uint16(types.float32), codegen
 
 
-def load(x, i):
-    """x[i] as fp32 (loops only). The unsigned index tells LLVM that none counts from the end, else no loop vectorises."""
+@numba.njit
+def _decode(source, code, first, count, scratch):
+    if code == 0:
+        scratch[:count] = source.view(np.float32)[first : first + count]
+    elif code == 1:
+        x = source.view(np.uint16)[first : first + count]
+        for j in range(count):
+            scratch[j] = floating(np.uint32(np.uint32(x[j]) << np.uint32(16)))
+    else:
+        x = source.view(np.uint16)[first : first + count]
+        for j in range(count):
+            scratch[j] = _from_half(x[j])
 
 
-@overload(load, jit_options={"forceinline": True})
-def _load(x, i):
-    if x.dtype == types.uint16:
-        return lambda x, i: floating(np.uint32(np.uint32(x[np.uint64(i)]) << np.uint32(16)))
-    if x.dtype == types.int16:
-        return lambda x, i: _from_half(x[np.uint64(i)])
-    return lambda x, i: x[np.uint64(i)]
+@numba.njit
+def _store_float(out, values):
+    bad = np.int32(0)  # 32 bits like the data, or the loop runs at half speed
+    for j in range(out.size):
+        out[j] = values[j]
+        bad = np.int32(bad + np.int32(_u32(bits(values[j]) & _u32(0x7F800000)) == _u32(0x7F800000)))
+    return np.int64(bad)
 
 
-def store(out, start, values, count):
-    """out[start : start + count] = values[:count], rounded to nearest even; returns how many are not finite (loops only).
+@numba.njit
+def _encode(out, code, first, count, values):
+    if code == 0:
+        return _store_float(out.view(np.float32)[first : first + count], values)
+    bad, x = np.int32(0), out.view(np.uint16)[first : first + count]
+    if code == 1:
+        for j in range(x.size):
+            b = bits(values[j])
+            rounded = _u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1)))
+            quiet = _u32(b | _u32(0x400000))  # rounding could carry a NaN into infinity
+            rounded = quiet if _u32(b & _u32(0x7FFFFFFF)) > _u32(0x7F800000) else rounded
+            bad = np.int32(bad + np.int32(_u32(rounded & _u32(0x7F800000)) == _u32(0x7F800000)))
+            x[j] = np.uint16(rounded >> _u32(16))
+    else:
+        for j in range(x.size):
+            h = _u32(_to_half(values[j]))
+            bad = np.int32(bad + np.int32(_u32(h & _u32(0x7C00)) == _u32(0x7C00)))
+            x[j] = np.uint16(h)
+    return np.int64(bad)
 
-    Loops compute into a small block and store it here: a loop whose output may alias an input does not vectorise.
+
+def fetch(x, first, count, scratch):
+    """Entries first .. first + count - 1 as an fp32 array, in `scratch` if they must be converted (loops only)."""
+
+
+@overload(fetch, jit_options={"forceinline": True})
+def _fetch(x, first, count, scratch):
+    if isinstance(x, types.Array):
+        return lambda x, first, count, scratch: x[first : first + count]
+
+    def convert(x, first, count, scratch):
+        _decode(x[0], x[1], first, count, scratch)
+        return scratch[:count]
+
+    return convert
+
+
+def store(out, first, count, values):
+    """out[first : first + count] = values[:count], rounded to nearest; returns how many of them are not finite (loops only).
+
+    Loops compute into a block and store it here: a loop whose output may alias an input does not vectorise.
     """
 
 
 @overload(store, jit_options={"forceinline": True})
-def _store(out, start, values, count):
-    if out.dtype == types.uint16:
-
-        def bf16(out, start, values, count):
-            bad = 0
-            for j in range(count):
-                b = bits(values[j])
-                rounded = np.uint32(b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))
-                if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # NaN: keep it one
-                    rounded = b | np.uint32(0x400000)
-                h = np.uint16(rounded >> np.uint32(16))
-                bad += (h & np.uint16(0x7F80)) == np.uint16(0x7F80)
-                out[np.uint64(start + j)] = h
-            return bad
-
-        return bf16
-    if out.dtype == types.int16:
-
-        def fp16(out, start, values, count):
-            bad = 0
-            for j in range(count):
-                h = _to_half(values[j])
-                bad += (h & np.int16(0x7C00)) == np.int16(0x7C00)
-                out[np.uint64(start + j)] = h
-            return bad
-
-        return fp16
-
-    def fp32(out, start, values, count):
-        bad = 0
-        for j in range(count):
-            out[np.uint64(start + j)] = values[j]
-            bad += (bits(values[j]) & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
-        return bad
-
-    return fp32
+def _store(out, first, count, values):
+    if isinstance(out, types.Array):
+        return lambda out, first, count, values: _store_float(out[first : first + count], values)
+    return lambda out, first, count, values: _encode(out[0], out[1], first, count, values)

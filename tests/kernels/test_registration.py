@@ -1,0 +1,193 @@
+"""The ops as torch sees them: `opcheck`, `torch.compile(fullgraph=True)` against eager, argument errors, imports, caching."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import fastmerge_kernels as fk
+import pytest
+import torch
+from oracle import INTERPRET, vectors
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="independent of the kernels")
+KEY = {"seed": 3, "stream": 1}
+
+
+def calls(device):
+    """(op, arguments) of every registered op, in all its optional forms."""
+    a, b, c, g = vectors(4, 1100, device=device)
+    number, bad = torch.tensor(0.3, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    direction = fk.trm_direction(a, b, **KEY)
+    ops = torch.ops.fastmerge
+    yield ops.lerp, (a, b, 0.25, None, torch.empty_like(a), None)
+    yield ops.lerp, (a, b, 0.0, number, torch.empty_like(a), bad)
+    for replace in ("none", "anchored", "literal"):
+        position = (3, 1, replace, 0.6, 7)
+        initial = c if replace == "literal" else None
+        yield ops.trm_direction, (a, b, *position)
+        yield ops.trm_merge, (a, b, initial, 0.3, None, 0.0, number, direction, *position, torch.empty_like(a), bad)
+        yield ops.subspace_gradient, (g, c, 0.5, a, b, direction, *position)
+
+
+def test_opcheck(device):
+    seen = set()
+    for op, arguments in calls(device):
+        torch.library.opcheck(op, arguments)
+        seen.add(op.__name__)
+    assert seen == {"lerp", "trm_direction", "trm_merge", "subspace_gradient"}
+
+
+def test_every_op_is_checked():
+    """A new op must be added to `calls`."""
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fastmerge::")
+    }
+    assert registered == {op.__name__ for op, _ in calls("cpu")}
+
+
+def test_compiles_to_one_graph(device):
+    a, b, c, g = vectors(4, 1100, device=device)
+
+    def step(a, b, c, g, alpha, seed):
+        bad = torch.zeros(1, dtype=torch.int64, device=a.device)
+        direction = fk.trm_direction(a * 1.0, b, seed=seed, stream=1)
+        merged = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, nonfinite=bad)
+        literal = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, replace="literal", initial=c)
+        sums = fk.subspace_gradient(g, a, b, direction, seed=seed, stream=1, gradient2=c, scale2=0.5)
+        kept = a.clone()
+        fk.lerp(kept, b, alpha, out=kept)
+        return direction, merged, literal, sums, kept * 2, bad
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in (5, 6, 2**62):
+        alpha = torch.tensor(0.1 * (seed % 10), device=device)
+        for x, y in zip(compiled(a, b, c, g, alpha, seed), step(a, b, c, g, alpha, seed), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_writes_raise_the_version_counter(device):
+    a, b = vectors(2, 64, device=device)
+    bad, version = torch.zeros(1, dtype=torch.int64, device=device), a._version
+    fk.lerp(a, b, 0.5, out=a, nonfinite=bad)
+    assert a._version > version and bad._version > 0
+
+
+def test_parameters_may_require_grad(device):
+    a, b = (torch.nn.Parameter(x) for x in vectors(2, 640, device=device))
+    expected = fk.lerp(a.detach(), b.detach(), 0.5)
+    assert torch.equal(fk.lerp(a, b, 0.5, out=a), expected) and not fk.lerp(a, b, 0.5).requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"current": torch.zeros(9)}, ValueError, "current: expected shape .10., that of previous, got .9."),
+        ({"current": torch.zeros(10, dtype=torch.float64)}, TypeError, "current: expected dtype .* got torch.float64"),
+        ({"current": torch.zeros(10, dtype=torch.int32)}, TypeError, "current: expected dtype .* got torch.int32"),
+        ({"current": torch.zeros(20)[::2]}, ValueError, "current: expected a contiguous tensor"),
+        ({"current": torch.zeros(2, 5)}, ValueError, "current: expected a 1-D tensor, got shape .2, 5."),
+        ({"current": [0.0] * 10}, TypeError, "current: expected a tensor, got list"),
+        (
+            {"current": torch.zeros(10, device="meta")},
+            ValueError,
+            "current: expected device cpu, that of previous, got meta",
+        ),
+        ({"out": torch.zeros(11)}, ValueError, "out: expected shape"),
+        ({"direction": torch.zeros(2, dtype=torch.float64)}, ValueError, "direction: expected the float64 .3."),
+        ({"direction": torch.zeros(3)}, ValueError, "direction: expected the float64 .3."),
+        ({"replace": "anchord"}, ValueError, "replace: expected one of none, anchored, literal, got 'anchord'"),
+        ({"replace": "literal"}, ValueError, "initial: needed for replace='literal'"),
+        ({"initial": torch.zeros(10)}, ValueError, "initial: needed for replace='literal' and only there"),
+        ({"ratio": 1.5}, ValueError, "ratio: expected a number in .0, 1., got 1.5"),
+        ({"ratio": float("nan")}, ValueError, "ratio: expected"),
+        ({"offset": -1}, ValueError, "offset: expected 0 <= offset"),
+        ({"offset": 2**62}, ValueError, "offset: expected 0 <= offset"),
+        ({"seed": -1}, ValueError, "seed: expected an integer in"),
+        ({"stream": 2**63}, ValueError, "stream: expected an integer in"),
+        ({"alpha": torch.zeros(2)}, ValueError, "alpha: expected one floating-point element"),
+        ({"nonfinite": torch.zeros(1)}, TypeError, "nonfinite: expected an int64 tensor"),
+        ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, ValueError, "nonfinite: expected one element"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, words):
+    arguments = {
+        "previous": torch.ones(10),
+        "current": torch.ones(10),
+        "alpha": 0.5,
+        "beta": 0.1,
+        "seed": 0,
+        "stream": 0,
+    }
+    arguments |= {"direction": torch.ones(3, dtype=torch.float64), "out": torch.full((10,), 7.0)} | change
+    out = arguments["out"].clone()
+    with pytest.raises(error, match=words):
+        fk.trm_merge(**arguments)
+    assert torch.equal(arguments["out"], out)  # nothing was written
+
+
+def test_partial_overlap_is_an_error():
+    memory = torch.zeros(30)
+    with pytest.raises(ValueError, match="out: partly overlaps b"):
+        fk.lerp(memory[20:], memory[5:15], 0.5, out=memory[:10])
+    with pytest.raises(ValueError, match="out: partly overlaps a"):
+        fk.lerp(memory[:10], memory[20:], 0.5, out=memory[:5].view(torch.bfloat16))
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(NotImplementedError, match="fastmerge::lerp"):
+        torch.ops.fastmerge.lerp(*[torch.zeros(3).to_sparse()] * 2, 0.5, None, torch.zeros(3).to_sparse(), None)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_import_is_light():
+    """Importing loads neither numba nor Triton; the first op loads numba, and never torch's compiler."""
+    run = python(
+        "import sys, torch; before = set(sys.modules); import fastmerge_kernels as fk\n"
+        "new = set(sys.modules) - before; assert not new & {'numba', 'triton', 'llvmlite'}, new\n"
+        "fk.lerp(torch.ones(3), torch.ones(3), 0.5)\n"
+        "assert 'numba' in sys.modules and not {'triton', 'torch._dynamo'} & set(sys.modules)"
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_unwritable_cache_gives_one_warning(tmp_path):
+    """Where numba finds no folder to cache in, ops work and say so once; a cache that cannot be written does the same."""
+    code = (
+        "import sys, warnings, torch, numba.core.caching as caching\n{patch}\n"
+        "import fastmerge_kernels as fk\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    a = torch.ones(5); fk.lerp(a.half(), a, 0.5); assert fk.lerp(a, a * 2, 0.5)[0] == 1.5\n"
+        "assert len([w for w in seen if 'anew in every process' in str(w.message)]) == 1, seen"
+    )
+    no_folder = "caching.CacheImpl._locator_classes = []"
+    full_disk = "def full(self, *a): raise OSError('No space left on device')\ncaching.IndexDataCacheFile.save = full"
+    for patch in (no_folder, full_disk):
+        run = python(code.format(patch=patch), NUMBA_CACHE_DIR=str(tmp_path))
+        assert run.returncode == 0, run.stderr
+
+
+def test_cache_is_used_and_follows_the_sources(tmp_path):
+    """A second process loads the compiled loop; with another fingerprint of the sources it compiles again."""
+    code = (
+        "import fastmerge_kernels.cpu as cpu, torch, sys\n"
+        "cpu._SOURCES += sys.argv[1] if len(sys.argv) > 1 else ''\n"
+        "import fastmerge_kernels as fk; fk.lerp(torch.ones(3), torch.ones(3), 0.5)\n"
+        "from fastmerge_kernels.elementwise_cpu import _lerp\n"
+        "print(len(_lerp.stats.cache_hits), len(_lerp.stats.cache_misses))"
+    )
+    results = []
+    for extra in ([], [], ["changed"]):
+        command = [sys.executable, "-c", code, *extra]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        results.append(
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        )
+    assert results == [["0", "1"], ["1", "0"], ["0", "1"]]
