@@ -8,18 +8,18 @@ does not depend on the budget.
 
 from __future__ import annotations
 
-import math
-import mmap
 import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmerge.data.dataset import Split
+from fastmerge.data.files import host_pixels
 from fastmerge.errors import UserError
 
 CHUNK = 256  # images decoded at a time: what a copy to the device carries, and how soon a decoder can be stopped
@@ -111,6 +111,7 @@ class ImageCache:
         self._kept_bytes = self._current_bytes = 0
         self._next: _Prefetch | None = None
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def get(self, split: Split, indices: np.ndarray, keep: bool = False) -> TaskImages:
         """The images `indices` of `split`, decoded now unless they were prefetched or kept.
@@ -154,8 +155,8 @@ class ImageCache:
         if self._next and self._next.key == key:
             return
         self.close()
-        self._next = _Prefetch(key)
-        threading.Thread(target=self._fetch, args=(self._next, split, indices), daemon=True).start()
+        stop = threading.Event()
+        self._next = _Prefetch(key, self._behind.submit(self._decode, split, indices, CPU, stop), stop)
 
     def close(self) -> None:
         """Stop the background decoding, if any."""
@@ -163,17 +164,12 @@ class ImageCache:
             self._next.stop.set()
             self._next = None
 
-    def _fetch(self, prefetch: _Prefetch, split: Split, indices: np.ndarray) -> None:
-        try:
-            prefetch.decoded.set_result(self._decode(split, indices, CPU, prefetch.stop))
-        except BaseException as error:  # whatever it is, get() raises it in the thread that asks
-            prefetch.decoded.set_exception(error)
-
     def _decode(
         self, split: Split, indices: np.ndarray, device: torch.device, stop: threading.Event | None = None
     ) -> tuple[Tensor, np.ndarray, int]:
         """Images [n, 3, S, S] on `device`, their labels, and how many could not be read."""
-        images = _pixels((len(indices), 3, self.size, self.size), device)
+        shape = (len(indices), 3, self.size, self.size)
+        images = host_pixels(shape) if device == CPU else torch.empty(shape, dtype=torch.uint8, device=device)
         labels, filled = np.empty(len(indices), np.int64), 0
         for start in range(0, len(indices), CHUNK):
             if stop and stop.is_set():
@@ -194,17 +190,10 @@ class ImageCache:
         return len(indices) * 3 * self.size * self.size
 
 
-class _Prefetch:
-    def __init__(self, key: tuple[Split, bytes]) -> None:
-        self.key, self.decoded, self.stop = key, Future(), threading.Event()
-
-
-def _pixels(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Uninitialised uint8. On the host outside the heap: test images are kept while train images come and go between
-    them, and a heap would be left with holes as large as what is kept."""
-    if device != CPU or not (size := math.prod(shape)):
-        return torch.empty(shape, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape)
+class _Prefetch(NamedTuple):
+    key: tuple[Split, bytes]
+    decoded: Future[tuple[Tensor, np.ndarray, int]]
+    stop: threading.Event
 
 
 def _free_bytes(device: torch.device) -> int:

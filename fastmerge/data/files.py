@@ -8,6 +8,8 @@ EXIF rotation is ignored, as torchvision does.
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +87,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def host_pixels(shape: tuple[int, ...]) -> Tensor:
+    """Zeros, uint8, on the host and outside the heap: large buffers that come and go between small ones that stay would
+    leave it full of holes, and a long run's memory would grow."""
+    size = math.prod(shape)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape) if size else torch.zeros(shape).byte()
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,13 +107,14 @@ class FileReader:
         self.root, self.ids, self.skip_bad = root, ids, skip_bad
 
     def __call__(self, indices: np.ndarray, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        pixels = np.zeros((len(indices), size, size, 3), np.uint8)
+        images = host_pixels((len(indices), 3, size, size))
+        pixels = images.numpy()
         good = np.ones(len(indices), bool)
 
         def read(position: int) -> None:
             path = os.path.join(self.root, self.ids[indices[position]])
             try:
-                pixels[position] = decode(path, size)
+                pixels[position] = decode(path, size).transpose(2, 0, 1)
             except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
                 if not self.skip_bad:
                     raise UserError(
@@ -114,5 +124,4 @@ class FileReader:
                 good[position] = False
 
         list(_pool().map(read, range(len(indices))))  # raises the error of the first bad image in order
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         return images.to(device), torch.from_numpy(good)
