@@ -84,10 +84,11 @@ def run(config: Any) -> int:
     random_weights = config.model.pretrained == "none"
     seeds, methods = config.training.seeds, config.training.method
     backbone, head = prepare(seeds[0])
-    folder = RunFolder(config, environment(device), scenario.manifest() | {"weights_sha256": backbone.weights_sha256})
-    for text in header(scenario, backbone, head, device, folder):
+    manifest = scenario.manifest() | {"weights": backbone.weights, "weights_sha256": backbone.weights_sha256}
+    folder = RunFolder(config, environment(device), manifest)
+    for text in header(scenario, manifest, backbone, head, device, folder):
         console.line(text)
-    for text in scenario.manifest()["warnings"]:
+    for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")
     if random_weights:
         console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
@@ -177,15 +178,15 @@ def request_stop(console: Any) -> Any:
     return handler
 
 
-def header(scenario: Any, backbone: Any, head: Any, device: Any, folder: Any) -> list[str]:
+def header(scenario: Any, manifest: dict[str, Any], backbone: Any, head: Any, device: Any, folder: Any) -> list[str]:
     """What is about to run, in a few lines."""
-    manifest, dataset = scenario.manifest(), scenario.dataset
+    dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
     shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
     kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
     return [
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
-        f"{kind}, {len(sizes)} tasks with {shown} classes, class order {manifest['class_order_sha256']}",
+        f"{kind}, {len(sizes)} tasks with {shown} classes, order {manifest['order_sha256']}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{head.kind} head, {backbone.image_size} px, {device}",
         f"results go to {folder.path}",

@@ -79,6 +79,8 @@ class Console:
 
     def __init__(self, quiet: bool = False, file: Any = None):
         self.rich = RichConsole(file=file, highlight=False, soft_wrap=True)
+        if not self.rich.is_terminal:
+            self.rich.width = 140  # rich would cut the table to 80 columns in a file
         self.quiet = quiet
         self.live: Progress | None = None
         self._text = ""

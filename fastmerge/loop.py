@@ -108,6 +108,7 @@ def learn(
         state.matrix.append(row + [None] * (len(scenario.tasks) - len(row)))
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
+        state.bad_images += tests[task.index].skipped
         state.kept_bytes.append(kept_bytes(learner, method))
         state.peak_memory_bytes.append(memory.read())
         state.task, state.phase = task.index + 1, 0

@@ -1,4 +1,4 @@
-"""Writes small image folders for the tests of fastmerge.data."""
+"""Writes small image folders for tests."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def write_tree(root: Path, *folders: str, images: int = 2, suffix: str = ".png")
     for number, folder in enumerate(folders):
         for k in range(images):
             write_image(root / folder / f"{k}{suffix}", 1000 * number + k)
+    return root
+
+
+def image_folder(root: Path, classes: int = 6, train: int = 8, test: int = 4) -> Path:
+    """`{train,test}/colour_<c>/<k>.jpg`."""
+    names = [f"colour_{c}" for c in range(classes)]
+    write_tree(root / "train", *names, images=train, suffix=".jpg")
+    write_tree(root / "test", *names, images=test, suffix=".jpg")
     return root
 
 
