@@ -5,7 +5,30 @@ All ops take 1-D contiguous fp32/bf16/fp16 tensors, accumulate in fp32 or float6
 every formula in float64.
 """
 
-from .elementwise import lerp
+from .elementwise import (
+    axpy,
+    ewc_gradient_,
+    fisher_accumulate_,
+    fisher_merge_,
+    lerp,
+    magmax_update_,
+    pam_accumulate_,
+    pam_coefficient,
+    perturb,
+)
 from .trm import subspace_gradient, trm_direction, trm_merge
 
-__all__ = ["lerp", "subspace_gradient", "trm_direction", "trm_merge"]
+__all__ = [
+    "axpy",
+    "ewc_gradient_",
+    "fisher_accumulate_",
+    "fisher_merge_",
+    "lerp",
+    "magmax_update_",
+    "pam_accumulate_",
+    "pam_coefficient",
+    "perturb",
+    "subspace_gradient",
+    "trm_direction",
+    "trm_merge",
+]

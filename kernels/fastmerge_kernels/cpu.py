@@ -250,3 +250,21 @@ def _store(out, first, count, values):
     if isinstance(out, types.Array):
         return lambda out, first, count, values: _store_float(out[first : first + count], values)
     return lambda out, first, count, values: _encode(out[0], out[1], first, count, values)
+
+
+_LANES = 128  # independent fp32 sums: the loop vectorises, in an order that no processor changes
+
+
+@numba.njit
+def add_lanes(row, terms, count):
+    """row[k] += sum of terms[k, :count], in float64 over fp32 sums of at most 8 terms each (loops only)."""
+    for k in range(row.size):
+        lanes = np.zeros(_LANES, np.float32)
+        for base in range(0, count, _LANES):
+            part = terms[k, base : min(base + _LANES, count)]
+            for j in range(part.size):
+                lanes[j] += part[j]
+        total = 0.0
+        for j in range(_LANES):
+            total += np.float64(lanes[j])
+        row[k] += total

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import math
 import os
 from collections.abc import Callable
@@ -23,27 +22,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _library = torch.library.Library("fastmerge", "DEF")
 
 
-def register(name: str, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable:
-    """Decorator: the annotated function becomes the op `fastmerge::name`, which writes into the arguments `mutates`.
+def register_schema(name: str, schema: str, function: Callable, fake: Callable | None = None) -> Callable:
+    """Make `function` the op `fastmerge::name` with this schema, on CPU and CUDA; returns the op.
 
     `fake` gives the results' shapes; without it the op returns nothing. `Library` rather than `custom_op`: the latter imports
     torch._dynamo at its first call, which costs seconds. So version counters of written tensors are raised here.
     """
+    _library.define(name + schema)
+    op = getattr(torch.ops.fastmerge, name).default
+    written = [
+        k for k, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write
+    ]
+
+    @functools.wraps(function)
+    def kernel(*args):
+        result = function(*args)
+        torch.autograd.graph.increment_version([args[k] for k in written if args[k] is not None])
+        return result
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(f"fastmerge::{name}", fake or (lambda *args: None), lib=_library)
+    return op
+
+
+def register(name: str, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable:
+    """`register_schema` as decorator of an annotated function that writes into the arguments `mutates`."""
 
     def decorate(function: Callable) -> Callable:
-        _library.define(name + torch.library.infer_schema(function, mutates_args=mutates))
-        positions = [k for k, argument in enumerate(inspect.signature(function).parameters) if argument in mutates]
-
-        @functools.wraps(function)
-        def kernel(*args):
-            result = function(*args)
-            torch.autograd.graph.increment_version([args[k] for k in positions if args[k] is not None])
-            return result
-
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, kernel, device)
-        torch.library.register_fake(f"fastmerge::{name}", fake or (lambda *args: None), lib=_library)
-        return getattr(torch.ops.fastmerge, name).default
+        return register_schema(name, torch.library.infer_schema(function, mutates_args=mutates), function, fake)
 
     return decorate
 
@@ -102,6 +109,27 @@ def check_overlap(written: str, out: Tensor, **inputs: Tensor | None) -> None:
         begin, end = x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
         if begin < stop and start < end and (begin != start or x.dtype != out.dtype):
             raise ValueError(f"{written}: partly overlaps {name}; it may be the same tensor or a disjoint one")
+
+
+def check_disjoint(**written: Tensor) -> None:
+    """Raise ValueError if two written tensors share memory."""
+    names = list(written)
+    for k, name in enumerate(names):
+        x = written[name]
+        for other in names[:k]:
+            y = written[other]
+            first, second = (x, y) if x.data_ptr() <= y.data_ptr() else (y, x)
+            if x.numel() and first.data_ptr() + first.numel() * first.element_size() > second.data_ptr():
+                raise ValueError(f"{name}: shares memory with {other}; both are written")
+
+
+def check_nonnegative(**tensors: Tensor) -> None:
+    """Raise ValueError if a tensor has a negative entry. Waits for the device; under torch.compile nothing is checked."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x.numel() and x.amin().item() < 0:
+            raise ValueError(f"{name}: expected no negative entries, the smallest is {x.amin().item()}")
 
 
 def scalar(name: str, value: float | Tensor) -> tuple[float, Tensor | None]:

@@ -27,6 +27,12 @@ def scalar(value, pointer):
 
 
 @triton.jit
+def load(pointer, index, inside):
+    """Entries as fp32, 0 outside the vector."""
+    return tl.load(pointer + index, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def store(pointer, index, value, inside, nonfinite):
     """Store fp32 `value` in the pointer's dtype; add the number of written NaN and inf to `nonfinite` if there is one."""
     written = value.to(pointer.dtype.element_ty)

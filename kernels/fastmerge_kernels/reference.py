@@ -51,6 +51,47 @@ def lerp(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * a.double() + alpha * b.double()
 
 
+def axpy(theta, delta, c) -> Tensor:
+    """theta + c delta."""
+    return theta.double() + c * delta.double()
+
+
+def fisher_merge(theta, fisher, theta_t, fisher_t, lam) -> tuple[Tensor, Tensor]:
+    """(lam F_t theta_t + (1 - lam) F theta) / F' and F' = lam F_t + (1 - lam) F; lerp where F' = 0."""
+    x, f, y, g = theta.double(), fisher.double(), theta_t.double(), fisher_t.double()
+    mixed = lam * g + (1 - lam) * f
+    return torch.where(mixed == 0, lerp(x, y, lam), (lam * g * y + (1 - lam) * f * x) / mixed), mixed
+
+
+def pam_accumulate(total, moment, fisher, theta, initial) -> tuple[Tensor, Tensor]:
+    """(S + F, M + F (theta - initial))."""
+    f = fisher.double()
+    return total.double() + f, moment.double() + f * (theta.double() - initial.double())
+
+
+def pam_coefficient(total, moment, merged, theta, initial) -> Tensor:
+    """(<S (merged - initial) - M, D>, <S D, D>), D = theta - merged."""
+    s, m, x, i = total.double(), moment.double(), merged.double(), initial.double()
+    d = theta.double() - x
+    return torch.stack([(s * (x - i) - m) @ d, (s * d) @ d])
+
+
+def magmax_update(kept, theta, initial=None) -> Tensor:
+    """The task vector of larger magnitude, the later at ties; NaN on either side stays."""
+    k, d = kept.double(), theta.double() - (0 if initial is None else initial.double())
+    return torch.where((d.abs() < k.abs()) | k.isnan(), k, d)
+
+
+def fisher_accumulate(fisher, gradient, scale=1.0) -> Tensor:
+    """F + scale g^2."""
+    return fisher.double() + scale * gradient.double() ** 2
+
+
+def ewc_gradient(gradient, fisher, theta, anchor, lam) -> Tensor:
+    """g + lam F (theta - anchor)."""
+    return gradient.double() + lam * fisher.double() * (theta.double() - anchor.double())
+
+
 def replaced(n: int, seed: int, stream: int, ratio: float, offset: int = 0) -> tuple[Tensor, Tensor]:
     """(entry is replaced, ... by the value of `previous`): u < floor(ratio 2^32), u < floor(ratio / 2 2^32)."""
     u = random_words(n, seed, stream, "mask", offset)

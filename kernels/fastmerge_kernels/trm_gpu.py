@@ -6,20 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .gpu import OPTIONS, cleared, int32, on, pointer, scalar, store, total
+from .gpu import OPTIONS, cleared, int32, load, on, pointer, scalar, store, total
 from .philox import threshold
 from .philox_gpu import counters, key, normals, positions, tiles, words
 
 SPANS = 8  # spans of LANES counters that one program of a reduction adds up; 1 in vectors too short to fill a GPU
 WARPS = 4
 ROW = 3
-
-
-@triton.jit
-def load_pair(previous, current, i, inside):
-    return tl.load(previous + i, mask=inside, other=0).to(tl.float32), tl.load(current + i, mask=inside, other=0).to(
-        tl.float32
-    )
 
 
 @triton.jit
@@ -48,7 +41,7 @@ def sums_kernel(
         for run in tl.static_range(4):
             i = base + positions(LANES) + run * 128
             inside = (i >= 0) & (i < n)
-            a, b = load_pair(previous, current, i, inside)
+            a, b = load(previous, i, inside), load(current, i, inside)
             keep = (a != 0.0) | (b != 0.0)
             if MASKED:
                 keep = keep & ~is_replaced(u[run], last)
@@ -58,9 +51,9 @@ def sums_kernel(
                 y += d * d
                 w += r * r
             else:
-                g = tl.load(gradient + i, mask=inside, other=0).to(tl.float32)
+                g = load(gradient, i, inside)
                 if gradient2 is not None:
-                    g += scale2 * tl.load(gradient2 + i, mask=inside, other=0).to(tl.float32)
+                    g += scale2 * load(gradient2, i, inside)
                 x += g * d
                 y += g * r
                 w += g * g
@@ -104,7 +97,7 @@ def merge_kernel(
     for run in tl.static_range(4):
         i = base + positions(LANES) + run * 128
         inside = (i >= 0) & (i < n)
-        a, b = load_pair(previous, current, i, inside)
+        a, b = load(previous, i, inside), load(current, i, inside)
         d = b - a
         step = scale * (z[run] - c * d)
         if MASKED:
@@ -114,7 +107,7 @@ def merge_kernel(
             if MASKED:
                 value = tl.where(is_replaced(u[run], last), chosen, value)
         else:
-            start = tl.load(initial + i, mask=inside, other=0).to(tl.float32)
+            start = load(initial, i, inside)
             value = start
             if MASKED:
                 value = tl.where(is_replaced(u[run], last), chosen, start)

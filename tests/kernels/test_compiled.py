@@ -25,14 +25,23 @@ SMALL = {"add_rows", "project_kernel"}  # a single program on a few numbers
 def launches(dtype: torch.dtype) -> list:
     """Every kernel as the ops launch it, for aligned vectors of this dtype."""
     from compiling import recorded_launches
-    from fastmerge_kernels import elementwise_gpu, trm_gpu
+    from fastmerge_kernels import elementwise_gpu as elementwise
+    from fastmerge_kernels import trm_gpu
 
-    a, b, c, out = (torch.zeros(1 << 14, dtype=dtype) for _ in range(4))
+    a, b, c, out = (torch.zeros(1 << 21, dtype=dtype) for _ in range(4))
     half, bad = (0.5, None), torch.zeros(1, dtype=torch.int64)
     direction = torch.ones(3, dtype=torch.float64)
     anchored, literal = (5, 6, "anchored", 0.6, 0), (5, 6, "literal", 0.6, 0)
     with recorded_launches() as recorded:
-        elementwise_gpu.lerp(a, b, half, out, bad)
+        elementwise.launch("lerp", (a, b, out), [half], bad)
+        elementwise.launch("axpy", (a, b, out), [half], bad)
+        elementwise.launch("fisher_merge_", (a, b, c, out), [half], bad)
+        elementwise.launch("pam_accumulate_", (a, b, c, out, out), [], bad)
+        elementwise.launch("magmax_update_", (a, b, c), [], bad)
+        elementwise.launch("magmax_delta_", (a, b), [], bad)
+        elementwise.launch("fisher_accumulate_", (a, b), [half], bad)
+        elementwise.launch("ewc_gradient_", (a, b, c, out), [half], bad)
+        elementwise.pam_coefficient(a, b, c, out, out)
         trm_gpu.direction(a, b, *anchored)
         trm_gpu.gradient(a, b, 0.5, b, c, direction, *anchored)
         trm_gpu.merge(a, b, None, half, half, direction, *anchored, out, bad)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-FILES = ("test_philox.py", "test_trm.py")
+FILES = ("test_philox.py", "test_trm.py", "test_elementwise.py")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this starts the interpreted run")
