@@ -7,9 +7,10 @@ i. Rows hold None where a task was not evaluated. n[j] = number of test images o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from fastmerge.data.cache import TaskImages
 from fastmerge.training import Learner, positions
@@ -17,29 +18,48 @@ from fastmerge.training import Learner, positions
 Matrix = Sequence[Sequence[float | None]]
 
 
+def batches(tests: Sequence[TaskImages], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(uint8 images `[b, 3, s, s]`, labels `[b]`, index of the test set `[b]`) over all tests, in batches that span them:
+    a hundred small tasks cost as many forwards as one large one."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    room = size
+    for j, images in enumerate(tests):
+        first = torch.arange(len(images))[:room]  # fills the batch that the tests before have begun
+        order = [rows for rows in (first, *torch.arange(len(first), len(images)).split(size)) if len(rows)]
+        images.plan(order)
+        for rows in order:
+            pixels, labels = images.batch(rows)
+            parts.append((pixels, labels, torch.full_like(labels, j)))
+            room -= len(rows)
+            if room == 0:
+                yield tuple(torch.cat(p) for p in zip(*parts, strict=True))
+                parts, room = [], size
+    if parts:
+        yield tuple(torch.cat(p) for p in zip(*parts, strict=True))
+
+
+def _test_batch(learner: Learner) -> int:
+    return max(learner.config.training.batch_size, 128)
+
+
 @torch.no_grad()
 def accuracies(
-    learner: Learner, tests: Sequence[TaskImages], classes: Sequence[int], tick: Callable[[int], None] = lambda n: None
+    learner: Learner,
+    tests: Sequence[TaskImages],
+    classes: Sequence[int],
+    tick: Callable[[int], None] = lambda n: None,
 ) -> list[float | None]:
     """Accuracy in percent on each of `tests` with `classes` (natural indices) as candidates; one row of the matrix.
 
     `tick(n)` is called after every batch of n images. A test set without images gives None.
     """
     candidates = torch.tensor(classes, device=learner.device)
-    row = []
-    for images in tests:
-        correct = torch.zeros((), dtype=torch.int64, device=learner.device)
-        order = (
-            list(torch.arange(len(images)).split(max(learner.config.training.batch_size, 128))) if len(images) else []
-        )
-        images.plan(order)
-        for rows in order:
-            pixels, labels = images.batch(rows)
-            logits = learner.head(learner.backbone(learner.plain(pixels)), candidates)
-            correct += (logits.argmax(1) == positions(labels, candidates)).sum()
-            tick(len(rows))
-        row.append(100.0 * correct.item() / len(images) if len(images) else None)
-    return row
+    correct = torch.zeros(len(tests), dtype=torch.int64, device=learner.device)
+    for pixels, labels, test in batches(tests, _test_batch(learner)):
+        logits = learner.head(learner.backbone(learner.plain(pixels)), candidates)
+        correct.index_add_(0, test, (logits.argmax(1) == positions(labels, candidates)).long())
+        tick(len(labels))
+    return [100.0 * c / len(images) if len(images) else None for c, images in zip(correct.tolist(), tests, strict=True)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -105,18 +125,15 @@ def zero_shot(
     """
     everything = torch.tensor(sorted({c for row in candidates for c in row}), device=learner.device)
     masks = [torch.isin(everything, torch.tensor(row, device=learner.device)) for row in candidates]
-    matrix: list[list[float | None]] = [[None] * len(tests) for _ in candidates]
-    for j, images in enumerate(tests):
-        hits = torch.zeros(len(candidates), dtype=torch.int64, device=learner.device)
-        inside = torch.zeros_like(hits)
-        for rows in torch.arange(len(images)).split(max(learner.config.training.batch_size, 128)):
-            pixels, labels = images.batch(rows)
-            logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
-            truth = positions(labels, everything)
-            for t, mask in enumerate(masks):
-                hits[t] += (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).sum()
-                inside[t] += mask[truth].sum()
-        for t, (hit, known) in enumerate(zip(hits.tolist(), inside.tolist(), strict=True)):
-            if known == len(images) > 0:
-                matrix[t][j] = 100.0 * hit / len(images)
-    return matrix
+    hits = torch.zeros(len(candidates), len(tests), dtype=torch.int64, device=learner.device)
+    inside = torch.zeros_like(hits)  # test images whose class is a candidate
+    for pixels, labels, test in batches(tests, _test_batch(learner)):
+        logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
+        truth = positions(labels, everything)
+        for t, mask in enumerate(masks):
+            hits[t].index_add_(0, test, (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).long())
+            inside[t].index_add_(0, test, mask[truth].long())
+    return [
+        [100.0 * h / len(x) if n == len(x) > 0 else None for h, n, x in zip(hs, ns, tests, strict=True)]
+        for hs, ns in zip(hits.tolist(), inside.tolist(), strict=True)
+    ]

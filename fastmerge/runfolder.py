@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -200,7 +200,7 @@ class Record:
                 f"cannot write {self._log.name}: {error}; free space, then run the same command again"
             ) from None
         state.log_bytes = self._log.tell()
-        save_tensors(self.checkpoint, tensors, {"state": asdict(state)})
+        save_tensors(self.checkpoint, tensors, {"state": vars(state)})
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:

@@ -1,5 +1,8 @@
-"""Shared by all tests: no test may reach the network, and none writes outside its temporary folder."""
+"""Shared by all tests: none may fetch anything, and none writes outside of temporary folders."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+_cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _cache.name  # text heads are cached there

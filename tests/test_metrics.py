@@ -1,8 +1,10 @@
 """Every metric against matrices worked out by hand, and the evaluation loop against a plain per-image loop."""
 
 import pytest
+import torch
 
-from fastmerge.evaluate import macro, metrics, micro
+from fastmerge.data.cache import TaskImages
+from fastmerge.evaluate import accuracies, batches, macro, metrics, micro, zero_shot
 
 # three tasks with 10, 30 and 60 test images
 R = [
@@ -55,3 +57,55 @@ def test_one_task_has_no_forgetting():
 
 def test_nothing_evaluated():
     assert set(metrics([], [])) == set(metrics(R, N)) and not any(metrics([], []).values())
+
+
+class Toy:
+    """A learner whose logits are one-hot in the images' first pixel: it predicts the class that the pixel names."""
+
+    device = torch.device("cpu")
+
+    class config:  # noqa: N801 (stands in for a Config)
+        class training:  # noqa: N801
+            batch_size = 2
+
+    @staticmethod
+    def plain(images):
+        return images
+
+    @staticmethod
+    def backbone(images):
+        return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 6).float()
+
+    @staticmethod
+    def head(features, classes):
+        return features[:, classes]
+
+
+def toy_tests():
+    """(predicted class, true class) of every image of three test sets, the second one empty."""
+    pairs = [[(0, 0), (1, 0), (1, 1)], [], [(4, 4), (0, 4), (5, 5), (5, 5)]]
+    return [
+        TaskImages(
+            torch.tensor([p for p, _ in test], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1),
+            torch.tensor([y for _, y in test], dtype=torch.int64),
+            0,
+        )
+        for test in pairs
+    ]
+
+
+def test_accuracies_and_zero_shot():
+    tests = toy_tests()
+    assert accuracies(Toy, tests, [5, 0, 1, 4]) == [pytest.approx(200 / 3), None, 75.0]
+    # without class 1 among the candidates an image that shows it is no longer all candidates' test set
+    matrix = zero_shot(Toy, tests, [[0, 1], [0, 1, 4, 5]])
+    assert matrix == [[pytest.approx(200 / 3), None, None], [pytest.approx(200 / 3), None, 75.0]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_batches_span_the_test_sets(size):
+    tests = toy_tests()
+    got = list(batches(tests, size))
+    assert [len(labels) for _, labels, _ in got] == [size] * (7 // size) + [7 % size] * (7 % size > 0)
+    assert torch.equal(torch.cat([labels for _, labels, _ in got]), torch.cat([t.labels for t in tests]))
+    assert torch.cat([test for *_, test in got]).tolist() == [0, 0, 0, 2, 2, 2, 2]
