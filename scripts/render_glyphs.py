@@ -2,10 +2,10 @@
 
     python scripts/render_glyphs.py                # about 30 s; rewrites fastmerge/data/assets/glyphs*
 
-Why pre-rendered: FreeType and the fonts change between versions, the pixels of a benchmark must not. The shipped files came
-from matplotlib 3.11.2 (DejaVu 2.37), Pillow 13.0.0 (FreeType 2.14.3), Unicode 14.0 names.
+Why pre-rendered: FreeType and the fonts change between versions, the pixels of a benchmark must not. The shipped files
+came from matplotlib 3.11.2 (DejaVu 2.37), Pillow 13.0.0 (FreeType 2.14.3), Unicode 14.0 names.
 
-A character is kept if all twelve faces have it, it has a Unicode name, leaves ink, and in *every* face differs from every
+A character is kept if all twelve faces have it, it has a Unicode name, leaves ink, and in *every* face differs from each
 character kept before it (greedy, in code point order) by more than 0.1 in
 
     d(a, b) = min over shifts s of at most one pixel in x and y of  |a - s(b)|^2 / (|a|^2 + |b|^2)

@@ -45,7 +45,8 @@ def create_tiny() -> open_clip.CLIP:
 
 
 def load_tiny(path: str | Path = WEIGHTS) -> open_clip.CLIP:
-    """The pre-trained model on the CPU in fp32, in eval mode. `path`: a state dict of `create_tiny()`, any float type."""
-    model = create_tiny()
+    """The pre-trained model: CPU, fp32, eval mode. `path`: a state dict of `create_tiny()` in any float type."""
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the generator as it was
+        model = create_tiny()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return model.eval()
