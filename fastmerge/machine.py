@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -78,9 +80,13 @@ class PeakMemory:
         self.device = device
 
     def reset(self) -> None:
+        """Begin a new reading. Memory that is free is first given back, so that a long run's readings can be compared."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # glibc keeps holes in its heap, which grow over a hundred tasks
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
             except OSError:
