@@ -132,7 +132,9 @@ def slow_gradients(search, alpha, beta):
     images = learner.plain(pixels)
 
     def tokens_of(weights):
-        return functional_call(TokensOf(flat.module), {f"module.{k}": v for k, v in flat.as_dict(weights).items()}, images)
+        return functional_call(
+            TokensOf(flat.module), {f"module.{k}": v for k, v in flat.as_dict(weights).items()}, images
+        )
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         features, tokens = tokens_of(theta)
@@ -256,7 +258,9 @@ def distances(replace, tasks=10, n=20_000):
         new = theta + torch.randn(n, generator=generator) / n**0.5
         random = {"seed": task, "stream": 0, "replace": replace}
         direction = fk.trm_direction(theta, new, **random)
-        theta = fk.trm_merge(theta, new, 0.5, 0.0, direction, **random, initial=initial if replace == "literal" else None)
+        theta = fk.trm_merge(
+            theta, new, 0.5, 0.0, direction, **random, initial=initial if replace == "literal" else None
+        )
         lengths.append(float((theta - initial).norm()))
     return lengths
 
