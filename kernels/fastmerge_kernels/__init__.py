@@ -16,19 +16,33 @@ from .elementwise import (
     pam_coefficient,
     perturb,
 )
+from .sampling import dare_delta, random_mix
+from .stock import segment_norms, stock_merge, stock_ratio, stock_update_
+from .ties import magnitude_histogram, magnitude_threshold, ties_finalize, ties_merge, ties_update_
 from .trm import subspace_gradient, trm_direction, trm_merge
 
 __all__ = [
     "axpy",
+    "dare_delta",
     "ewc_gradient_",
     "fisher_accumulate_",
     "fisher_merge_",
     "lerp",
     "magmax_update_",
+    "magnitude_histogram",
+    "magnitude_threshold",
     "pam_accumulate_",
     "pam_coefficient",
     "perturb",
+    "random_mix",
+    "segment_norms",
+    "stock_merge",
+    "stock_ratio",
+    "stock_update_",
     "subspace_gradient",
+    "ties_finalize",
+    "ties_merge",
+    "ties_update_",
     "trm_direction",
     "trm_merge",
 ]

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -99,13 +100,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def run(function: Callable, length: int, *args) -> int:
+def run(function: Callable, length: int, *args, grain: int = CHUNK) -> int:
     """Call `function(start, stop, *args)` over 0..length in spans of whole chunks; returns the sum of the results."""
-    chunks = -(-length // CHUNK)
+    chunks = -(-length // grain)
     threads = min(torch.get_num_threads(), chunks)
     if threads <= 1:
         return (function(0, length, *args) or 0) if length else 0
-    span = -(-chunks // (threads * _SPANS)) * CHUNK
+    span = -(-chunks // (threads * _SPANS)) * grain
     starts = iter(range(0, length, span))
     total = [0] * threads
 
@@ -268,3 +269,33 @@ def add_lanes(row, terms, count):
         for j in range(_LANES):
             total += np.float64(lanes[j])
         row[k] += total
+
+
+def table(tensors) -> Table:
+    """Many tensors of one dtype for `fetch_at`: (addresses, dtype code, bytes of each). The caller keeps them alive."""
+    addresses = np.array([x.data_ptr() for x in tensors], np.uint64)
+    return Table(addresses, _CODES[tensors[0].dtype], tensors[0].numel() * tensors[0].element_size())
+
+
+class Table(NamedTuple):
+    addresses: np.ndarray  # [T] uint64
+    code: int
+    bytes: int
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.uint64), codegen
+
+
+@numba.njit
+def fetch_at(models, t, first, count, scratch):
+    """`fetch` from the t-th tensor of a `table`."""
+    memory = numba.carray(_pointer(models.addresses[t]), (models.bytes,), np.uint8)
+    if models.code == 0:
+        return memory.view(np.float32)[first : first + count]
+    _decode(memory, models.code, first, count, scratch)
+    return scratch[:count]

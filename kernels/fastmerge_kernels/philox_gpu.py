@@ -79,3 +79,8 @@ def tiles(offset: int, length: int) -> tuple[int, int, int]:
     """(first tile, entries of it that lie before the vector, number of tiles) of positions offset .. offset + length - 1."""
     first = offset // TILE
     return first, offset - first * TILE, (offset + length - 1) // TILE + 1 - first
+
+
+def lanes(*tensors) -> int:
+    """Counters of a program: 128-bit accesses need 4 fp32 or 8 half-precision entries per thread and run."""
+    return 128 * (4 if all(x is None or x.element_size() == 4 for x in tensors) else 8)

@@ -157,3 +157,51 @@ def subspace_gradient(
     (d, r), (c, scale) = _plane(previous, current, seed, stream, replace, ratio, offset), perpendicular(direction)
     g = gradient.double() + (0 if gradient2 is None else scale2 * gradient2.double())
     return torch.stack([g @ d, g @ ((r - c * d) * scale), g @ g])
+
+
+def random_mix(models, *, seed, stream, offset=0) -> Tensor:
+    """Entry i of model floor(u T / 2^32)."""
+    chosen = random_words(models[0].numel(), seed, stream, "mix", offset) * np.uint64(len(models)) >> np.uint64(32)
+    return torch.stack([m.double() for m in models]).gather(0, torch.from_numpy(chosen.astype(np.int64))[None])[0]
+
+
+def dare_delta(theta, p, *, initial=None, seed, stream, offset=0) -> Tensor:
+    """0 where u < floor(p 2^32), else (theta - initial) / (1 - p)."""
+    dropped = torch.from_numpy(random_words(theta.numel(), seed, stream, "drop", offset) < threshold(p))
+    return torch.where(dropped, 0.0, (theta.double() - (0 if initial is None else initial.double())) / (1 - p))
+
+
+def keep_largest(magnitude: Tensor, k: int, keep: str) -> Tensor:
+    """Mask of the k largest magnitudes: 'exactly' k, the earlier of equal ones first, or 'at least' k with all ties."""
+    order = torch.sort(magnitude, descending=True, stable=True)
+    if keep == "exactly" or k == 0:
+        return torch.zeros(len(magnitude), dtype=torch.bool).index_fill_(0, order.indices[:k], True)
+    return magnitude >= order.values[k - 1]
+
+
+def ties(models, *, initial, counts, segments, weights, convention="paper", keep="exactly", scale=1.0) -> Tensor:
+    """TIES by its definition: trim every task vector per segment, elect a sign per entry, average what agrees."""
+    deltas = [m.float() - initial.float() for m in models]  # the threshold compares fp32 magnitudes
+    for d in deltas:
+        for k, a, b in zip(counts, segments, segments[1:], strict=False):
+            d[a:b] *= keep_largest(d[a:b].abs(), k, keep)
+    d, w = torch.stack(deltas).double(), torch.tensor(weights, dtype=torch.float64)[:, None]
+    mass = (d if convention == "peft" else w * d).sum(0)
+    majority = 1.0 if convention != "paper" or mass.sign().sum() >= 0 else -1.0
+    agree = d.sign() == torch.where(mass == 0, majority, mass.sign())
+    divisor = ((w if convention == "mergekit" else 1.0) * agree).sum(0)
+    return initial.double() + scale * (w * d * agree).sum(0) / torch.where(divisor == 0, 1.0, divisor)
+
+
+def stock(models, *, initial, segments) -> tuple[Tensor, Tensor]:
+    """(Model Stock by its definition, ratio per segment): mean cosine of all pairs, clamped to [0, 1]."""
+    deltas, out, ratios = torch.stack([m.double() - initial.double() for m in models]), initial.double().clone(), []
+    count = len(models)
+    for a, b in zip(segments, segments[1:], strict=False):
+        part = deltas[:, a:b]
+        unit = torch.nan_to_num(part / part.norm(dim=1, keepdim=True))
+        cosines = [float(unit[i] @ unit[j]) for i in range(count) for j in range(i)]
+        cosine = min(max(sum(cosines) / len(cosines), 0.0), 1.0) if cosines else 1.0
+        ratios.append(count * cosine / (1 + (count - 1) * cosine))
+        out[a:b] += ratios[-1] * part.mean(0)
+    return out, torch.tensor(ratios, dtype=torch.float64)

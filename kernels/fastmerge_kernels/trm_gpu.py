@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .gpu import OPTIONS, cleared, int32, load, on, pointer, scalar, store, total
 from .philox import threshold
-from .philox_gpu import counters, key, normals, positions, tiles, words
+from .philox_gpu import counters, key, lanes, normals, positions, tiles, words
 
 SPANS = 8  # spans of LANES counters that one program of a reduction adds up; 1 in vectors too short to fill a GPU
 WARPS = 4
@@ -114,11 +114,6 @@ def merge_kernel(
             value = value + alpha * (b - start) + (1.0 - alpha) * (a - start) + step
         value = tl.where((a != 0.0) | (b != 0.0), value, 0.0)
         store(out, i, value, inside, nonfinite)
-
-
-def lanes(*tensors) -> int:
-    """Counters of a program: 128-bit accesses need 4 fp32 or 8 half-precision entries per thread and run."""
-    return 128 * (4 if all(x is None or x.element_size() == 4 for x in tensors) else 8)
 
 
 def _mask(replace, ratio):

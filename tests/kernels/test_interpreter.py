@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-FILES = ("test_philox.py", "test_trm.py", "test_elementwise.py")
+FILES = ("test_philox.py", "test_trm.py", "test_elementwise.py", "test_sampling.py", "test_ties.py", "test_stock.py")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this starts the interpreted run")

@@ -1,0 +1,101 @@
+"""Merge rules that draw one Philox word u per entry (see `philox.py`): nothing random is stored, shards agree with the whole.
+
+    random_mix    entry i of model floor(u T / 2^32): each of T models with equal probability       4 (T + 1) bytes/parameter
+    dare_delta    0 where u < floor(p 2^32), else (theta - initial) / (1 - p)   (DARE, sec. 3.2)    12, without `initial` 8
+
+Two calls with the same (seed, stream) draw the same words: give every model or task its own stream. NaN and inf that are
+chosen are written and counted; what is dropped or not chosen leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend, check_counter, check_overlap, check_vectors, register
+from .philox import check_span, key_words
+
+
+@register("random_mix", mutates=("out", "nonfinite"))
+def _random_mix(
+    models: Sequence[Tensor], seed: int, stream: int, offset: int, out: Tensor, nonfinite: Tensor | None
+) -> None:
+    for k, model in enumerate(models):
+        check_overlap("out", out, **{f"models[{k}]": model})
+    backend("sampling", out).random_mix(models, seed, stream, offset, out, nonfinite)
+
+
+@register("dare_delta", mutates=("out", "nonfinite"))
+def _dare_delta(
+    theta: Tensor,
+    initial: Tensor | None,
+    p: float,
+    seed: int,
+    stream: int,
+    offset: int,
+    out: Tensor,
+    nonfinite: Tensor | None,
+) -> None:
+    check_overlap("out", out, theta=theta, initial=initial)
+    backend("sampling", out).dare_delta(theta, initial, p, seed, stream, offset, out, nonfinite)
+
+
+@torch.no_grad()
+def random_mix(
+    models: Sequence[Tensor],
+    *,
+    seed: int,
+    stream: int,
+    offset: int = 0,
+    out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """Every entry from one of the models, each with probability 1 / len(models) (to 2^-32).
+
+    models: T tensors [n] of one dtype. seed, stream: integers in [0, 2^63). offset: position of the first entry in the whole
+    vector. out: may be one of the models (default: new, dtype of models[0]). Raises TypeError / ValueError.
+    """
+    models = list(models)
+    if not models:
+        raise ValueError("models: expected at least one tensor, got an empty list")
+    check_vectors("models[0]", **{f"models[{k}]": model for k, model in enumerate(models)}, out=out)
+    for k, model in enumerate(models):
+        if model.dtype != models[0].dtype:
+            raise TypeError(f"models[{k}]: expected dtype {models[0].dtype}, that of models[0], got {model.dtype}")
+    key_words(seed, stream)
+    check_span(offset, models[0].numel())
+    check_counter(nonfinite, models[0].device)
+    out = torch.empty_like(models[0]) if out is None else out
+    _random_mix(models, seed, stream, offset, out, nonfinite)
+    return out
+
+
+@torch.no_grad()
+def dare_delta(
+    theta: Tensor,
+    p: float,
+    *,
+    initial: Tensor | None = None,
+    seed: int,
+    stream: int,
+    offset: int = 0,
+    out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """DARE: each entry of the task vector dropped with probability p, the others divided by 1 - p.
+
+    theta: [n], the model, or its task vector if `initial` is None. p: in [0, 1). out: may be theta or initial (default: new,
+    dtype of theta). Other arguments as in `random_mix`. Raises TypeError / ValueError. mergekit rescales by the L1 norm
+    instead; peft's density is 1 - p.
+    """
+    check_vectors("theta", theta=theta, initial=initial, out=out)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected a drop probability in [0, 1), got {p}")
+    key_words(seed, stream)
+    check_span(offset, theta.numel())
+    check_counter(nonfinite, theta.device)
+    out = torch.empty_like(theta) if out is None else out
+    _dare_delta(theta, initial, float(p), seed, stream, offset, out, nonfinite)
+    return out

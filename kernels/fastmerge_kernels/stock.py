@@ -1,0 +1,103 @@
+"""Model Stock (Jang et al. 2024) in O(T): one pass over each model, two accumulators, no pairwise products.
+
+    segment_norms     per segment ||x - initial||^2                                                  8 bytes/parameter
+    stock_update_     D += delta,  U += delta / ||delta|| per segment,  delta = theta - initial      24
+    stock_merge       initial + t D / T per segment,  t = T cos / (1 + (T - 1) cos)                  12
+
+The mean cosine of all pairs of task vectors comes from U alone: cos = (||U||^2 - T) / (T (T - 1)), because ||U||^2 sums the
+cosines of all ordered pairs. The paper has one ratio per layer for T = 2 and its authors average the cosines for more; that
+is mergekit's rule too, fusion_bench averages angles. Segments are tensors (boundaries 0, ..., n; default: one segment).
+
+cos is clamped to [0, 1]: task vectors that point apart give t = 0, the initial model; the formula has a pole at -1 / (T - 1).
+One model: t = 1. A segment in which a task vector is zero gets nothing in U for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend, check_counter, check_disjoint, check_overlap, check_vectors, register
+from .segments import boundaries
+
+
+@register("segment_norms", fake=lambda x, initial, segments: x.new_empty(len(segments) - 1, dtype=torch.float64))
+def _norms(x: Tensor, initial: Tensor | None, segments: Sequence[int]) -> Tensor:
+    return backend("stock", x).norms(x, initial, tuple(segments))
+
+
+@register("stock_update_", mutates=("total", "units"))
+def _update(
+    theta: Tensor, initial: Tensor | None, norms: Tensor, segments: Sequence[int], total: Tensor, units: Tensor
+) -> None:
+    check_disjoint(total=total, units=units)
+    for name, x in (("total", total), ("units", units)):
+        check_overlap(name, x, theta=theta, initial=initial)
+    backend("stock", theta).update(theta, initial, norms, tuple(segments), total, units)
+
+
+@register("stock_merge", mutates=("out", "nonfinite"))
+def _merge(
+    total: Tensor, initial: Tensor, factors: Tensor, segments: Sequence[int], out: Tensor, nonfinite: Tensor | None
+) -> None:
+    check_overlap("out", out, total=total, initial=initial)
+    backend("stock", out).merge(total, initial, factors, tuple(segments), out, nonfinite)
+
+
+@torch.no_grad()
+def segment_norms(x: Tensor, *, initial: Tensor | None = None, segments: Sequence[int] | None = None) -> Tensor:
+    """||x - initial||^2 of every segment: float64 [segments] on the device, summed in a fixed order."""
+    check_vectors("x", x=x, initial=initial)
+    return _norms(x, initial, list(boundaries(segments, x.numel())))
+
+
+@torch.no_grad()
+def stock_update_(
+    total: Tensor, units: Tensor, theta: Tensor, *, initial: Tensor | None = None, segments: Sequence[int] | None = None
+) -> None:
+    """Add one model to D (`total`) and U (`units`), both [n], in place; start with zeros.
+
+    theta: [n], the model, or its task vector if `initial` is None. Two passes over it. Raises TypeError / ValueError.
+    """
+    check_vectors("total", total=total, units=units, theta=theta, initial=initial)
+    bounds = list(boundaries(segments, theta.numel()))
+    _update(theta, initial, _norms(theta, initial, bounds), bounds, total, units)
+
+
+@torch.no_grad()
+def stock_ratio(units: Tensor, count: int, *, segments: Sequence[int] | None = None) -> Tensor:
+    """The interpolation ratio t of every segment, float64 [segments], from U and the number of models T >= 1."""
+    if count < 1:
+        raise ValueError(f"count: expected the number of models, at least 1, got {count}")
+    squares = segment_norms(units, segments=segments)
+    if count == 1:
+        return torch.ones_like(squares)
+    cosine = ((squares - count) / (count * (count - 1))).clamp(0.0, 1.0)
+    return count * cosine / (1 + (count - 1) * cosine)
+
+
+@torch.no_grad()
+def stock_merge(
+    total: Tensor,
+    units: Tensor,
+    count: int,
+    *,
+    initial: Tensor,
+    segments: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """initial + t D / T with the ratio of `stock_ratio` in each segment.
+
+    total, units: [n] of `stock_update_`; count: how many models went in. out: may be an input (default: new, dtype of
+    initial). nonfinite: int64 [1], receives the number of written NaN and inf. Raises TypeError / ValueError.
+    """
+    check_vectors("total", total=total, units=units, initial=initial, out=out)
+    check_counter(nonfinite, total.device)
+    bounds = boundaries(segments, total.numel())
+    factors = stock_ratio(units, count, segments=bounds) / count
+    out = torch.empty_like(initial) if out is None else out
+    _merge(total, initial, factors, list(bounds), out, nonfinite)
+    return out
