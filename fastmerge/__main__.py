@@ -50,8 +50,9 @@ def run(config: Any) -> int:
     from fastmerge.methods import METHODS
     from fastmerge.models import load_backbone
     from fastmerge.models.heads import build_head
+    from fastmerge.models.saved import model_tensors
     from fastmerge.plots import draw
-    from fastmerge.runfolder import Interrupted, RunFolder, StopRequest, final_model
+    from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.training import Learner
 
     # numeric noise of libraries that a user of this program cannot act on
@@ -135,7 +136,7 @@ def run(config: Any) -> int:
                     "final_accuracy": result["final_accuracy"],
                 }
                 names = [task.name for task in scenario.tasks]
-                record.finish(result, names, final_model(learner), recipe)
+                record.finish(result, names, model_tensors(backbone=learner.backbone, head=learner.head), recipe)
                 del learner
             else:
                 console.skip(number)

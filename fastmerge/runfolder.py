@@ -22,10 +22,9 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from fastmerge.checkpoint import joined, load_tensors, save_json, save_tensors, write_atomically
+from fastmerge.checkpoint import load_tensors, save_json, save_tensors, write_atomically
 from fastmerge.config import Config, differences, to_dict
 from fastmerge.errors import UserError
-from fastmerge.training import Learner
 
 FLUSH_STEPS = 20  # steps between host reads of the losses: a read per step would stall a GPU
 
@@ -224,8 +223,3 @@ def _csv(path: Path, matrix: list[list[float | None]], names: list[str]) -> None
         writer.writerow(["after task", *names])
         for name, row in zip(names, matrix, strict=True):
             writer.writerow([name, *("" if r is None else f"{r:.4f}" for r in row)])
-
-
-def final_model(learner: Learner) -> dict[str, Tensor]:
-    """What `model.safetensors` holds: the whole backbone and the head, by name."""
-    return joined(backbone=learner.backbone.state_dict(), head=learner.head.state_dict())

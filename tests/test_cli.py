@@ -11,7 +11,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from fastmerge.__main__ import main
+from fastmerge.data.augment import normalise, to_float
+from fastmerge.data.files import decode
+from fastmerge.errors import UserError
 from fastmerge.evaluate import metrics
+from fastmerge.models.saved import load_model
 
 QUICK = (
     "--model tiny --pretrained none --epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --head prototype"
@@ -69,6 +73,26 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
     text = capsys.readouterr().out
     assert "final acc" in text and "finished before" not in text
+
+
+@pytest.mark.parametrize("head", ["linear", "prototype", "text"])
+def test_the_final_model_can_be_used(data, tmp_path, head):
+    """The loaded model gives the accuracies that the run reported for its last task."""
+    flags = ["--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", "trm", "--quiet", "--head", head]
+    assert run(*flags, "--run-dir", tmp_path / "r") == 0
+    backbone, loaded, recipe = load_model(tmp_path / "r" / "trm-seed0" / "model.safetensors")
+    result = json.loads((tmp_path / "r" / "results.json").read_text())["methods"]["trm"]["0"]
+    correct = total = 0
+    for c, name in enumerate(recipe["class_names"]):
+        for path in sorted((data / "test" / name.replace(" ", "_")).iterdir()):
+            pixels = normalise(
+                to_float(torch.tensor(decode(path, 32)).permute(2, 0, 1)[None]), backbone.mean, backbone.std
+            )
+            correct += int(loaded(backbone(pixels), torch.arange(6)).argmax(1)) == c
+            total += 1
+    assert 100 * correct / total == pytest.approx(result["final_accuracy"])
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_model(data / "test" / "colour_0" / "0.jpg")
 
 
 def test_same_seed_same_bits_other_seed_other_bits(data, tmp_path):
