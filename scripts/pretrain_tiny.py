@@ -1,7 +1,14 @@
 """Pre-train the embedded backbone: CLIP on the characters that are not classes of the default `glyphs` run.
 
-    python scripts/pretrain_tiny.py --steps 2400               # both towers
-    python scripts/pretrain_tiny.py --names-only --text-steps 3000   # the text tower further, to the finished image tower
+    python scripts/pretrain_tiny.py --steps 2400 --text-steps 600       # both towers
+    python scripts/pretrain_tiny.py --names-only --text-steps 1200      # then the text tower to the finished image tower
+
+Recorded for the weights in the package: seed 0, 33 + 8 minutes on two CPU cores shared with other work, 307,200 images.
+Zero-shot, averaged over the templates: 74.2 % of 2,000 images of pre-training characters under a jitter seed not trained on
+(813 names to choose from), 53.9 % on the 50 classes of the default run, whose characters and names were held out. After
+the first command: 66.5 % and, over all 100 held-out characters, 27.0 %. The nearest class mean of the embeddings of the
+default run's training images gives 98.2 %: what zero-shot lacks are the names. Floating-point sums differ between
+machines, so another run gives other weights of the same quality.
 
 Encoding all names takes the text tower longer than a batch of images takes the image tower, and learning both at once is
 slow, so a table stands between them. The embedding of a name in the table is the normalised sum of a learnt vector for
@@ -218,8 +225,9 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     def report(step: int) -> None:
         on_seen = accuracy(model, seen, torch.from_numpy(seen_labels), names)
         on_unseen = accuracy(model, unseen, torch.from_numpy(run.test.labels), list(run.class_names))
+        loss = np.mean(losses[-args.every :]) if losses else math.nan  # --names-only has none
         print(
-            f"step {step:5d}  {time.time() - start:5.0f} s  loss {np.mean(losses[-args.every :] or [0]):.3f}  "
+            f"step {step:5d}  {time.time() - start:5.0f} s  loss {loss:.3f}  "
             f"text {np.mean(text_losses[-args.every // ROUND :]):.3f}  scale {model.logit_scale.exp():.1f}  "
             f"accuracy: pre-training names {on_seen:.1f} %, default run {on_unseen:.1f} %",
             flush=True,
@@ -253,7 +261,7 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--text-steps", type=int, default=600, help="of the text tower alone, at the end")
     parser.add_argument("--names-only", action="store_true", help="go on from --out, with the text tower alone")
     parser.add_argument("--lr", type=float, default=1e-3)
