@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmerge.errors import UserError
-from fastmerge.models import load_backbone
+from fastmerge.models import heads, load_backbone
 from fastmerge.models.heads import LinearHead, PrototypeHead, TextHead, build_head, text_weights
 
 GENERATOR = torch.Generator()
@@ -25,7 +25,7 @@ class Encoder:
     def __init__(self):
         self.asked = 0
 
-    def encode(self, prompts):
+    def encode(self, prompts, *, device, progress):
         self.asked += len(prompts)
         rows = [torch.randn(4, generator=torch.Generator().manual_seed(len(p) * 7 + ord(p[-1]))) for p in prompts]
         return F.normalize(torch.stack(rows), dim=1)
@@ -35,7 +35,7 @@ def test_text_weights_by_hand_and_cached(cache):
     encoder, names, templates = Encoder(), ["ant", "bee"], ["a {}", "the {}"]
     weight = text_weights(encoder, names, templates, "k")
     for i, name in enumerate(names):
-        rows = Encoder().encode([t.format(name) for t in templates])
+        rows = Encoder().encode([t.format(name) for t in templates], device="cpu", progress=None)
         torch.testing.assert_close(weight[i], F.normalize(rows.mean(0), dim=0))
     assert encoder.asked == 4 and len(list(cache.iterdir())) == 1
     assert torch.equal(text_weights(encoder, names, templates, "k"), weight) and encoder.asked == 4
@@ -51,6 +51,16 @@ def test_an_unusable_cache_folder_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert text_weights(Encoder(), ["ant"], ["{}"], "k").shape == (1, 4)
+
+
+def test_a_full_disk_leaves_no_part_of_an_entry(cache, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(heads, "save_file", full)
+    assert text_weights(Encoder(), ["ant"], ["{}"], "k").shape == (1, 4)
+    assert list(cache.iterdir()) == []
 
 
 def test_text_head():
@@ -106,3 +116,15 @@ def test_build_head(cache):
     assert build_head("prototype", encoder=None, **about).kind == "prototype"
     with pytest.raises(UserError, match="no text tower.*prototype"):
         build_head("text", encoder=None, **about)
+    with pytest.raises(UserError, match="unknown head 'prototypes'. Did you mean: prototype"):
+        build_head("prototypes", encoder=encoder, **about)
+
+
+def test_prompts_are_encoded_in_batches_and_progress_is_told(cache):
+    encoder, seen = load_backbone("tiny", "none")[1], []
+    prompts = ["a", "bee", "some text", "d", "e"]
+    together = encoder.encode(prompts)
+    rows = encoder.encode(prompts, 2, progress=lambda *x: seen.append(x))
+    torch.testing.assert_close(rows, together)
+    assert seen == [(2, 5), (4, 5), (5, 5)] and not rows.requires_grad and rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))

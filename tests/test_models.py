@@ -1,12 +1,17 @@
 """Backbones against the libraries' own encoders, block outputs read by hooks, and a numerical Hessian-vector product."""
 
 import copy
+import json
+import pathlib
+import pickle
 import socket
 
+import huggingface_hub.constants
 import open_clip
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.func import functional_call, grad, jvp
 
 from fastmerge.errors import UserError
@@ -18,24 +23,64 @@ from fastmerge.models.timm_vit import TimmBackbone
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Opening any connection fails the test; caches are empty."""
+    """No connection can be opened, and those that were tried are returned; the caches are empty."""
+    tried = []
 
     def refuse(*args, **kwargs):
-        raise AssertionError("a test touched the network")
+        tried.append(args)
+        raise AssertionError("a test touched the network")  # no OSError, which the hub's client would try again
 
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     torch.manual_seed(0)
+    return tried
+
+
+def hub_cache(repository, file):
+    """Where the hub's cache would keep the file."""
+    root = huggingface_hub.constants.HF_HUB_CACHE
+    folder = pathlib.Path(root) / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    return folder / "snapshots" / ("0" * 40) / file
+
+
+@pytest.fixture
+def mini(monkeypatch, tmp_path):
+    """An open_clip model `mini`, small, with the tags `hub` and `url` in open_clip's own tables."""
+    factory, tables = open_clip.factory, open_clip.pretrained._PRETRAINED
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
+    (tmp_path / "mini.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "mini.json")
+    about = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    tags = {"hub": {"hf_hub": "some/mini/weights.bin"}, "url": {"url": "https://example.org/mini-1.pt"}}
+    monkeypatch.setitem(tables, "mini", {tag: about | where for tag, where in tags.items()})
 
 
 def small(family):
     """A tiny model of each family, without weights from anywhere."""
     if family == "open_clip":
-        return load_backbone("tiny", "none")[0]
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=3)
+        shape = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 4.0}
+        visual = open_clip.transformer.VisionTransformer(**shape, output_dim=16)
+        about = {"image_size": 32, "mean": (0,) * 3, "std": (1,) * 3, "feature_dim": 16}
+        return openclip.OpenClipBackbone("mini", visual, weights="random", **about)
+    name = {"timm": "vit_tiny_patch16_224", "eva": "eva02_tiny_patch14_224"}[family]
+    model = timm.create_model(name, num_classes=0, img_size=32, patch_size=16, depth=2, embed_dim=48)
     model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, 32, 32)}
-    return TimmBackbone("vit_tiny_patch16_224", model, weights="random")
+    return TimmBackbone(name, model, weights="random")
+
+
+def towers(module):
+    """The state dict of a backbone around `module`."""
+    return {f"tower.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
 FAMILIES = ["open_clip", "timm"]
@@ -67,7 +112,7 @@ def test_class_tokens_are_the_blocks_outputs(family):
     torch.testing.assert_close(features, backbone(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "eva"])
 @pytest.mark.parametrize("train", [False, True])
 def test_forward_over_reverse_equals_a_difference_of_gradients(family, train):
     flat = FlatModel(small(family).train(train).double(), dtype=torch.float64)
@@ -101,10 +146,45 @@ def prefixed(tensors):
 
 
 def test_no_class_token():
-    backbone, encoder = load_backbone("resnet18", "none")
-    assert encoder is None and backbone(torch.randn(1, 3, 64, 64)).shape == (1, 512)
-    with pytest.raises(UserError, match="resnet18 has no class token"):
+    backbone, encoder = load_backbone("test_resnet", "none")
+    assert encoder is None and backbone(torch.randn(1, 3, 64, 64)).shape == (1, backbone.feature_dim)
+    with pytest.raises(UserError, match="test_resnet has no class token"):
         backbone.class_tokens(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2", "test_vit"])
+def test_class_tokens_of_other_vits_of_timm(name):
+    """EVA, register tokens beside the class token, a plain one: against hooks on the blocks."""
+    model = timm.create_model(name, num_classes=0, img_size=112, depth=2).eval()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 0]))
+    backbone, x = TimmBackbone(name, model, weights="random"), torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        features, tokens = backbone.class_tokens(x)
+        assert tokens.shape == (backbone.layers, 1, backbone.width)
+        torch.testing.assert_close(tokens, torch.stack(seen[:2]))
+        torch.testing.assert_close(features, backbone(x), rtol=0, atol=1e-6)
+
+
+def test_class_tokens_of_a_timm_model_inside_open_clip():
+    visual = open_clip.timm_model.TimmModel("test_vit", embed_dim=24, image_size=160, pool="token").eval()
+    about = {"image_size": 160, "mean": (0,) * 3, "std": (1,) * 3, "feature_dim": 24}
+    backbone, x = openclip.OpenClipBackbone("x", visual, weights="", **about), torch.randn(2, 3, 160, 160)
+    features, tokens = backbone.class_tokens(x)
+    seen = []
+    for block in visual.trunk.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output[:, 0]))
+    torch.testing.assert_close(backbone(x), features, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tokens, torch.stack(seen))
+    assert tokens.shape == (backbone.layers, 2, backbone.width) and features.shape == (2, 24)
+
+
+def test_only_square_images():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), depth=1)
+    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, 32, 48)}
+    with pytest.raises(UserError, match="model wide takes 32 x 48 images; only square ones are supported"):
+        TimmBackbone("wide", model, weights="random")
 
 
 def test_random_weights_follow_the_seed():
@@ -120,8 +200,6 @@ def test_random_weights_follow_the_seed():
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt", "bin"])
 def test_local_checkpoint(tmp_path, suffix):
-    from safetensors.torch import save_file
-
     clip = tiny.create_tiny()
     path = tmp_path / f"weights.{suffix}"
     state = {k: v.clone() for k, v in clip.state_dict().items()}
@@ -137,14 +215,97 @@ def test_local_checkpoint(tmp_path, suffix):
 
 
 def test_local_checkpoint_of_timm(tmp_path):
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    model = timm.create_model("test_vit", num_classes=7).eval()
     torch.save(model.state_dict(), tmp_path / "vit.pt")
-    backbone, _ = load_backbone("vit_tiny_patch16_224", str(tmp_path / "vit.pt"))
-    x = torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(backbone.eval()(x), model.eval()(x))
+    backbone, _ = load_backbone("test_vit", str(tmp_path / "vit.pt"))
+    x = torch.randn(1, 3, 160, 160)
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(backbone.eval()(x), expected)
     with pytest.raises(UserError, match="cannot be loaded into this model.*lacks"):
         torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
-        load_backbone("vit_tiny_patch16_224", str(tmp_path / "other.pt"))
+        load_backbone("test_vit", str(tmp_path / "other.pt"))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.pt")
+    for model in ("tiny", "test_vit"):
+        with pytest.raises(UserError, match="trap.pt: cannot be loaded into this model"):
+            load_backbone(model, str(tmp_path / "trap.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_an_archive_like_openais(tmp_path):
+    """OpenAI published TorchScript archives in fp16 with three extra entries."""
+
+    class Tree(torch.nn.Module):
+        def __init__(self, tensors):
+            super().__init__()
+            for name in dict.fromkeys(n.partition(".")[0] for n in tensors):
+                below = {n.partition(".")[2]: v for n, v in tensors.items() if n.startswith(f"{name}.")}
+                self.add_module(name, Tree(below)) if below else self.register_buffer(name, tensors[name])
+
+    clip, path = tiny.create_tiny().half(), tmp_path / "archive.pt"
+    extra = {n: torch.tensor(1) for n in ("input_resolution", "context_length", "vocab_size")}
+    torch.jit.script(Tree(clip.state_dict() | extra)).save(str(path))
+    backbone, _ = load_backbone("tiny", str(path))
+    assert backbone.weights_sha256 == hash_tensors(towers(clip.float().visual))
+
+
+@pytest.mark.parametrize("tag", ["hub", "url"])
+def test_a_tag_of_open_clip_is_found_in_the_cache(mini, tag, tmp_path, no_network, capfd):
+    with pytest.raises(UserError, match=r"not here. Looked for:(\n.*)*(some/mini: weights.bin|mini-1.pt)\n"):
+        load_backbone("mini", tag)
+    clip = open_clip.create_model("mini", load_weights=False).eval()
+    capfd.readouterr()
+    if tag == "hub":  # open_clip had fetched the safetensors file in place of the .bin
+        save_file({k: v.clone() for k, v in clip.state_dict().items()}, hub_cache("some/mini", "weights.safetensors"))
+    else:
+        (tmp_path / ".cache" / "clip").mkdir(parents=True)
+        torch.save(clip.state_dict(), tmp_path / ".cache" / "clip" / "mini-1.pt")
+    backbone, encoder = load_backbone("mini", tag)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(backbone.eval()(x), clip.encode_image(x), rtol=0, atol=1e-6)
+    text = clip.encode_text(open_clip.get_tokenizer("mini")(["a cat"]))
+    torch.testing.assert_close(encoder.encode(["a cat"]), torch.nn.functional.normalize(text, dim=1))
+    assert backbone.weights == f"open_clip tag {tag}" and not no_network
+    assert (backbone.mean, backbone.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert "No pretrained weights" not in capfd.readouterr().err
+
+
+def test_a_tag_of_timm_is_found_in_the_cache(no_network):
+    config = timm.get_pretrained_cfg("test_vit")
+    model, path = timm.create_model("test_vit"), hub_cache(config.hf_hub_id, "model.safetensors")
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, path)
+    backbone, _ = load_backbone("test_vit", "default")
+    model.reset_classifier(0)
+    assert backbone.weights_sha256 == hash_tensors(towers(model)) and not no_network
+    assert backbone.weights == f"timm tag {config.tag}" and config.tag
+    path.write_bytes(b"damaged")
+    with pytest.raises(
+        UserError, match=f"weights '{config.tag}' of model test_vit: .*model.safetensors cannot be read"
+    ):
+        load_backbone("test_vit", "default")
+
+
+def test_text_towers_of_the_hub_fetch_nothing(monkeypatch, no_network):
+    def offline(name, load_weights=False, pretrained_text=False):
+        assert huggingface_hub.constants.HF_HUB_OFFLINE and not load_weights and not pretrained_text
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
+    with pytest.raises(UserError, match=r"roberta-base of the Hugging Face hub and cannot be made \(not in the cache"):
+        load_backbone("roberta-ViT-B-32", "none")
+    encode = openclip.tokenizer("ViT-B-16-SigLIP", False)
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(UserError, match=r"tokenizer \(timm/ViT-B-16-SigLIP\) is not here .*--head prototype"):
+        encode(["a cat"])
+    assert not no_network
 
 
 @pytest.mark.parametrize(
@@ -160,21 +321,35 @@ def test_local_checkpoint_of_timm(tmp_path):
         ("tiny", "openai", ["the tag glyphs"]),
     ],
 )
-def test_errors_come_before_any_download(model, pretrained, words):
+def test_errors_come_before_any_download(model, pretrained, words, no_network):
     with pytest.raises(UserError) as error:
         load_backbone(model, pretrained)
     assert all(word in str(error.value) for word in words), str(error.value)
+    assert not no_network
 
 
-def test_a_failed_download_says_what_was_wanted():
-    with pytest.raises(UserError, match=r"download failed.*\n.*vit_base_patch16_clip_224\.openai"):
-        load_backbone("ViT-B-16-quickgelu", "openai", download=True)
+@pytest.mark.parametrize(
+    ("model", "tag", "wanted"),
+    [("ViT-B-16-quickgelu", "openai", "vit_base_patch16_clip_224.openai"), ("test_vit", "default", "timm/test_vit.")],
+)
+def test_a_failed_download_says_what_was_wanted(model, tag, wanted, no_network):
+    with pytest.raises(UserError, match=rf"download failed.*\n.*{wanted}.*(\n.*)*--pretrained FILE"):
+        load_backbone(model, tag, download=True)
+    assert no_network
 
 
-def test_backbones_can_be_copied():
-    backbone = small("open_clip")
-    other = copy.deepcopy(backbone)
-    assert hash_tensors(other.state_dict()) == backbone.weights_sha256
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbones_can_be_copied_and_pickled(family):
+    backbone = small(family)
+    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        assert hash_tensors(other.state_dict()) == backbone.weights_sha256 == other.weights_sha256
+        assert (other.name, other.layers, other.width) == (backbone.name, backbone.layers, backbone.width)
+
+
+def test_text_and_image_tower_share_nothing():
+    backbone, encoder = load_backbone("tiny", "none")
+    ours = {id(p) for p in backbone.parameters()}
+    assert ours and not any(id(p) in ours for p in encoder.clip.parameters())
 
 
 def test_default_mean_and_size_come_from_the_model():

@@ -82,6 +82,19 @@ def differentiable_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextlib.contextmanager
+def hub_access(allowed: bool) -> Iterator[None]:
+    """Within it the client of the Hugging Face hub, which transformers uses too, answers from its cache unless `allowed`."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def from_hub_cache(repository: str, names: tuple[str, ...]) -> Path | None:
     """The first of `names` that the local cache of the Hugging Face hub holds; never touches the network."""
     from huggingface_hub import try_to_load_from_cache
@@ -91,6 +104,10 @@ def from_hub_cache(repository: str, names: tuple[str, ...]) -> Path | None:
         if isinstance(found, str):
             return Path(found)
     return None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def missing_weights(name: str, tag: str, looked: list[str], why: str = "") -> UserError:

@@ -9,10 +9,12 @@ Columns of the logits stand in the order of `classes`, indices into the data set
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastmerge.errors import UserError
-from fastmerge.models.backbone import Backbone
+from fastmerge.errors import UserError, nearest
+from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.openclip import TextEncoder
+
+KINDS = ("text", "linear", "prototype")
 
 
 class Head(nn.Module):
@@ -120,14 +124,24 @@ class PrototypeHead(Head):
         return logits.masked_fill(self.count[classes] == 0, -torch.inf)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        self.sum.index_add_(0, labels, F.normalize(features.to(self.sum.dtype), dim=1))
-        self.count.index_add_(0, labels, torch.ones_like(labels))
+        member = F.one_hot(labels, len(self.count))  # a product, as index_add_ has no fixed order of summation on a GPU
+        self.sum += member.T.to(self.sum.dtype) @ F.normalize(features.to(self.sum.dtype), dim=1)
+        self.count += member.sum(0)
 
 
-def text_weights(encoder: TextEncoder, class_names: Sequence[str], templates: Sequence[str], key: str) -> Tensor:
-    """`[classes, d]`: every template encoded and normalised, averaged per class, normalised again.
+def text_weights(
+    encoder: TextEncoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    key: str,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """`[classes, d]` fp32 on the CPU: every template encoded and normalised, averaged per class, normalised again.
 
     Kept in the user's cache folder under a hash of `key`, names and templates; a folder that cannot be used is no error.
+    `device` does the encoding (the result agrees to rounding); `progress(done, prompts)` is called after every batch.
     """
     about = json.dumps([key, list(class_names), list(templates)])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -137,37 +151,42 @@ def text_weights(encoder: TextEncoder, class_names: Sequence[str], templates: Se
     except (OSError, SafetensorError, KeyError):
         pass  # not there yet, or damaged: made anew
     prompts = [template.format(name) for name in class_names for template in templates]
-    rows = encoder.encode(prompts).view(len(class_names), len(templates), -1)
+    rows = encoder.encode(prompts, device=device, progress=progress).view(len(class_names), len(templates), -1)
     weight = F.normalize(rows.mean(1), dim=1)
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"weight": weight.contiguous()}, temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.part")
+    with contextlib.suppress(OSError, SafetensorError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"weight": weight.contiguous()}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only after a failure, such as a full disk
     return weight
 
 
 def build_head(
-    kind: str, *, backbone: Backbone, encoder: TextEncoder | None, class_names: Sequence[str], templates: Sequence[str]
+    kind: str,
+    *,
+    backbone: Backbone,
+    encoder: TextEncoder | None,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Head:
-    """A fresh head `text`, `linear` or `prototype` for these classes.
+    """A fresh head `text`, `linear` or `prototype` for these classes, on the CPU. `device`, `progress`: of `text_weights`.
 
     Raises:
-        UserError: a text head for a backbone without text tower.
+        UserError: an unknown kind, or a text head for a backbone without text tower.
     """
     if kind == "linear":
         return LinearHead(backbone.feature_dim, len(class_names))
     if kind == "prototype":
         return PrototypeHead(backbone.feature_dim, len(class_names))
+    if kind != "text":
+        raise UserError(f"unknown head {kind!r}.{nearest(kind, KINDS)} There are: {', '.join(KINDS)}")
     if encoder is None:
         raise UserError(f"--head text: model {backbone.name} has no text tower; use --head prototype or --head linear")
-    key = f"{backbone.name} {hash_of(encoder)}"
-    return TextHead(text_weights(encoder, class_names, templates, key), encoder.logit_scale)
-
-
-def hash_of(encoder: TextEncoder) -> str:
-    from fastmerge.models.backbone import hash_tensors
-
-    return hash_tensors({k: v for k, v in encoder.clip.state_dict().items() if not k.startswith("visual.")})
+    key = f"{backbone.name} {hash_tensors(encoder.clip.state_dict())}"
+    weight = text_weights(encoder, class_names, templates, key, device=device, progress=progress)
+    return TextHead(weight, encoder.logit_scale)

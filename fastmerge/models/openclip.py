@@ -3,8 +3,10 @@ tower only serves to make the frozen head."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import open_clip
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError, nearest
 from fastmerge.models import tiny
-from fastmerge.models.backbone import Backbone, from_hub_cache, missing_weights
+from fastmerge.models.backbone import Backbone, first_line, from_hub_cache, hub_access, missing_weights
+from fastmerge.models.timm_vit import reads_class_token
 
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -31,6 +34,8 @@ class OpenClipBackbone(Backbone):
             self.has_class_token = True
             self.layers = len(visual.transformer.resblocks)
             self.width = visual.class_embedding.shape[-1]
+        elif reads_class_token(trunk := getattr(visual, "trunk", None)):  # a timm model inside, such as EVA
+            self.has_class_token, self.layers, self.width = True, len(trunk.blocks), trunk.embed_dim
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.tower(images)
@@ -42,19 +47,89 @@ class OpenClipBackbone(Backbone):
 
 
 class TextEncoder:
-    """The text tower of a CLIP model. `logit_scale`: exp of the learned scale (100 for OpenAI's models)."""
+    """The text tower of a CLIP model. `logit_scale`: exp of the learned scale (100 for OpenAI's models).
+
+    It takes `clip` over: the image tower leaves it, so that the two towers can be on different devices.
+    """
 
     def __init__(self, clip: nn.Module, tokenize: Callable[[Sequence[str]], Tensor]):
         self.clip, self.tokenize = clip.eval(), tokenize
+        del clip.visual
         self.logit_scale = float(clip.logit_scale.detach().exp())
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch_size: int = 512) -> Tensor:
-        """`[n, feature_dim]` fp32 on the CPU, each row L2-normalised."""
-        device = next(self.clip.parameters()).device
-        parts = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        rows = [F.normalize(self.clip.encode_text(self.tokenize(list(p)).to(device)).float(), dim=1) for p in parts]
-        return torch.cat(rows).cpu()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        batch_size: int = 512,
+        *,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """`[n, feature_dim]` fp32 on the CPU, each row L2-normalised. The tower is moved to `device` and stays there;
+        `progress(done, n)` is called after every batch.
+
+        Raises:
+            UserError: the model's tokenizer is not on this machine.
+        """
+        self.clip.to(device)
+        rows = []
+        for start in range(0, len(prompts), batch_size):
+            tokens = self.tokenize(list(prompts[start : start + batch_size])).to(device)
+            rows.append(F.normalize(self.clip.encode_text(tokens).float(), dim=1).cpu())
+            if progress is not None:
+                progress(min(start + batch_size, len(prompts)), len(prompts))
+        return torch.cat(rows)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without open_clip's log: it says "No pretrained weights loaded" of a model whose weights we load afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def create(name: str, download: bool) -> nn.Module:
+    """The model with random weights.
+
+    Raises:
+        UserError: its text tower is a Hugging Face model whose configuration, or the package for it, is not here.
+    """
+    source = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")
+    try:
+        with quiet(), hub_access(download):
+            # without pretrained_text=False a Hugging Face text tower would fetch weights of its own
+            return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+    except (ImportError, OSError, RuntimeError) as error:
+        if source is None:
+            raise
+        raise UserError(
+            f"model {name}: its text tower is {source} of the Hugging Face hub and cannot be made ({first_line(error)}). "
+            "Install the package transformers, and allow the download of its configuration with --download"
+        ) from None
+
+
+def tokenizer(name: str, download: bool) -> Callable[[Sequence[str]], Tensor]:
+    """The model's tokenizer. One that is not here is an error only when a prompt is to be encoded: the image tower and
+    the heads without text do not need it."""
+    try:
+        with quiet(), hub_access(download):
+            return open_clip.get_tokenizer(name)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "a file of its own")
+        message = (
+            f"model {name}: its tokenizer ({source}) is not here ({first_line(error)}). Install the package transformers "
+            "and allow the download with --download, or use --head prototype or --head linear"
+        )
+
+    def refuse(prompts: Sequence[str]) -> Tensor:
+        raise UserError(message)
+
+    return refuse
 
 
 def find_weights(name: str, tag: str, download: bool) -> Path:
@@ -81,7 +156,8 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
     looked = []
     if hub := config.get("hf_hub", ""):
         repository, _, file = hub.rpartition("/")
-        names = (file,) if file else WEIGHT_FILES
+        # open_clip fetches the safetensors file of the same name where there is one
+        names = (str(Path(file).with_suffix(".safetensors")), file) if file else WEIGHT_FILES
         if found := from_hub_cache(repository, names):
             return found
         looked += [f"Hugging Face cache: {repository}: {n}" for n in names]
@@ -95,7 +171,7 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
     try:
         return Path(open_clip.download_pretrained(config))
     except Exception as error:  # the hub, urllib and the socket each raise their own kinds
-        raise missing_weights(name, tag, looked, f", and the download failed ({error})") from None
+        raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
 
 
 def load_file(clip: nn.Module, path: Path) -> None:
@@ -114,9 +190,8 @@ def load_file(clip: nn.Module, path: Path) -> None:
             extra = ("input_resolution", "context_length", "vocab_size")
             clip.load_state_dict({k: v.float() for k, v in state.items() if k not in extra})
     except Exception as error:  # unpickling, safetensors and key errors have nothing in common
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--pretrained {path}: cannot be loaded into this model ({first}); expected its state dict"
+            f"--pretrained {path}: cannot be loaded into this model ({first_line(error)}); expected its state dict"
         ) from None
 
 
@@ -147,7 +222,7 @@ def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbon
     else:
         path, weights = find_weights(name, pretrained, download), f"open_clip tag {pretrained}"
         config = open_clip.get_pretrained_cfg(name, pretrained)
-    clip = open_clip.create_model(name, load_weights=False)
+    clip = create(name, download)
     if path is not None:
         load_file(clip, path)
     size = clip.visual.image_size
@@ -160,6 +235,5 @@ def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbon
     about = {"image_size": sides[0], "mean": mean, "std": std, "feature_dim": feature_dim}
     if not math.isfinite(float(clip.logit_scale.detach().exp())):
         raise UserError(f"--pretrained {pretrained}: its logit scale is not finite")
-    return OpenClipBackbone(name, clip.visual, weights=weights, **about), TextEncoder(
-        clip, open_clip.get_tokenizer(name)
-    )
+    backbone = OpenClipBackbone(name, clip.visual, weights=weights, **about)
+    return backbone, TextEncoder(clip, tokenizer(name, download))

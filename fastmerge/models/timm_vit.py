@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -10,9 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.errors import UserError, nearest
-from fastmerge.models.backbone import Backbone, from_hub_cache, missing_weights
+from fastmerge.models.backbone import Backbone, first_line, from_hub_cache, missing_weights
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def reads_class_token(model: nn.Module | None) -> bool:
+    """Whether `forward_intermediates` gives a class token after every block: ViT, DeiT, EVA, BEiT, ... with one. In CaiT,
+    for instance, the class token enters only after the blocks."""
+    read = getattr(model, "forward_intermediates", None)
+    token = getattr(model, "cls_token", None) is not None and hasattr(model, "blocks")
+    return token and read is not None and "return_prefix_tokens" in inspect.signature(read).parameters
 
 
 class TimmBackbone(Backbone):
@@ -27,7 +36,7 @@ class TimmBackbone(Backbone):
             raise UserError(f"model {name} takes {height} x {width} images; only square ones are supported")
         about = {"image_size": height, "mean": config["mean"], "std": config["std"], "feature_dim": model.num_features}
         super().__init__(name, model, weights=weights, **about)
-        if isinstance(model, timm.models.VisionTransformer) and model.cls_token is not None:
+        if reads_class_token(model):
             self.has_class_token = True
             self.layers, self.width = len(model.blocks), model.embed_dim
 
@@ -36,8 +45,9 @@ class TimmBackbone(Backbone):
         return self.tower.forward_head(tokens), torch.stack([prefix[:, 0] for _, prefix in blocks])
 
 
-def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str]:
-    """(file with the weights, tag); tag `default` is timm's own choice. None: timm may fetch them itself (`download`).
+def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str, list[str]]:
+    """(file with the weights, tag, where it was looked for); tag `default` is timm's own choice. No file: timm may fetch
+    it itself (`download`).
 
     Raises:
         UserError: unknown tag, or the weights are not here and may not be fetched.
@@ -54,16 +64,16 @@ def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str]
     looked = []
     if config.hf_hub_id:
         if found := from_hub_cache(config.hf_hub_id, WEIGHT_FILES):
-            return found, config.tag
+            return found, config.tag, []
         looked += [f"Hugging Face cache: {config.hf_hub_id}: {file}" for file in WEIGHT_FILES]
     if config.url and config.url.startswith("http"):
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
         if path.is_file():
-            return path, config.tag
+            return path, config.tag, []
         looked.append(str(path))
     if not download:
-        raise missing_weights(name, tag, looked)
-    return None, config.tag
+        raise missing_weights(name, config.tag, looked)
+    return None, config.tag, looked
 
 
 def load_file(model: nn.Module, path: Path) -> None:
@@ -72,17 +82,15 @@ def load_file(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack any tensor.)
     """
-    mend = getattr(
-        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
-    )  # e.g. resizes position embeddings
+    # e.g. resizes position embeddings
+    mend = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=mend)
         if result is not None and result.missing_keys:
             raise KeyError(f"it lacks {len(result.missing_keys)} tensors, such as {result.missing_keys[0]}")
     except Exception as error:  # unpickling, safetensors and key errors have nothing in common
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--pretrained {path}: cannot be loaded into this model ({first}); expected its state dict"
+            f"--pretrained {path}: cannot be loaded into this model ({first_line(error)}); expected its state dict"
         ) from None
 
 
@@ -94,11 +102,12 @@ def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbon
             load_file(model, Path(pretrained))
             weights = f"file {pretrained}"
         return TimmBackbone(name, model, weights=weights), None
-    path, tag = find_weights(name, pretrained, download)
+    path, tag, looked = find_weights(name, pretrained, download)
     overlay = None if path is None else {"file": str(path)}
-    full = f"{name}.{tag}"
     try:
-        model = timm.create_model(full, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # the hub, urllib and the socket each raise their own kinds
-        raise missing_weights(name, tag, [str(path or f"timm hub: {full}")], f", or cannot be read ({error})") from None
+        model = timm.create_model(f"{name}.{tag}", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # the hub, urllib, the socket and the file formats each raise their own kinds
+        if path is None:
+            raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
+        raise UserError(f"weights {tag!r} of model {name}: {path} cannot be read ({first_line(error)})") from None
     return TimmBackbone(name, model, weights=f"timm tag {tag}"), None
