@@ -76,9 +76,14 @@ def run(config: Any) -> int:
         torch.manual_seed(seed)  # --pretrained none draws weights
         backbone, encoder = load_backbone(config.model.model, config.model.pretrained, download=config.data.download)
         kind = config.model.head or ("text" if encoder is not None else "prototype")
-        templates = dataset.templates
         head = build_head(
-            kind, backbone=backbone, encoder=encoder, class_names=dataset.class_names, templates=templates
+            kind,
+            backbone=backbone,
+            encoder=encoder,
+            class_names=dataset.class_names,
+            templates=dataset.templates,
+            device=device,
+            progress=console.encoding,
         )
         return backbone, head
 

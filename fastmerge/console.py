@@ -84,10 +84,17 @@ class Console:
         self.quiet = quiet
         self.live: Progress | None = None
         self._text = ""
+        self._printed = time.monotonic()
 
     def line(self, text: str, style: str | None = None) -> None:
         if not self.quiet:
             self.rich.print(text, style=style, markup=False)
+
+    def encoding(self, done: int, prompts: int) -> None:
+        """The text head is being made; it is cached, so this is waited for once."""
+        if time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.line(f"text head: {done} of {prompts} prompts encoded")
 
     def start(self, work: Work, runs: Sequence[tuple[str, int]], tasks: int) -> None:
         """Begin the progress of a command with these (method, seed) runs."""
