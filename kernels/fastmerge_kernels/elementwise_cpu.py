@@ -56,9 +56,10 @@ def fisher_merge_(start, stop, theta_t, fisher_t, theta, fisher, lam):
         y, g = fetch(theta_t, first, count, scratch[2]), fetch(fisher_t, first, count, scratch[3])
         for j in range(count):
             new = lam * g[j]
-            mixed[j] = new + (_ONE - lam) * f[j]
-            known = mixed[j] != _ZERO
-            w = (new if known else lam) / (mixed[j] if known else _ONE)
+            both = new + (_ONE - lam) * f[j]
+            known = both != _ZERO
+            w = (new if known else lam) / (both if known else _ONE)
+            mixed[j] = both
             merged[j] = (_ONE - w) * x[j] + w * y[j]
         bad += store(theta, first, count, merged)
         bad += store(fisher, first, count, mixed)
@@ -95,8 +96,8 @@ def magmax_update_(start, stop, theta, initial, kept):
             fetch(kept, first, count, scratch[2]),
         )
         for j in range(count):
-            d = x[j] - i[j]
-            block[j] = k[j] if (abs(d) < abs(k[j])) | (k[j] != k[j]) else d
+            d, old = x[j] - i[j], k[j]
+            block[j] = old if (abs(d) < abs(old)) | (old != old) else d
         bad += store(kept, first, count, block)
     return bad
 
@@ -108,7 +109,8 @@ def magmax_delta_(start, stop, delta, kept):
         count = min(BLOCK, stop - first)
         d, k = fetch(delta, first, count, scratch[0]), fetch(kept, first, count, scratch[1])
         for j in range(count):
-            block[j] = k[j] if (abs(d[j]) < abs(k[j])) | (k[j] != k[j]) else d[j]
+            new, old = d[j], k[j]
+            block[j] = old if (abs(new) < abs(old)) | (old != old) else new
         bad += store(kept, first, count, block)
     return bad
 

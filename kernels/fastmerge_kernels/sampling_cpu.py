@@ -24,7 +24,8 @@ def _random_mix(start, stop, models, out, key, offset):
         for t in range(models.addresses.size):
             x, this = fetch_at(models, t, first, count, scratch), np.uint32(t)
             for j in range(count):
-                block[j] = x[j] if chosen[j] == this else block[j]
+                new, old = x[j], block[j]  # loaded on both ways, or the loop does not vectorise
+                block[j] = new if chosen[j] == this else old
         bad += store(out, first, count, block)
     return bad
 
@@ -44,11 +45,13 @@ def _dare(start, stop, theta, initial, out, scale, drop, key, offset):
         w, x = u[q:], fetch(theta, first, count, scratch[0])
         if initial is None:
             for j in range(count):
-                block[j] = scale * x[j] if w[j] >= drop else _ZERO
+                value = scale * x[j]
+                block[j] = value if w[j] >= drop else _ZERO
         else:
             i = fetch(initial, first, count, scratch[1])
             for j in range(count):
-                block[j] = scale * (x[j] - i[j]) if w[j] >= drop else _ZERO
+                value = scale * (x[j] - i[j])
+                block[j] = value if w[j] >= drop else _ZERO
         bad += store(out, first, count, block)
     return bad
 

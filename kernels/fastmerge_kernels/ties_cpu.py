@@ -101,9 +101,10 @@ def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, 
             p, q = fetch(positive, first, count, scratch[2]), fetch(negative, first, count, scratch[3])
             m, n = fetch(more, first, count, scratch[4]), fetch(less, first, count, scratch[5])
             for j in range(count):
+                step = weight * d[j]
                 up, down = (d[j] > _ZERO) | (d[j] != d[j]), d[j] < _ZERO
-                new[0, j] = p[j] + (weight * d[j] if up else _ZERO)
-                new[1, j] = q[j] + (weight * d[j] if down else _ZERO)
+                new[0, j] = p[j] + (step if up else _ZERO)
+                new[1, j] = q[j] + (step if down else _ZERO)
                 new[2, j] = m[j] + (unit if up else _ZERO)
                 new[3, j] = n[j] + (unit if down else _ZERO)
             store(positive, first, count, new[0])
@@ -138,10 +139,11 @@ def _finalize(start, stop, positive, negative, more, less, mass, initial, out, z
         else:
             sums = fetch(mass, first, count, scratch[4])
         for j in range(count):
-            up = (sums[j] > _ZERO) | ((sums[j] == _ZERO) & (zero >= _ZERO))
-            value, divisor = p[j] if up else q[j], m[j] if up else n[j]
+            total, above, below, many, few = sums[j], p[j], q[j], m[j], n[j]
+            up = (total > _ZERO) | ((total == _ZERO) & (zero >= _ZERO))
+            value, divisor = above if up else below, many if up else few
             value = value / (divisor if divisor != _ZERO else _ONE)
-            block[j] = scale * (value if sums[j] == sums[j] else sums[j])
+            block[j] = scale * (value if total == total else total)
         if initial is not None:
             i = fetch(initial, first, count, scratch[5])
             for j in range(count):

@@ -36,7 +36,8 @@ def _sums(start, stop, rows, previous, current, gradient, gradient2, scale2, key
             if gradient is None:
                 for j in range(count):
                     keep = ((a[j] != _ZERO) | (b[j] != _ZERO)) & (w[j] > last)
-                    rj, d = r[j] if keep else _ZERO, b[j] - a[j] if keep else _ZERO
+                    rj, d = r[j], b[j] - a[j]
+                    rj, d = rj if keep else _ZERO, d if keep else _ZERO
                     x[j], y[j], v[j] = rj * d, d * d, rj * rj
             else:
                 g = fetch(gradient, first, count, scratch[2])
@@ -48,7 +49,8 @@ def _sums(start, stop, rows, previous, current, gradient, gradient2, scale2, key
                     g = total
                 for j in range(count):
                     keep = ((a[j] != _ZERO) | (b[j] != _ZERO)) & (w[j] > last)
-                    rj, d, gj = r[j] if keep else _ZERO, b[j] - a[j] if keep else _ZERO, g[j]
+                    rj, d, gj = r[j], b[j] - a[j], g[j]
+                    rj, d = rj if keep else _ZERO, d if keep else _ZERO
                     x[j], y[j], v[j] = gj * d, gj * rj, gj * gj
             for k in range(3):
                 for base in range(0, count, _LANES):
@@ -99,17 +101,21 @@ def _merge(start, stop, previous, current, initial, out, alpha, beta, c, scale, 
         w, r = mask[q:], z[q:]
         if initial is None:
             for j in range(count):
-                d = b[j] - a[j]
-                moved = a[j] + alpha * d + scale * (r[j] - c * d)
-                value = (a[j] if w[j] < half else b[j]) if w[j] <= last else moved
-                block[j] = value if (a[j] != _ZERO) | (b[j] != _ZERO) else _ZERO
+                x, y, word = a[j], b[j], w[j]
+                d = y - x
+                moved = x + alpha * d + scale * (r[j] - c * d)
+                chosen = x if word < half else y
+                value = chosen if word <= last else moved
+                block[j] = value if (x != _ZERO) | (y != _ZERO) else _ZERO
         else:
             i = fetch(initial, first, count, scratch[2])
             for j in range(count):
-                base = (a[j] if w[j] < half else b[j]) if w[j] <= last else i[j]
-                step = scale * (r[j] - c * (b[j] - a[j]))
-                value = base + alpha * (b[j] - i[j]) + rest * (a[j] - i[j]) + step
-                block[j] = value if (a[j] != _ZERO) | (b[j] != _ZERO) else _ZERO
+                x, y, origin, word = a[j], b[j], i[j], w[j]
+                chosen = x if word < half else y
+                base = chosen if word <= last else origin
+                step = scale * (r[j] - c * (y - x))
+                value = base + alpha * (y - origin) + rest * (x - origin) + step
+                block[j] = value if (x != _ZERO) | (y != _ZERO) else _ZERO
         bad += store(out, first, count, block)
     return bad
 
