@@ -23,7 +23,7 @@ def scalar(value, pointer):
     """An op's number as fp32: from `pointer` if there is one, else the launch argument."""
     if pointer is not None:
         value = tl.load(pointer)
-    return tl.to_tensor(value).to(tl.float32)
+    return tl.cast(value, tl.float32)
 
 
 @triton.jit

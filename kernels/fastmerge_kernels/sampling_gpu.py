@@ -51,7 +51,7 @@ def random_mix_kernel(
 def dare_kernel(theta, initial, out, n, scale, drop, first_tile, shift, k0, k1, s0, s1, nonfinite, LANES: tl.constexpr):
     span = tl.program_id(0).to(tl.int64)
     base = span * (LANES * 4) - shift
-    scale = tl.to_tensor(scale).to(tl.float32)
+    scale = tl.cast(scale, tl.float32)
     u = words(counters(first_tile + span * (LANES // 128), LANES), k0, k1, s0, s1, 3)
     for run in tl.static_range(4):
         i = base + positions(LANES) + run * 128

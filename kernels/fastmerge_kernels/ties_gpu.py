@@ -82,7 +82,7 @@ def ties_update_kernel(
     start, stop, segment = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     if ALIGNED:
         start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
-    weight, unit = tl.to_tensor(weight).to(tl.float32), tl.to_tensor(unit).to(tl.float32)
+    weight, unit = tl.cast(weight, tl.float32), tl.cast(unit, tl.float32)
     i = start + tl.arange(0, SIZE)
     inside = i < stop
     d, b = magnitudes(theta, initial, i, inside)

@@ -30,7 +30,7 @@ def sums_kernel(
 ):  # fmt: skip
     """One row per program: (<r,d>, <d,d>, <r,r>), or with a gradient (<G,d>, <G,r>, <G,G>)."""
     x, y, w = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
-    scale2 = tl.to_tensor(scale2).to(tl.float32)
+    scale2 = tl.cast(scale2, tl.float32)
     span = tl.program_id(0).to(tl.int64) * SPANS
     for step in range(SPANS):
         base = (span + step) * (LANES * 4) - shift

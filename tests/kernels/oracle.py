@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # about 10^4 entries per second: small vectors only
-SIZES = (1, 513, 2049) if INTERPRET else (1, 127, 513, 65536, 65537, (1 << 20) - 1, (1 << 20) + 1)
-LARGE = 1803 if INTERPRET else 300_007
+SIZES = (1, 1100) if INTERPRET else (1, 127, 513, 65536, 65537, (1 << 20) - 1, (1 << 20) + 1)
+LARGE = 1403 if INTERPRET else 300_007
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent
-FILES = ("test_philox.py", "test_trm.py", "test_elementwise.py", "test_sampling.py", "test_ties.py", "test_stock.py")
+FILES = ("philox", "trm", "elementwise", "sampling", "ties", "stock")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this starts the interpreted run")
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted_kernels_pass(file):
+def test_interpreted_kernels_pass():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", FOLDER / file]
+    files = [Path(__file__).parent / f"test_{name}.py" for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

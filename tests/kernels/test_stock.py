@@ -10,8 +10,8 @@ import torch
 from fastmerge_kernels import reference
 from oracle import DTYPES, INTERPRET, assert_rounded, assert_sums, vectors
 
-N = 2500 if INTERPRET else 200_003
-BOUNDS = [0, 3, 3, 16, 1040, N // 2, N]
+N = 1300 if INTERPRET else 200_003
+BOUNDS = [0, 3, 3, 16, N // 2, N - 100, N]
 
 
 def near(count, n, dtype=torch.float32, device="cpu"):
@@ -37,7 +37,7 @@ def test_segment_norms(device, types):
     assert_sums(fk.segment_norms(x), (x.double().cpu() ** 2).sum()[None], (x.double().cpu() ** 2).sum()[None])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(device, count, dtype):
     initial, *models = near(count, N, dtype, device)

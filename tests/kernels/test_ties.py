@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, INTERPRET, assert_rounded, vectors
 
-N = 1500 if INTERPRET else 70_000
+N = 1200 if INTERPRET else 70_000
 
 
 def kept(x, threshold, cut):
@@ -34,7 +34,7 @@ def test_threshold_equals_sorting(device, dtype, keep):
         assert torch.equal(kept(x, threshold, cut).cpu(), expected)
 
 
-@settings(max_examples=10 if INTERPRET else 100, deadline=None)
+@settings(max_examples=3 if INTERPRET else 60, deadline=None)
 @given(
     st.lists(
         st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-42, -3e38, 65504.0, float("inf")]), min_size=1, max_size=60
@@ -115,7 +115,7 @@ def test_small_cases(device):
     """Density 1 of one model is the model; tiny tensors keep an entry; equal and opposite entries follow the convention."""
     initial, model = (v.to(device) for v in vectors(2, 500))
     torch.testing.assert_close(fk.ties_merge([model], initial=initial, density=1.0), model, rtol=0, atol=2e-7)
-    for n in range(1, 9):
+    for n in (1, 4, 8):
         zero = torch.zeros(n, device=device)
         for convention, entries in (("paper", max(1, n // 5)), ("mergekit", max(1, n // 5)), ("peft", n // 5)):
             merged = fk.ties_merge([zero + 3], initial=zero, convention=convention)

@@ -91,7 +91,7 @@ def test_merge_and_sums_sizes(device, replace, n):
 
 
 @pytest.mark.parametrize("replace", REPLACE)
-@pytest.mark.parametrize("offset", [3, 512, 2**31 - 700, 2**41 + 129])
+@pytest.mark.parametrize("offset", [3, 2**41 + 129] if INTERPRET else [3, 512, 2**31 - 700, 2**41 + 129])
 def test_merge_and_sums_offsets(device, replace, offset):
     previous, current, initial, gradient, _ = vectors(5, 2100, device=device)
     position = {**KEY, "replace": replace, "ratio": 0.6, "offset": offset}
@@ -233,7 +233,7 @@ def test_shards_give_the_same_bits(device, replace):
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-3)
 
 
-@settings(max_examples=10 if INTERPRET else 40, deadline=None)
+@settings(max_examples=3 if INTERPRET else 40, deadline=None)
 @given(st.data())
 def test_shards_anywhere(data):
     n, offset = data.draw(st.integers(2, 1800)), data.draw(st.integers(0, 2**60))
