@@ -31,7 +31,7 @@ def test_defaults_are_the_papers_for_clip_and_small_for_the_embedded_model():
     assert (clip.training.lr, clip.training.weight_decay) == (1e-5, 0.1)
     assert (clip.trm.lambda1, clip.trm.lambda2, clip.trm.replace_ratio) == (0.1, 0.01, 0.6)
     tiny = parse([])
-    assert (tiny.model.model, tiny.model.pretrained, tiny.scenario.tasks) == ("tiny", "glyphs", 10)
+    assert (tiny.model.model, tiny.model.pretrained, tiny.scenario.tasks) == ("tiny", "glyphs", 5)
     assert parse(["--scenario", "dil"]).scenario.class_order == "natural"
 
 
@@ -90,7 +90,7 @@ def test_values_out_of_range(flags, message):
 
 def test_differences_name_what_changes_the_numbers():
     a, b = to_dict(resolve(Config())), to_dict(parse(["--lr", "1", "--quiet", "--seeds", "5"]))
-    assert differences(json.loads(json.dumps(a)), b) == ["training.lr: 0.0003 -> 1.0"]
+    assert differences(json.loads(json.dumps(a)), b) == ["training.lr: 0.0006 -> 1.0"]
     groups = to_dict(Config())
     assert all(name.split(".")[1] in groups[name.split(".")[0]] for name in FREE)
 

@@ -1,6 +1,6 @@
 """The model that a run ends with, as a file and back.
 
-backbone, head, recipe = load_model("runs/glyphs-cil10-tiny/trm-seed0/model.safetensors")
+backbone, head, recipe = load_model("runs/glyphs-cil5-tiny/trm-seed0/model.safetensors")
 logits = head(backbone(images), torch.arange(len(recipe["class_names"])))
 """
 
