@@ -134,10 +134,10 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def arrays(*tensors: Tensor | None) -> list:
-    """What loops take for the tensors of one call: fp32 arrays, or (bytes, dtype code) pairs if any of them is not fp32."""
+    """What loops take for the tensors of one call: fp32 arrays, or (address, dtype code) pairs if any of them is not fp32."""
     if all(x is None or x.dtype == torch.float32 for x in tensors):
         return [None if x is None else x.detach().numpy() for x in tensors]
-    return [None if x is None else (x.detach().view(torch.uint8).numpy(), _CODES[x.dtype]) for x in tensors]
+    return [None if x is None else (np.uint64(x.data_ptr()), _CODES[x.dtype]) for x in tensors]
 
 
 def number(value: float, tensor: Tensor | None) -> np.float32:
@@ -179,18 +179,46 @@ def _to_half(typingctx, x):
     return types.uint16(types.float32), codegen
 
 
+def _memory(source):
+    """Two intrinsics for memory at an address, little to compile: read(address, i) and write(address, i, value)."""
+
+    def pointer(context, builder, address, index):
+        pointer = builder.inttoptr(address, context.get_value_type(source).as_pointer())
+        return builder.gep(pointer, [index])
+
+    @intrinsic
+    def read(typingctx, address, index):
+        def codegen(context, builder, signature, args):
+            return builder.load(pointer(context, builder, *args), align=source.bitwidth // 8)
+
+        return source(types.uint64, types.int64), codegen
+
+    @intrinsic
+    def write(typingctx, address, index, value):
+        def codegen(context, builder, signature, args):
+            builder.store(args[2], pointer(context, builder, *args[:2]), align=source.bitwidth // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, types.int64, source), codegen
+
+    return read, write
+
+
+_read16, _write16 = _memory(types.uint16)
+_read32, _write32 = _memory(types.float32)
+
+
 @numba.njit
-def _decode(source, code, first, count, scratch):
+def _decode(address, code, first, count, scratch):
     if code == 0:
-        scratch[:count] = source.view(np.float32)[first : first + count]
+        for j in range(count):
+            scratch[j] = _read32(address, first + j)
     elif code == 1:
-        x = source.view(np.uint16)[first : first + count]
         for j in range(count):
-            scratch[j] = floating(np.uint32(np.uint32(x[j]) << np.uint32(16)))
+            scratch[j] = floating(_u32(_u32(_read16(address, first + j)) << _u32(16)))
     else:
-        x = source.view(np.uint16)[first : first + count]
         for j in range(count):
-            scratch[j] = _from_half(x[j])
+            scratch[j] = _from_half(_read16(address, first + j))
 
 
 @numba.njit
@@ -203,23 +231,25 @@ def _store_float(out, values):
 
 
 @numba.njit
-def _encode(out, code, first, count, values):
+def _encode(address, code, first, count, values):
+    bad = np.int32(0)
     if code == 0:
-        return _store_float(out.view(np.float32)[first : first + count], values)
-    bad, x = np.int32(0), out.view(np.uint16)[first : first + count]
-    if code == 1:
-        for j in range(x.size):
+        for j in range(count):
+            _write32(address, first + j, values[j])
+            bad = np.int32(bad + np.int32(_u32(bits(values[j]) & _u32(0x7F800000)) == _u32(0x7F800000)))
+    elif code == 1:
+        for j in range(count):
             b = bits(values[j])
             rounded = _u32(b + _u32(0x7FFF) + _u32(_u32(b >> _u32(16)) & _u32(1)))
             quiet = _u32(b | _u32(0x400000))  # rounding could carry a NaN into infinity
             rounded = quiet if _u32(b & _u32(0x7FFFFFFF)) > _u32(0x7F800000) else rounded
             bad = np.int32(bad + np.int32(_u32(rounded & _u32(0x7F800000)) == _u32(0x7F800000)))
-            x[j] = np.uint16(rounded >> _u32(16))
+            _write16(address, first + j, np.uint16(rounded >> _u32(16)))
     else:
-        for j in range(x.size):
+        for j in range(count):
             h = _u32(_to_half(values[j]))
             bad = np.int32(bad + np.int32(_u32(h & _u32(0x7C00)) == _u32(0x7C00)))
-            x[j] = np.uint16(h)
+            _write16(address, first + j, np.uint16(h))
     return np.int64(bad)
 
 
@@ -258,44 +288,37 @@ _LANES = 128  # independent fp32 sums: the loop vectorises, in an order that no 
 
 @numba.njit
 def add_lanes(row, terms, count):
-    """row[k] += sum of terms[k, :count], in float64 over fp32 sums of at most 8 terms each (loops only)."""
+    """row[k] += sum of terms[k, :count]: fp32 in 128 lanes, folded to 16, those in float64 (loops only; count <= 1024)."""
+    lanes = np.empty(_LANES, np.float32)
     for k in range(row.size):
-        lanes = np.zeros(_LANES, np.float32)
+        lanes[:] = np.float32(0.0)
+        term = terms[k]
         for base in range(0, count, _LANES):
-            part = terms[k, base : min(base + _LANES, count)]
+            part = term[base : min(base + _LANES, count)]
             for j in range(part.size):
                 lanes[j] += part[j]
+        for half in (64, 32, 16):
+            upper = lanes[half:]
+            for j in range(half):
+                lanes[j] += upper[j]
         total = 0.0
-        for j in range(_LANES):
+        for j in range(16):
             total += np.float64(lanes[j])
         row[k] += total
-
-
-def table(tensors) -> Table:
-    """Many tensors of one dtype for `fetch_at`: (addresses, dtype code, bytes of each). The caller keeps them alive."""
-    addresses = np.array([x.data_ptr() for x in tensors], np.uint64)
-    return Table(addresses, _CODES[tensors[0].dtype], tensors[0].numel() * tensors[0].element_size())
 
 
 class Table(NamedTuple):
     addresses: np.ndarray  # [T] uint64
     code: int
-    bytes: int
 
 
-@intrinsic
-def _pointer(typingctx, address):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint8)(types.uint64), codegen
+def table(tensors) -> Table:
+    """Many tensors of one dtype for `fetch_at`. The caller keeps them alive."""
+    return Table(np.array([x.data_ptr() for x in tensors], np.uint64), _CODES[tensors[0].dtype])
 
 
 @numba.njit
 def fetch_at(models, t, first, count, scratch):
-    """`fetch` from the t-th tensor of a `table`."""
-    memory = numba.carray(_pointer(models.addresses[t]), (models.bytes,), np.uint8)
-    if models.code == 0:
-        return memory.view(np.float32)[first : first + count]
-    _decode(memory, models.code, first, count, scratch)
+    """`fetch` from the t-th tensor of a `table`, always into `scratch`."""
+    _decode(models.addresses[t], models.code, first, count, scratch)
     return scratch[:count]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import CHUNK, arrays, fetch, loop, number, reduce, run, store
+from .cpu import CHUNK, add_lanes, arrays, fetch, loop, number, reduce, run, store
 from .philox import TILE, threshold
 from .philox_cpu import MASK, key, normals, tile_span, words
 from .reference import perpendicular
 
 _ZERO = np.float32(0.0)
 _NEVER = np.uint32(0xFFFFFFFF)  # the mask word where nothing is replaced: above every `last` below 2^32 - 1
-_LANES = 128  # independent fp32 sums, so that the loop vectorises in a fixed order
-_FLUSH = 8  # tiles between flushes of the fp32 sums into float64
 
 
 @loop
@@ -21,11 +19,8 @@ def _sums(start, stop, rows, previous, current, gradient, gradient2, scale2, key
     """One row per chunk: (<r,d>, <d,d>, <r,r>), or with a gradient (<G,d>, <G,r>, <G,G>)."""
     u, z, mask = np.empty(TILE, np.uint32), np.empty(TILE, np.float32), np.full(TILE, _NEVER, np.uint32)
     terms, scratch = np.zeros((3, TILE), np.float32), np.empty((4, TILE), np.float32)
-    single, double = np.zeros((3, _LANES), np.float32), np.zeros((3, _LANES), np.float64)
     for chunk in range(start, stop, CHUNK):
         end = min(chunk + CHUNK, stop)
-        double[:] = 0.0
-        tiles = 0
         for tile in range((offset + chunk) // TILE, (offset + end - 1) // TILE + 1):
             first, q, count = tile_span(tile, chunk, end, offset)
             normals(z, u, tile, key)
@@ -52,17 +47,7 @@ def _sums(start, stop, rows, previous, current, gradient, gradient2, scale2, key
                     rj, d, gj = r[j], b[j] - a[j], g[j]
                     rj, d = rj if keep else _ZERO, d if keep else _ZERO
                     x[j], y[j], v[j] = gj * d, gj * rj, gj * gj
-            for k in range(3):
-                for base in range(0, count, _LANES):
-                    column, term = single[k], terms[k, base:count]
-                    for j in range(min(_LANES, count - base)):
-                        column[j] += term[j]
-            tiles += 1
-            if tiles % _FLUSH == 0 or first + count == end:
-                double += single
-                single[:] = _ZERO
-        for k in range(3):
-            rows[chunk // CHUNK, k] = double[k].sum()
+            add_lanes(rows[chunk // CHUNK], terms, count)
 
 
 def _mask(replace: str, ratio: float) -> tuple[bool, np.uint32]:

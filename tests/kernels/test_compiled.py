@@ -101,7 +101,12 @@ def test_offsets_are_64_bit():
     from compiling import compile_launch
 
     for kernel, arguments, options in launches(torch.float32):
-        if "n" in arguments:
+        if kernel.__name__ in (
+            "lerp_kernel",
+            "merge_kernel",
+            "sums_kernel",
+            "histogram_kernel",
+        ):  # the ways to compute indices
             compiled = compile_launch(kernel, arguments | {"n": 1 << 40}, options, 90)
             assert re.search(r"tt.func public @\w+\(.*%n: i64", compiled.asm["ttir"])
             assert re.search(r"arith.extsi .* : i32 to i64|arith.muli .* : i64", compiled.asm["ttir"])
