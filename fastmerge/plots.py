@@ -66,6 +66,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
             spread = [statistics.stdev(s) for s in steps]
             low, high = ([m + sign * d for m, d in zip(mean, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="tasks learned", ylabel="accuracy on the classes seen (%)", ylim=(0, 100))
     axes.legend()
     axes.grid(alpha=0.3)
