@@ -6,7 +6,10 @@ With TRITON_INTERPRET=1 the CPU runs go through the Triton kernels in Triton's i
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # `oracle`, `compiling`: shared by the tests of this folder
 
 from fastmerge_kernels import reference  # noqa: E402
+from oracle import INTERPRET  # noqa: E402
 
 reference.random_words = functools.lru_cache(8)(reference.random_words)  # most of the tests' time otherwise
 reference.random_normal = functools.lru_cache(8)(reference.random_normal)
@@ -25,3 +29,24 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_interpreter.py" in item.nodeid)  # last: its process runs beside all others
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_run(request):
+    """(process, log) of the run that `test_interpreter.py` waits for, if it was selected; started before the first test."""
+    if INTERPRET or not any("test_interpreter.py" in item.nodeid for item in request.session.items):
+        yield None
+        return
+    names = ("philox", "trm", "elementwise", "sampling", "ties", "stock")
+    files = [Path(__file__).parent / f"test_{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    with tempfile.TemporaryFile("w+") as log:
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        yield process, log
+        process.kill()
+        process.wait()

@@ -1,21 +1,18 @@
-"""The Triton kernels on the CPU: the value tests of this folder again, in a process where Triton interprets its kernels."""
+"""The Triton kernels on the CPU: the value tests of this folder again, in a process where Triton interprets its kernels.
+
+`conftest.py` starts that process with the session, so that it uses a second core meanwhile; this test waits for it.
+"""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from oracle import INTERPRET
 
-FILES = ("philox", "trm", "elementwise", "sampling", "ties", "stock")
 
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this starts the interpreted run")
-def test_interpreted_kernels_pass():
+@pytest.mark.skipif(INTERPRET, reason="this is the interpreted run")
+def test_interpreted_kernels_pass(interpreted_run):
     pytest.importorskip("triton")
-    files = [Path(__file__).parent / f"test_{name}.py" for name in FILES]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    process, log = interpreted_run
+    code = process.wait()
+    log.seek(0)
+    assert code == 0, log.read()[-8000:]
