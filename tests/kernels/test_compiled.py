@@ -21,6 +21,8 @@ import fastmerge_kernels  # noqa: E402
 
 SMALL = {"add_rows", "project_kernel", "stock_sums_kernel"}  # a single program on a few numbers
 
+WIDEST = ("lerp_kernel", "merge_kernel", "sums_kernel", "ties_update_kernel")  # those with most registers or vectors
+
 
 def launches(dtype: torch.dtype) -> list:
     """Every kernel as the ops launch it, for aligned vectors of this dtype."""
@@ -69,7 +71,11 @@ def names(dtype=torch.float32) -> list[str]:
 def test_no_spills_and_wide_accesses(dtype, capability):
     from compiling import compile_launch, registers_and_stack
 
+    seen = set()
     for kernel, arguments, options in launches(dtype):
+        if dtype == torch.bfloat16 and (kernel.__name__ not in WIDEST or kernel.__name__ in seen):
+            continue
+        seen.add(kernel.__name__)
         compiled = compile_launch(kernel, arguments, options, capability)
         registers, stack = registers_and_stack(compiled)
         assert stack == 0, f"{kernel.__name__} spills {stack} bytes"
