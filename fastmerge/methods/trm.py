@@ -16,7 +16,7 @@ exactly, and one fused pass gives both. d, P and the mask are made in registers 
 
 Random replacement (end of the method section). Read literally, replace_ratio of theta_init's entries come from
 theta_{t-1} or theta_t and the task vectors are added to that: a replaced entry gets its task vector twice, and the distance
-from theta_init grows from task to task (`--trm.replace literal`; tests/test_method_trm.py shows the divergence). So the default is
+from theta_init grows by 1.6 per task (`--trm.replace literal`; tests/test_method_trm.py shows it). So the default is
 `anchored`: a replaced entry keeps its value from theta_{t-1} or theta_t and the search moves the others; `none` searches
 the plane alone. theta_init cancels in both, so only `literal` keeps it.
 

@@ -1,4 +1,6 @@
-"""The three ops of TRM's merging phase (Trajectory Regularized Merging, arXiv 2605.08311, equations 3 to 5), one pass over memory each.
+"""The three ops of TRM's merging phase, one pass over memory each.
+
+Trajectory Regularized Merging, arXiv 2605.08311; equation numbers of its first version.
 
     d = current - previous,   r ~ N(0, I),   P = (r - (<r,d>/<d,d>) d) / ||...||            (eq. 3)
     trm_direction      (<r,d>, <d,d>, <r,r>)                          8 bytes/parameter (fp32)
