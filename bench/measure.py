@@ -120,7 +120,7 @@ def measure(benchmark, case: Case, *, device: torch.device, rounds: int, compile
         # on a GPU a call's launch must hide behind the calls queued before it, or small sizes time the host
         calls = max(1, min(200, int(2e10 / case.bytes))) if clock.cuda else 1
 
-    def repeat(call):
+    def repeat(call, calls=calls):
         return lambda: [call() for _ in range(calls)] and None
 
     with torch.no_grad() if case.bytes is not None else contextlib.nullcontext():
@@ -130,9 +130,13 @@ def measure(benchmark, case: Case, *, device: torch.device, rounds: int, compile
             extra = clock.extra_bytes(case.run)
             info["extra_models"] = None if extra is None else round(extra / case.model_bytes, 2)
         times: dict[str, list[float]] = {name: [] for name in rivals}
+        queued: dict[str, int] = {}
         for name, call in list(rivals.items()):
             try:
+                if name == "compile":
+                    call()
                 first = clock.seconds(call)
+                queued[name] = max(1, min(calls, int(1 / first)))  # slow rivals hide their launches anyway
                 times[name] = [first] if first > RIVAL_SECONDS else []
             except Exception as error:  # not installed, out of memory, no compiler: the row goes on without it
                 problems[name] = f"{type(error).__name__}: {str(error)[:120]}"
@@ -148,7 +152,7 @@ def measure(benchmark, case: Case, *, device: torch.device, rounds: int, compile
                 copies.append(clock.seconds(repeat(copy)) / calls * scale)
             for name, call in rivals.items():
                 if sum(times[name]) < RIVAL_SECONDS:
-                    times[name].append(clock.seconds(repeat(call)) / calls)
+                    times[name].append(clock.seconds(repeat(call, queued[name])) / queued[name])
             clock.sync()
 
         benchmark.pedantic(target, setup=setup, rounds=rounds)

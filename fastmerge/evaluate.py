@@ -38,10 +38,6 @@ def batches(tests: Sequence[TaskImages], size: int) -> Iterator[tuple[Tensor, Te
         yield tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
 
-def _test_batch(learner: Learner) -> int:
-    return max(learner.config.training.batch_size, 128)
-
-
 @torch.no_grad()
 def accuracies(
     learner: Learner,
@@ -55,7 +51,7 @@ def accuracies(
     """
     candidates = torch.tensor(classes, device=learner.device)
     correct = torch.zeros(len(tests), dtype=torch.int64, device=learner.device)
-    for pixels, labels, test in batches(tests, _test_batch(learner)):
+    for pixels, labels, test in batches(tests, learner.config.training.batch_size):
         logits = learner.head(learner.backbone(learner.plain(pixels)), candidates)
         correct.index_add_(0, test, (logits.argmax(1) == positions(labels, candidates)).long())
         tick(len(labels))
@@ -127,7 +123,7 @@ def zero_shot(
     masks = [torch.isin(everything, torch.tensor(row, device=learner.device)) for row in candidates]
     hits = torch.zeros(len(candidates), len(tests), dtype=torch.int64, device=learner.device)
     inside = torch.zeros_like(hits)  # test images whose class is a candidate
-    for pixels, labels, test in batches(tests, _test_batch(learner)):
+    for pixels, labels, test in batches(tests, learner.config.training.batch_size):
         logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
         truth = positions(labels, everything)
         for t, mask in enumerate(masks):
