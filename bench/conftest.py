@@ -89,9 +89,12 @@ class Bench:
             memory = torch.cuda.get_device_properties(self.device).total_memory // 2
         else:
             memory = MEMORY
-        distinct = max(2, min(count, memory // self.bytes - 8))  # 8: accumulators, copies and what peers allocate
-        self.benchmark.extra_info |= {"T": count, "distinct_models": min(count, distinct)}
-        models = [self.normal(1e-3, around=base) for _ in range(min(count, distinct))]
+        distinct = max(
+            2, min(count, memory // self.bytes // 2 - 4)
+        )  # Fishers are as many; 8 for copies and what peers allocate
+        self.distinct = min(count, distinct)
+        self.benchmark.extra_info |= {"T": count, "distinct_models": self.distinct}
+        models = [self.normal(1e-3, around=base) for _ in range(self.distinct)]
         return [models[k % len(models)] for k in range(count)]
 
     def fits(self, models: int) -> bool:

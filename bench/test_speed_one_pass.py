@@ -74,7 +74,47 @@ def ewc_gradient(b):
     )
 
 
+def magnitude_threshold(b):
+    theta, initial, k = b.normal(1e-3), torch.zeros(b.n, device=b.device, dtype=b.dtype), b.n // 5
+    call = lambda: fk.magnitude_threshold(theta, k, initial=initial, keep="exactly")  # noqa: E731
+    return Case(call, 2, lambda: (theta - initial).abs().topk(k, sorted=False).values.amin())
+
+
+def ties_update(b):
+    state, theta, initial = [torch.zeros(b.n, device=b.device) for _ in range(4)], b.normal(), b.normal()
+
+    def formula():
+        d = theta - initial
+        d = d * (d.abs() >= 0.02)
+        state[0].add_(d.clamp_min(0)), state[1].add_(d.clamp_max(0)), state[2].add_(d > 0), state[3].add_(d < 0)
+
+    limit = {"threshold": torch.full((1,), 0.02, device=b.device)}
+    return Case(lambda: fk.ties_update_(*state, theta, initial=initial, **limit), 2 + 32 // b.dtype.itemsize, formula)
+
+
+def ties_finalize(b):
+    positive, negative, ones, initial, out = b.positive(), -b.positive(), torch.ones(b.n), b.normal(), b.normal()
+    ones = ones.to(b.device, b.dtype)
+
+    def formula():
+        up = positive + negative >= 0
+        return initial + torch.where(up, positive, negative) / ones.clamp_min(1)
+
+    return Case(lambda: fk.ties_finalize(positive, negative, ones, ones, initial=initial, out=out), 6, formula)
+
+
+def stock_update(b):
+    total, units, theta, initial = b.normal(), b.normal(), b.normal(), b.normal()
+
+    def formula():
+        d = theta - initial
+        return total + d, units + d / d.norm()
+
+    return Case(lambda: fk.stock_update_(total, units, theta, initial=initial), 8, formula)
+
+
 OPS = (lerp, axpy, fisher_merge, pam_accumulate, pam_coefficient, magmax_update, fisher_accumulate, ewc_gradient)
+OPS += (magnitude_threshold, ties_update, ties_finalize, stock_update)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

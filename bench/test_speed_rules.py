@@ -1,8 +1,9 @@
-"""Merge rules over T models, fed one at a time: against copies, and against peers on the same tensors.
+"""Merge rules over lists of T models: against copies, and against peers on the same tensors.
 
-x_models is the time over that of moving the T models' bytes once at the copy's speed. Targets (CPU, one thread, T = 8):
-average, task arithmetic, MagMax, random mix 1; Fisher, Model Stock 3; TIES 4; DARE 5. Extra memory counts everything a call
-allocates, accumulators included; the output is allocated beforehand. Peers' calls include building what they need and return.
+x_models is the time over that of copying the T models once, at the copy's speed. Targets (CPU, one thread, T = 8): average,
+task arithmetic, MagMax, random mix 1; Fisher, Model Stock 3; TIES 4; DARE 5. Extra memory counts everything a call allocates;
+the output is allocated beforehand. Peers' calls include building what they need and return. What the streaming forms cost per
+model is in `test_speed_one_pass.py`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,15 @@ DENSITY = 0.2
 
 
 def average(b, base, models, out):
-    def run():
-        out.copy_(models[0])
-        for k, model in enumerate(models[1:], 2):
-            fk.lerp(out, model, 1 / k, out=out)
-
-    return Case(run, 2 + 3 * (len(models) - 1), lambda: sum(models[1:], models[0].clone()).div_(len(models)))
+    return Case(
+        lambda: fk.weighted_sum(models, out=out),
+        len(models) + 1,
+        lambda: sum(models[1:], models[0].clone()).div_(len(models)),
+    )
 
 
 def task_arithmetic(b, base, models, out):
     scale = 0.3
-
-    def run():  # (1 - T s) base + s sum of models: no task vector is made
-        torch.mul(base, 1 - len(models) * scale, out=out)
-        for model in models:
-            fk.axpy(out, model, scale, out=out)
 
     def formula():
         merged = base.clone()
@@ -39,16 +34,11 @@ def task_arithmetic(b, base, models, out):
             merged += scale * (model - base)
         return merged
 
-    return Case(run, 2 + 3 * len(models), formula)
+    weights = [scale] * len(models)
+    return Case(lambda: fk.weighted_sum(models, weights, initial=base, out=out), len(models) + 2, formula)
 
 
 def magmax(b, base, models, out):
-    def run():
-        out.zero_()
-        for model in models:
-            fk.magmax_update_(out, model, initial=base)
-        fk.axpy(base, out, 0.5, out=out)
-
     def formula():
         kept = torch.zeros_like(base)
         for model in models:
@@ -56,7 +46,8 @@ def magmax(b, base, models, out):
             kept = torch.where(delta.abs() >= kept.abs(), delta, kept)
         return base + 0.5 * kept
 
-    return Case(run, 4 + 4 * len(models), formula)
+    run = lambda: fk.magmax_merge(models, initial=base, scale=0.5, out=out)  # noqa: E731
+    return Case(run, len(models) + 2, formula)
 
 
 def random_mix(b, base, models, out):
@@ -70,33 +61,21 @@ def random_mix(b, base, models, out):
 
 
 def fisher(b, base, models, out):
-    kept, new = b.positive(), b.positive()
-    start = kept.clone()
-
-    def run():
-        out.copy_(models[0])
-        kept.copy_(start)  # a stream starts with the first task's Fisher
-        for k, model in enumerate(models[1:], 2):
-            fk.fisher_merge_(out, kept, model, new, 1 / k, check=False)
+    fishers = [b.positive() for _ in range(b.distinct)]
+    fishers = [fishers[k % len(fishers)] for k in range(len(models))]
 
     def formula():
-        weighted, total = start * models[0], start.clone()
-        for model in models[1:]:
+        weighted, total = fishers[0] * models[0], fishers[0].clone()
+        for model, new in zip(models[1:], fishers[1:], strict=True):
             weighted += new * model
             total += new
         return weighted / total
 
-    return Case(run, 4 + 6 * (len(models) - 1), formula)
+    return Case(lambda: fk.fisher_average(models, fishers, check=False, out=out), 2 * len(models) + 1, formula)
 
 
 def dare(b, base, models, out):
-    scratch, weight = torch.empty_like(base), 1 / len(models)
-
-    def run():
-        out.copy_(base)
-        for k, model in enumerate(models):
-            fk.dare_delta(model, 1 - DENSITY, initial=base, seed=1, stream=k, out=scratch)
-            fk.axpy(out, scratch, weight, out=out)
+    weight = 1 / len(models)
 
     def formula():
         merged = base.clone()
@@ -105,17 +84,12 @@ def dare(b, base, models, out):
             merged += delta * torch.empty_like(delta).bernoulli_(DENSITY) * (weight / DENSITY)
         return merged
 
-    return Case(run, 2 + 6 * len(models), formula)
+    run = lambda: fk.dare_merge(models, 1 - DENSITY, initial=base, seed=1, stream=0, out=out)  # noqa: E731
+    return Case(run, len(models) + 2, formula)
 
 
 def stock(b, base, models, out):
-    def run():
-        total, units = torch.zeros_like(base), torch.zeros_like(base)
-        for model in models:
-            fk.stock_update_(total, units, model, initial=base, segments=b.bounds)
-        fk.stock_merge(total, units, len(models), initial=base, segments=b.bounds, out=out)
-
-    return Case(run, 2 + 8 * len(models) + 4)
+    return Case(lambda: fk.stock_merge(models, initial=base, segments=b.bounds, out=out), 3 * (len(models) + 1) + 1)
 
 
 def _trimmed(delta, k):
@@ -132,8 +106,7 @@ def _ties(b, base, models, out, bounds, convention):
         agree = deltas.sign() == deltas.sum(0).sign()
         return base + (deltas * agree).sum(0) / agree.sum(0).clamp_min(1)
 
-    # zeroing four accumulators; per model two histograms, the search for the last tie (2 reads each) and the update
-    passes = 4 + len(models) * (2 + 2 + 2 + 10) + 6
+    passes = 2 * len(models) + len(models) + 2  # a pass over model and base per threshold, then the merge
     return Case(
         lambda: fk.ties_merge(models, initial=base, density=DENSITY, convention=convention, segments=bounds, out=out),
         passes,

@@ -5,6 +5,7 @@ All ops take 1-D contiguous fp32/bf16/fp16 tensors, accumulate in fp32 or float6
 every formula in float64.
 """
 
+from .batch import dare_merge, fisher_average, magmax_merge, weighted_sum
 from .elementwise import (
     axpy,
     ewc_gradient_,
@@ -17,18 +18,23 @@ from .elementwise import (
     perturb,
 )
 from .sampling import dare_delta, random_mix
-from .stock import segment_norms, stock_merge, stock_ratio, stock_update_
-from .ties import magnitude_histogram, magnitude_threshold, ties_finalize, ties_merge, ties_update_
+from .stock import segment_norms, stock_finalize, stock_merge, stock_ratio, stock_update_
+from .threshold import magnitude_digit, magnitude_histogram, magnitude_threshold
+from .ties import ties_finalize, ties_merge, ties_update_
 from .trm import subspace_gradient, trm_direction, trm_merge
 
 __all__ = [
     "axpy",
     "dare_delta",
+    "dare_merge",
     "ewc_gradient_",
     "fisher_accumulate_",
+    "fisher_average",
     "fisher_merge_",
     "lerp",
+    "magmax_merge",
     "magmax_update_",
+    "magnitude_digit",
     "magnitude_histogram",
     "magnitude_threshold",
     "pam_accumulate_",
@@ -36,6 +42,7 @@ __all__ = [
     "perturb",
     "random_mix",
     "segment_norms",
+    "stock_finalize",
     "stock_merge",
     "stock_ratio",
     "stock_update_",
@@ -45,4 +52,5 @@ __all__ = [
     "ties_update_",
     "trm_direction",
     "trm_merge",
+    "weighted_sum",
 ]

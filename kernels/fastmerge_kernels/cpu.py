@@ -164,6 +164,13 @@ floating = _reinterpret(types.uint32, types.float32)
 
 
 @intrinsic
+def fma(typingctx, a, b, c):
+    """a b + c of fp32, rounded once: the same bits on every processor, and half the instructions."""
+    signature = types.float32(types.float32, types.float32, types.float32)
+    return signature, lambda context, builder, signature, args: builder.fma(*args)
+
+
+@intrinsic
 def _from_half(typingctx, x):
     def codegen(context, builder, signature, args):
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
@@ -283,42 +290,76 @@ def _store(out, first, count, values):
     return lambda out, first, count, values: _encode(out[0], out[1], first, count, values)
 
 
-_LANES = 128  # independent fp32 sums: the loop vectorises, in an order that no processor changes
+@intrinsic
+def _sum512(typingctx, address):
+    """Sum of the 512 fp32 at an address: folded in halves down to 16 in fp32, those in float64."""
+
+    def codegen(context, builder, signature, args):
+        def halves(x, stop):
+            while x.type.count > stop:
+                n, nothing = x.type.count // 2, ir.Constant(x.type, ir.Undefined)
+                pick = [ir.Constant(ir.VectorType(ir.IntType(32), n), [*range(k, k + n)]) for k in (0, n)]
+                x = builder.fadd(*(builder.shuffle_vector(x, nothing, p) for p in pick))
+            return x
+
+        def tree(parts):
+            return parts[0] if len(parts) == 1 else builder.fadd(tree(parts[::2]), tree(parts[1::2]))
+
+        wide = ir.VectorType(ir.FloatType(), 64)
+        first = builder.inttoptr(args[0], wide.as_pointer())
+        parts = [builder.load(builder.gep(first, [ir.Constant(ir.IntType(32), k)]), align=4) for k in range(8)]
+        exact = builder.fpext(halves(tree(parts), 16), ir.VectorType(ir.DoubleType(), 16))
+        return builder.extract_element(halves(exact, 1), ir.Constant(ir.IntType(32), 0))
+
+    return types.float64(types.uint64), codegen
 
 
 @numba.njit
-def add_lanes(row, terms, count):
-    """row[k] += sum of terms[k, :count]: fp32 in 128 lanes, folded to 16, those in float64 (loops only; count <= 1024)."""
-    lanes = np.empty(_LANES, np.float32)
+def add_sums(row, terms, count):
+    """row[k] += sum of terms[k, :count], by `_sum512`. terms: [K, a multiple of 512]; entries from `count` on are lost."""
     for k in range(row.size):
-        lanes[:] = np.float32(0.0)
-        term = terms[k]
-        for base in range(0, count, _LANES):
-            part = term[base : min(base + _LANES, count)]
-            for j in range(part.size):
-                lanes[j] += part[j]
-        for half in (64, 32, 16):
-            upper = lanes[half:]
-            for j in range(half):
-                lanes[j] += upper[j]
-        total = 0.0
-        for j in range(16):
-            total += np.float64(lanes[j])
+        term, total = terms[k], 0.0
+        rest = term[count : -(-count // 512) * 512]
+        for j in range(rest.size):
+            rest[j] = np.float32(0.0)
+        for first in range(0, count, 512):
+            total += _sum512(np.uint64(term.ctypes.data) + np.uint64(4 * first))
         row[k] += total
 
 
 class Table(NamedTuple):
     addresses: np.ndarray  # [T] uint64
-    code: int
+    codes: np.ndarray  # [T] int64
 
 
 def table(tensors) -> Table:
-    """Many tensors of one dtype for `fetch_at`. The caller keeps them alive."""
-    return Table(np.array([x.data_ptr() for x in tensors], np.uint64), _CODES[tensors[0].dtype])
+    """Many tensors for `fetch_at`. The caller keeps them alive."""
+    codes = [_CODES[x.dtype] for x in tensors]
+    return Table(np.array([x.data_ptr() for x in tensors], np.uint64), np.array(codes, np.int64))
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.uint64), codegen
 
 
 @numba.njit
 def fetch_at(models, t, first, count, scratch):
-    """`fetch` from the t-th tensor of a `table`, always into `scratch`."""
-    _decode(models.addresses[t], models.code, first, count, scratch)
+    """`fetch` from the t-th tensor of a `table`."""
+    if models.codes[t] == 0:
+        return numba.carray(_pointer(models.addresses[t] + np.uint64(4 * first)), (count,))
+    _decode(models.addresses[t], models.codes[t], first, count, scratch)
     return scratch[:count]
+
+
+@inline
+def entry_at(models, t, i):
+    """Entry i of the t-th tensor of a `table`, as fp32."""
+    if models.codes[t] == 0:
+        return _read32(models.addresses[t], i)
+    if models.codes[t] == 1:
+        return floating(_u32(_u32(_read16(models.addresses[t], i)) << _u32(16)))
+    return _from_half(_read16(models.addresses[t], i))

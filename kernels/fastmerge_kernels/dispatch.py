@@ -88,6 +88,15 @@ def check_vectors(first: str, /, **tensors: Tensor | None) -> Tensor:
     return lead
 
 
+def check_models(models, **others: Tensor | None) -> list[Tensor]:
+    """`check_vectors` for a list of models and what goes with them; returns the list. Raises ValueError if it is empty."""
+    models = list(models)
+    if not models:
+        raise ValueError("models: expected at least one tensor, got an empty list")
+    check_vectors("models[0]", **{f"models[{k}]": model for k, model in enumerate(models)}, **others)
+    return models
+
+
 def check_counter(nonfinite: Tensor | None, device: torch.device) -> None:
     """Raise unless `nonfinite` is None or an int64 tensor of one element on `device`."""
     if nonfinite is None:

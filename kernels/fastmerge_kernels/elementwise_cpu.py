@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import CHUNK, add_lanes, arrays, fetch, loop, number, reduce, run, store
+from .cpu import CHUNK, add_sums, arrays, fetch, loop, number, reduce, run, store
 
 BLOCK = 1024  # entries computed before they are stored: 4 KB, stays in the first-level cache
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -162,7 +162,7 @@ def _pam_sums(start, stop, rows, total, moment, merged, theta, initial):
                 d = y[j] - x[j]
                 p[j] = (s[j] * (x[j] - i[j]) - m[j]) * d
                 q[j] = s[j] * d * d
-            add_lanes(rows[chunk // CHUNK], terms, count)
+            add_sums(rows[chunk // CHUNK], terms, count)
 
 
 def pam_coefficient(*vectors):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .cpu import bits, floating, inline
+from .cpu import bits, floating, fma, inline
 from .philox import PURPOSES, TILE, key_words
 
 MASK, NORMAL, MIX, DROP = (np.uint32(PURPOSES[p]) for p in ("mask", "normal", "mix", "drop"))
@@ -52,24 +52,24 @@ def box_muller(a, b):
     shifted = np.int32(k - _u32(0x3F3504F3))
     e = _f32((shifted >> np.int32(23)) - np.int32(24))
     f = floating(_u32((_u32(shifted) & _u32(0x7FFFFF)) + _u32(0x3F3504F3))) - _f32(1.0)
-    y = _f32(7.0376836292e-2) * f - _f32(1.1514610310e-1)
-    y = y * f + _f32(1.1676998740e-1)
-    y = y * f - _f32(1.2420140846e-1)
-    y = y * f + _f32(1.4249322787e-1)
-    y = y * f - _f32(1.6668057665e-1)
-    y = y * f + _f32(2.0000714765e-1)
-    y = y * f - _f32(2.4999993993e-1)
-    y = y * f + _f32(3.3333331174e-1)
+    y = fma(_f32(7.0376836292e-2), f, _f32(-1.1514610310e-1))
+    y = fma(y, f, _f32(1.1676998740e-1))
+    y = fma(y, f, _f32(-1.2420140846e-1))
+    y = fma(y, f, _f32(1.4249322787e-1))
+    y = fma(y, f, _f32(-1.6668057665e-1))
+    y = fma(y, f, _f32(2.0000714765e-1))
+    y = fma(y, f, _f32(-2.4999993993e-1))
+    y = fma(y, f, _f32(3.3333331174e-1))
     ff = f * f
-    y = y * f * ff + e * _f32(-2.12194440e-4) - _f32(0.5) * ff
-    radius = np.sqrt(_f32(-2.0) * (f + y + e * _f32(0.693359375)))
+    y = fma(y * f, ff, fma(e, _f32(-2.12194440e-4), _f32(-0.5) * ff))
+    radius = np.sqrt(_f32(-2.0) * fma(e, _f32(0.693359375), f + y))
     # angle = quadrant * pi / 2 + t, |t| <= pi / 4
     quadrant = _u32(b + _u32(1 << 29)) >> _u32(30)
     t = _f32(np.int32(b - _u32(quadrant << _u32(30)))) * _f32(1.4629180792671596e-09)  # pi / 2^31
     tt = t * t
-    s = ((_f32(-1.9515295891e-4) * tt + _f32(8.3321608736e-3)) * tt - _f32(1.6666654611e-1)) * tt * t + t
-    c = (_f32(2.443315711809948e-5) * tt - _f32(1.388731625493765e-3)) * tt + _f32(4.166664568298827e-2)
-    c = c * tt * tt - _f32(0.5) * tt + _f32(1.0)
+    s = fma(fma(fma(_f32(-1.9515295891e-4), tt, _f32(8.3321608736e-3)), tt, _f32(-1.6666654611e-1)) * tt, t, t)
+    c = fma(fma(_f32(2.443315711809948e-5), tt, _f32(-1.388731625493765e-3)), tt, _f32(4.166664568298827e-2))
+    c = fma(c * tt, tt, fma(_f32(-0.5), tt, _f32(1.0)))
     odd = (quadrant & _u32(1)) != _u32(0)
     cosine = bits(s if odd else c) ^ ((_u32(quadrant + _u32(1)) & _u32(2)) << _u32(30))
     sine = bits(c if odd else s) ^ ((quadrant & _u32(2)) << _u32(30))
@@ -86,9 +86,23 @@ def normals(z, u, tile, key):
         z[lane + 256], z[lane + 384] = box_muller(u[lane + 256], u[lane + 384])
 
 
+@numba.njit
+def block_words(u, block, key, purpose):
+    """Fill u, whole tiles long, with the words of the block-th stretch of that length."""
+    tiles = u.size // TILE
+    for t in range(tiles):
+        words(u[t * TILE : (t + 1) * TILE], block * tiles + t, key, purpose)
+
+
+@inline
+def block_span(block, size, start, stop, offset):
+    """Entries start..stop-1 that lie in this block: (first local index, first index inside the block, count)."""
+    base = block * size - offset
+    first = max(start, base)
+    return first, first - base, min(stop, base + size) - first
+
+
 @inline
 def tile_span(tile, start, stop, offset):
-    """Entries start..stop-1 that lie in this tile: (first local index, first index inside the tile, count)."""
-    base = tile * TILE - offset
-    first = max(start, base)
-    return first, first - base, min(stop, base + TILE) - first
+    """`block_span` of one tile."""
+    return block_span(tile, TILE, start, stop, offset)

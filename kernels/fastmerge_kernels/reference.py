@@ -171,6 +171,37 @@ def dare_delta(theta, p, *, initial=None, seed, stream, offset=0) -> Tensor:
     return torch.where(dropped, 0.0, (theta.double() - (0 if initial is None else initial.double())) / (1 - p))
 
 
+def weighted_sum(models, weights, *, initial=None, segments=None) -> Tensor:
+    """initial + sum_k w_k (theta_k - initial), weights [T] or [T, segments]."""
+    n, w = models[0].numel(), torch.as_tensor(weights, dtype=torch.float32).double().reshape(len(models), -1)
+    lengths = torch.tensor(segments or [0, n]).diff()
+    base = torch.zeros(n, dtype=torch.float64) if initial is None else initial.double()
+    return base + sum(v.repeat_interleave(lengths) * (m.double() - base) for v, m in zip(w, models, strict=True))
+
+
+def magmax_merge(models, *, initial, scale=1.0) -> Tensor:
+    """initial + scale * task vector of largest fp32 magnitude, the later at ties; a NaN stays."""
+    kept = torch.zeros(initial.shape, dtype=torch.float64)
+    for m in models:
+        kept = magmax_update(kept, m.float() - initial.float())
+    return initial.double() + scale * kept
+
+
+def fisher_average(models, fishers, weights=None) -> Tensor:
+    """sum w F theta / sum w F; the weighted mean where that is 0 / 0."""
+    w = torch.tensor(weights or [1.0] * len(models), dtype=torch.float64)[:, None]
+    theta, f = torch.stack([m.double() for m in models]), torch.stack([f.double() for f in fishers])
+    below = (w * f).sum(0)
+    return torch.where(below == 0, (w * theta).sum(0) / w.sum(), (w * f * theta).sum(0) / below)
+
+
+def dare_merge(models, p, weights, *, initial, seed, stream, offset=0) -> Tensor:
+    """initial + sum_k w_k dare(theta_k - initial), model k with stream + k."""
+    key = {"seed": seed, "offset": offset}
+    deltas = [dare_delta(m, p, initial=initial, stream=stream + k, **key) for k, m in enumerate(models)]
+    return initial.double() + sum(w * d for w, d in zip(weights, deltas, strict=True))
+
+
 def keep_largest(magnitude: Tensor, k: int, keep: str) -> Tensor:
     """Mask of the k largest magnitudes: 'exactly' k, the earlier of equal ones first, or 'at least' k with all ties."""
     order = torch.sort(magnitude, descending=True, stable=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend, check_counter, check_overlap, check_vectors, register
+from .dispatch import backend, check_counter, check_models, check_overlap, check_vectors, register
 from .philox import check_span, key_words
 
 
@@ -54,16 +54,10 @@ def random_mix(
 ) -> Tensor:
     """Every entry from one of the models, each with probability 1 / len(models) (to 2^-32).
 
-    models: T tensors [n] of one dtype. seed, stream: integers in [0, 2^63). offset: position of the first entry in the whole
+    models: T tensors [n]. seed, stream: integers in [0, 2^63). offset: position of the first entry in the whole
     vector. out: may be one of the models (default: new, dtype of models[0]). Raises TypeError / ValueError.
     """
-    models = list(models)
-    if not models:
-        raise ValueError("models: expected at least one tensor, got an empty list")
-    check_vectors("models[0]", **{f"models[{k}]": model for k, model in enumerate(models)}, out=out)
-    for k, model in enumerate(models):
-        if model.dtype != models[0].dtype:
-            raise TypeError(f"models[{k}]: expected dtype {models[0].dtype}, that of models[0], got {model.dtype}")
+    models = check_models(models, out=out)
     key_words(seed, stream)
     check_span(offset, models[0].numel())
     check_counter(nonfinite, models[0].device)

@@ -1,32 +1,27 @@
-"""Numba loops of `sampling.py`, a tile of 512 entries at a time."""
+"""Numba loops of `sampling.py`."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .cpu import arrays, fetch, fetch_at, loop, run, store, table
+from .cpu import arrays, entry_at, fetch, loop, run, store, table
 from .philox import TILE, threshold
-from .philox_cpu import DROP, MIX, key, tile_span, words
+from .philox_cpu import DROP, MIX, block_span, block_words, key, tile_span, words
 
+BLOCK = 8192  # as in `batch_cpu.py`
 _ZERO = np.float32(0.0)
 
 
 @loop
 def _random_mix(start, stop, models, out, key, offset):
-    u, scratch, block, bad = np.empty(TILE, np.uint32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), 0
-    count_models = np.uint64(models.addresses.size)
-    for tile in range((offset + start) // TILE, (offset + stop - 1) // TILE + 1):
-        first, q, count = tile_span(tile, start, stop, offset)
-        words(u, tile, key, MIX)
-        for j in range(TILE):
-            u[j] = np.uint32((np.uint64(u[j]) * count_models) >> np.uint64(32))
-        chosen = u[q:]
-        for t in range(models.addresses.size):
-            x, this = fetch_at(models, t, first, count, scratch), np.uint32(t)
-            for j in range(count):
-                new, old = x[j], block[j]  # loaded on both ways, or the loop does not vectorise
-                block[j] = new if chosen[j] == this else old
-        bad += store(out, first, count, block)
+    u, chosen, bad = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.float32), 0
+    count_models = np.uint64(models.codes.size)
+    for block in range((offset + start) // BLOCK, (offset + stop - 1) // BLOCK + 1):
+        first, q, count = block_span(block, BLOCK, start, stop, offset)
+        block_words(u, block, key, MIX)
+        for j in range(count):  # the chosen entries alone: many models need not be read whole
+            chosen[j] = entry_at(models, (np.uint64(u[q + j]) * count_models) >> np.uint64(32), first + j)
+        bad += store(out, first, count, chosen)
     return bad
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from .batch_gpu import listed, model
 from .gpu import OPTIONS, cleared, int32, load, on, store
 from .philox import threshold
 from .philox_gpu import counters, key, lanes, positions, tiles, words
@@ -15,22 +15,9 @@ _FREE = ["first_tile", "k0", "k1", "s0", "s1", "drop", "count"]  # values for wh
 
 @triton.jit(do_not_specialize=_FREE)
 def random_mix_kernel(
-    addresses,
-    like,
-    out,
-    n,
-    count,
-    first_tile,
-    shift,
-    k0,
-    k1,
-    s0,
-    s1,
-    nonfinite,
-    LANES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """`addresses` [count] int64: where the models lie; `like` is the first of them and gives their type."""
+    table, like, out, n, count, first_tile, shift, k0, k1, s0, s1, nonfinite,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     span = tl.program_id(0).to(tl.int64)
     base = span * (LANES * 4) - shift
     u = words(counters(first_tile + span * (LANES // 128), LANES), k0, k1, s0, s1, 2)
@@ -40,10 +27,7 @@ def random_mix_kernel(
         chosen = tl.umulhi(u[run], tl.zeros_like(u[run]) + count.to(tl.uint32))
         value = tl.zeros([LANES], tl.float32)
         for t in range(count):
-            model = tl.load(addresses + t).to(like.dtype)
-            if ALIGNED:
-                model = tl.multiple_of(model, 16)
-            value = tl.where(chosen == t, load(model, i, inside), value)
+            value = tl.where(chosen == t, model(table, like, count, t, i, inside, SAME, ALIGNED), value)
         store(out, i, value, inside, nonfinite)
 
 
@@ -63,16 +47,15 @@ def dare_kernel(theta, initial, out, n, scale, drop, first_tile, shift, k0, k1, 
 
 
 def random_mix(models, seed, stream, offset, out, nonfinite):
-    n, size, nonfinite = out.numel(), lanes(models[0], out), cleared(nonfinite)
+    n, size, nonfinite = out.numel(), lanes(*models, out), cleared(nonfinite)
     if n == 0:
         return
-    first, shift, count = tiles(offset, n)
-    addresses = torch.tensor([model.data_ptr() for model in models], dtype=torch.int64).to(out.device)
-    aligned = all(model.data_ptr() % 16 == 0 for model in models)
+    first, shift, spans = tiles(offset, n)
+    table, like, count, same, aligned = listed(models)
     position = (first, shift, *key(seed, stream))
     with on(out):
-        random_mix_kernel[(triton.cdiv(count * 128, size),)](
-            addresses, models[0], out, n, len(models), *position, nonfinite, LANES=size, ALIGNED=aligned, **OPTIONS
+        random_mix_kernel[(triton.cdiv(spans * 128, size),)](
+            table, like, out, n, count, *position, nonfinite, SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS
         )
 
 

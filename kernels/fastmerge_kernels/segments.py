@@ -56,3 +56,8 @@ def sum_rows(rows: np.ndarray, bounds: tuple[int, ...], size: int) -> np.ndarray
 def first_rows(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """int64 [segments + 1] on the device: segment s has the rows first[s] .. first[s + 1] - 1 of `chunks`."""
     return torch.from_numpy(np.searchsorted(chunks(bounds, size)[:, 2], np.arange(len(bounds)))).to(device)
+
+
+def inverse_roots(norms: Tensor) -> Tensor:
+    """fp32 1 / sqrt of squared norms, 0 where the vector is zero."""
+    return torch.where(norms == 0, 0.0, norms.rsqrt()).float()

@@ -1,8 +1,9 @@
-"""Model Stock (Jang et al. 2024) in O(T): one pass over each model, two accumulators, no pairwise products.
+"""Model Stock (Jang et al. 2024) in O(T): no pairwise products, over a list of models or as a stream.
 
-    segment_norms     per segment ||x - initial||^2                                                  8 bytes/parameter
-    stock_update_     D += delta,  U += delta / ||delta|| per segment,  delta = theta - initial      24
-    stock_merge       initial + t D / T per segment,  t = T cos / (1 + (T - 1) cos)                  12
+    stock_merge       initial + t mean(delta) per segment,  t = T cos / (1 + (T - 1) cos)     12 (T + 1) bytes/parameter
+    segment_norms     per segment ||x - initial||^2                                            8
+    stock_update_     D += delta,  U += delta / ||delta|| per segment,  delta = theta - initial   24
+    stock_finalize    initial + t D / T                                                       12
 
 The mean cosine of all pairs of task vectors comes from U alone: cos = (||U||^2 - T) / (T (T - 1)), because ||U||^2 sums the
 cosines of all ordered pairs. The paper has one ratio per layer for T = 2 and its authors average the cosines for more; that
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend, check_counter, check_disjoint, check_overlap, check_vectors, register
+from .batch import weighted_sum
+from .dispatch import backend, check_counter, check_disjoint, check_models, check_overlap, check_vectors, register
 from .segments import boundaries
 
 
@@ -38,12 +40,17 @@ def _update(
     backend("stock", theta).update(theta, initial, norms, tuple(segments), total, units)
 
 
-@register("stock_merge", mutates=("out", "nonfinite"))
-def _merge(
+@register("stock_squares", fake=lambda models, *args: args[0].new_empty(len(args[1]) - 1, dtype=torch.float64))
+def _squares(models: Sequence[Tensor], initial: Tensor, segments: Sequence[int]) -> Tensor:
+    return backend("stock", initial).squares(models, initial, tuple(segments))
+
+
+@register("stock_finalize", mutates=("out", "nonfinite"))
+def _finalize(
     total: Tensor, initial: Tensor, factors: Tensor, segments: Sequence[int], out: Tensor, nonfinite: Tensor | None
 ) -> None:
     check_overlap("out", out, total=total, initial=initial)
-    backend("stock", out).merge(total, initial, factors, tuple(segments), out, nonfinite)
+    backend("stock", out).finalize(total, initial, factors, tuple(segments), out, nonfinite)
 
 
 @torch.no_grad()
@@ -66,12 +73,8 @@ def stock_update_(
     _update(theta, initial, _norms(theta, initial, bounds), bounds, total, units)
 
 
-@torch.no_grad()
-def stock_ratio(units: Tensor, count: int, *, segments: Sequence[int] | None = None) -> Tensor:
-    """The interpolation ratio t of every segment, float64 [segments], from U and the number of models T >= 1."""
-    if count < 1:
-        raise ValueError(f"count: expected the number of models, at least 1, got {count}")
-    squares = segment_norms(units, segments=segments)
+def _ratio(squares: Tensor, count: int) -> Tensor:
+    """t of every segment from ||U||^2, float64 [segments]."""
     if count == 1:
         return torch.ones_like(squares)
     cosine = ((squares - count) / (count * (count - 1))).clamp(0.0, 1.0)
@@ -79,7 +82,15 @@ def stock_ratio(units: Tensor, count: int, *, segments: Sequence[int] | None = N
 
 
 @torch.no_grad()
-def stock_merge(
+def stock_ratio(units: Tensor, count: int, *, segments: Sequence[int] | None = None) -> Tensor:
+    """The interpolation ratio t of every segment, float64 [segments], from U and the number of models T >= 1."""
+    if count < 1:
+        raise ValueError(f"count: expected the number of models, at least 1, got {count}")
+    return _ratio(segment_norms(units, segments=segments), count)
+
+
+@torch.no_grad()
+def stock_finalize(
     total: Tensor,
     units: Tensor,
     count: int,
@@ -99,5 +110,27 @@ def stock_merge(
     bounds = boundaries(segments, total.numel())
     factors = stock_ratio(units, count, segments=bounds) / count
     out = torch.empty_like(initial) if out is None else out
-    _merge(total, initial, factors, list(bounds), out, nonfinite)
+    _finalize(total, initial, factors, list(bounds), out, nonfinite)
     return out
+
+
+@torch.no_grad()
+def stock_merge(
+    models: Sequence[Tensor],
+    *,
+    initial: Tensor,
+    segments: Sequence[int] | None = None,
+    out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """Model Stock of a list of models [n]: three passes over it, nothing stored beside the output.
+
+    segments: boundaries 0, ..., n of the tensors (default: one). out: may be an input (default: new, dtype of initial).
+    nonfinite: int64 [1], receives the number of written NaN and inf. Raises TypeError / ValueError.
+    """
+    models = check_models(models, initial=initial, out=out)
+    bounds, count = boundaries(segments, initial.numel()), len(models)
+    ratio = _ratio(_squares(models, initial, list(bounds)), count)
+    out = torch.empty_like(initial) if out is None else out
+    weights = (ratio / count).float().expand(count, -1)
+    return weighted_sum(models, weights, initial=initial, segments=bounds, out=out, nonfinite=nonfinite)

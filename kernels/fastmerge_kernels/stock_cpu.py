@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import add_lanes, arrays, fetch, loop, run, store
-from .segments import chunks, sum_rows
+from .cpu import add_sums, arrays, fetch, fetch_at, loop, run, store
+from .cpu import table as listed
+from .segments import chunks, inverse_roots, sum_rows
 
 BLOCK = 1024
 CHUNK = 1 << 16
@@ -26,13 +27,63 @@ def _norms(start, stop, table, rows, x, initial):
                 i = fetch(initial, first, count, scratch[1])
                 for j in range(count):
                     term[j] = (v[j] - i[j]) * (v[j] - i[j])
-            add_lanes(rows[row], terms, count)
+            add_sums(rows[row], terms, count)
 
 
 def norms(x, initial, bounds):
     table = chunks(bounds, CHUNK)
     rows = np.zeros((len(table), 1))
     run(_norms, len(table), table, rows, *arrays(x, initial), grain=1)
+    return torch.from_numpy(sum_rows(rows, bounds, CHUNK)[:, 0].copy())
+
+
+WIDE = 4096  # entries of a block that all models pass, as in `batch_cpu.py`
+
+
+@loop
+def _model_norms(start, stop, table, rows, models, initial):
+    """rows[row, t] = ||theta_t - initial||^2 of the row's chunk."""
+    scratch, terms = np.empty((2, WIDE), np.float32), np.empty((1, WIDE), np.float32)
+    term = terms[0]
+    for row in range(start, stop):
+        for first in range(table[row, 0], table[row, 1], WIDE):
+            count = min(WIDE, table[row, 1] - first)
+            i = fetch(initial, first, count, scratch[0])
+            for t in range(models.codes.size):
+                x = fetch_at(models, t, first, count, scratch[1])
+                for j in range(count):
+                    d = x[j] - i[j]
+                    term[j] = d * d
+                add_sums(rows[row, t : t + 1], terms, count)
+
+
+@loop
+def _unit_norms(start, stop, table, rows, models, initial, scales):
+    """rows[row, 0] = ||sum_t scales[t, segment] (theta_t - initial)||^2 of the row's chunk."""
+    scratch, terms = np.empty((2, WIDE), np.float32), np.empty((1, WIDE), np.float32)
+    total = terms[0]
+    for row in range(start, stop):
+        for first in range(table[row, 0], table[row, 1], WIDE):
+            count = min(WIDE, table[row, 1] - first)
+            i = fetch(initial, first, count, scratch[0])
+            total[:] = np.float32(0.0)
+            for t in range(models.codes.size):
+                x, scale = fetch_at(models, t, first, count, scratch[1]), scales[t, table[row, 2]]
+                for j in range(count):
+                    total[j] += scale * (x[j] - i[j])
+            for j in range(count):
+                total[j] = total[j] * total[j]
+            add_sums(rows[row], terms, count)
+
+
+def squares(models, initial, bounds):
+    table, (start,) = chunks(bounds, CHUNK), arrays(initial)
+    rows = np.zeros((len(table), len(models)))
+    run(_model_norms, len(table), table, rows, listed(models), start, grain=1)
+    norms = torch.from_numpy(sum_rows(rows, bounds, CHUNK))
+    rows = np.zeros((len(table), 1))
+    scales = inverse_roots(norms).T.contiguous().numpy()
+    run(_unit_norms, len(table), table, rows, listed(models), start, scales, grain=1)
     return torch.from_numpy(sum_rows(rows, bounds, CHUNK)[:, 0].copy())
 
 
@@ -61,12 +112,12 @@ def _update(start, stop, table, scales, theta, initial, total, units):
 
 def update(theta, initial, norms, bounds, total, units):
     table = chunks(bounds, CHUNK)
-    scales = torch.where(norms == 0, 0.0, norms.rsqrt()).float().numpy()
+    scales = inverse_roots(norms).numpy()
     run(_update, len(table), table, scales, *arrays(theta, initial, total, units), grain=1)
 
 
 @loop
-def _merge(start, stop, table, factors, total, initial, out):
+def _finalize(start, stop, table, factors, total, initial, out):
     scratch, block, bad = np.empty((2, BLOCK), np.float32), np.empty(BLOCK, np.float32), 0
     for row in range(start, stop):
         factor = factors[table[row, 2]]
@@ -79,8 +130,8 @@ def _merge(start, stop, table, factors, total, initial, out):
     return bad
 
 
-def merge(total, initial, factors, bounds, out, nonfinite):
+def finalize(total, initial, factors, bounds, out, nonfinite):
     table = chunks(bounds, CHUNK)
-    bad = run(_merge, len(table), table, factors.float().numpy(), *arrays(total, initial, out), grain=1)
+    bad = run(_finalize, len(table), table, factors.float().numpy(), *arrays(total, initial, out), grain=1)
     if nonfinite is not None:
         nonfinite.fill_(bad)

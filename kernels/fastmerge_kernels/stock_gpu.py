@@ -6,26 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .batch_gpu import listed, model, row_of
 from .gpu import BLOCK, OPTIONS, cleared, load, on, store
-from .segments import chunks_on, first_rows
+from .segments import chunks_on, first_rows, inverse_roots
 
 _SIZE = 2 * BLOCK
 
 
 @triton.jit
-def chunk(table, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    """(indices of this program's chunk, which of them exist, its segment)."""
-    row = table + tl.program_id(0).to(tl.int64) * 3
-    start, stop = tl.load(row), tl.load(row + 1)
-    if ALIGNED:
-        start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
-    i = start + tl.arange(0, SIZE)
-    return i, i < stop, tl.load(row + 2)
-
-
-@triton.jit
 def stock_norms_kernel(table, x, initial, rows, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, _ = chunk(table, ALIGNED, SIZE)
+    i, inside, _ = row_of(table, ALIGNED, SIZE)
     d = load(x, i, inside)
     if initial is not None:
         d -= load(initial, i, inside)
@@ -55,9 +45,38 @@ def norms(x, initial, bounds):
     return out
 
 
+@triton.jit(do_not_specialize=["count"])
+def stock_units_kernel(
+    table, models, like, count, initial, scales, segments, rows,
+    SAME: tl.constexpr, MODELS_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """rows[chunk] = ||sum_t scales[t, segment] (theta_t - initial)||^2."""
+    i, inside, segment = row_of(table, ALIGNED, SIZE)
+    base, total = load(initial, i, inside), tl.zeros([SIZE], tl.float32)
+    for t in range(count):
+        d = model(models, like, count, t, i, inside, SAME, MODELS_ALIGNED) - base
+        total += tl.load(scales + t * segments + segment) * d
+    tl.store(rows + tl.program_id(0), tl.sum((total * total).to(tl.float64), 0))
+
+
+def squares(models, initial, bounds):
+    every = torch.stack([norms(x, initial, bounds) for x in models])
+    (table, aligned), out = chunks_on(bounds, _SIZE, initial.device), torch.zeros_like(every[0])
+    if len(table):
+        addresses, like, count, same, models_aligned = listed(models)
+        rows = torch.empty(len(table), dtype=torch.float64, device=initial.device)
+        with on(initial):
+            stock_units_kernel[(len(table),)](
+                table, addresses, like, count, initial, inverse_roots(every), len(out), rows,
+                SAME=same, MODELS_ALIGNED=models_aligned, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS,
+            )  # fmt: skip
+            stock_sums_kernel[(len(out),)](rows, first_rows(bounds, _SIZE, initial.device), out, BLOCK=256, **OPTIONS)
+    return out
+
+
 @triton.jit
 def stock_update_kernel(table, scales, theta, initial, total, units, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, segment = chunk(table, ALIGNED, SIZE)
+    i, inside, segment = row_of(table, ALIGNED, SIZE)
     d = load(theta, i, inside)
     if initial is not None:
         d -= load(initial, i, inside)
@@ -67,7 +86,7 @@ def stock_update_kernel(table, scales, theta, initial, total, units, ALIGNED: tl
 
 def update(theta, initial, norms, bounds, total, units):
     table, aligned = chunks_on(bounds, _SIZE, theta.device)
-    scales = torch.where(norms == 0, 0.0, norms.rsqrt()).float()
+    scales = inverse_roots(norms)
     if len(table):
         with on(theta):
             stock_update_kernel[(len(table),)](
@@ -76,16 +95,16 @@ def update(theta, initial, norms, bounds, total, units):
 
 
 @triton.jit
-def stock_merge_kernel(table, factors, total, initial, out, nonfinite, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, segment = chunk(table, ALIGNED, SIZE)
+def stock_finalize_kernel(table, factors, total, initial, out, nonfinite, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    i, inside, segment = row_of(table, ALIGNED, SIZE)
     store(out, i, load(initial, i, inside) + tl.load(factors + segment) * load(total, i, inside), inside, nonfinite)
 
 
-def merge(total, initial, factors, bounds, out, nonfinite):
+def finalize(total, initial, factors, bounds, out, nonfinite):
     table, aligned = chunks_on(bounds, _SIZE, out.device)
     nonfinite = cleared(nonfinite)
     if len(table):
         with on(out):
-            stock_merge_kernel[(len(table),)](
+            stock_finalize_kernel[(len(table),)](
                 table, factors.float(), total, initial, out, nonfinite, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
             )

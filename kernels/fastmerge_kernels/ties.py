@@ -1,15 +1,13 @@
-"""TIES merging (Yadav et al. 2023) as a stream: one task vector at a time, four accumulators, exact; and its exact threshold.
+"""TIES merging (Yadav et al. 2023), over a list of models or as a stream of one task vector at a time; both exact.
 
-    magnitude_histogram   counts of the bit pattern of |theta - initial|, upper 16 bits, then lower 15       8 bytes/parameter
-    magnitude_threshold   the k-th largest magnitude by two histograms: no sort, no copy                       16
-    ties_update_          of the kept entries of delta = theta - initial:                                      40
-                          P += w delta, C+ += c where delta > 0;  N += w delta, C- += c where delta < 0
-    ties_finalize         initial + scale * (P / C+ if elected positive else N / C-), 0 / 0 = 0                24
+    ties_merge       trim, elect, average the models of a list; thresholds included             8 T + 4 (T + 2) bytes/param
+    ties_update_     of the kept entries of delta = theta - initial:                            40
+                     P += w delta, C+ += c where delta > 0;  N += w delta, C- += c where delta < 0
+    ties_finalize    initial + scale * (P / C+ if elected positive else N / C-), 0 / 0 = 0      24
 
-A non-negative float's bits order like its value, so a histogram of them finds the k-th largest exactly; histograms of shards
-add up. An entry is kept if its magnitude is above the threshold, or equal to it and at an index <= `cut`: keep='exactly' puts
-the cut behind the k-th kept entry (ties by position), keep='at least' keeps all ties. NaN counts as larger than infinity: it
-is kept, makes P NaN, and so arrives in the merged vector.
+Which entries are kept says `magnitude_threshold`. The stream needs four accumulators, whatever the number of tasks; the list
+needs none, and gives the same bits. A NaN counts as larger than infinity: it is kept, makes P NaN, and so arrives in the
+merged vector.
 
 Conventions (`CONVENTIONS`) differ in what is counted, which sign wins, and what happens at exactly zero mass:
 
@@ -33,35 +31,20 @@ from .dispatch import (
     check_counter,
     check_disjoint,
     check_fraction,
+    check_models,
     check_overlap,
     check_vectors,
     register,
     scalar,
 )
 from .segments import boundaries
+from .threshold import magnitude_threshold
 
-KEEP = ("at least", "exactly")
 CONVENTIONS = {
     "paper": {"count": "ones", "elect": "weighted", "zero": "majority", "smallest": 1},
     "mergekit": {"count": "weights", "elect": "weighted", "zero": "positive", "smallest": 1},
     "peft": {"count": "ones", "elect": "unweighted", "zero": "positive", "smallest": 0},
 }
-HIGH, LOW = 1 << 16, 1 << 15  # bins of the first and the second histogram
-NOTHING = 0x7FFFFFFF  # bits above every NaN: the threshold that keeps nothing
-
-
-def _bins(x: Tensor, initial: Tensor | None, high: Tensor | None) -> Tensor:
-    return torch.empty(HIGH if high is None else LOW, dtype=torch.int64, device=x.device)
-
-
-@register("magnitude_histogram", fake=_bins)
-def _histogram(x: Tensor, initial: Tensor | None, high: Tensor | None) -> Tensor:
-    return backend("ties", x).histogram(x, initial, high)
-
-
-@register("tie_position", fake=lambda x, *args: torch.empty(1, dtype=torch.int64, device=x.device))
-def _tie_position(x: Tensor, initial: Tensor | None, threshold: Tensor, rank: Tensor) -> Tensor:
-    return backend("ties", x).tie_position(x, initial, threshold, rank)
 
 
 @register("ties_update_", mutates=("positive", "negative", "positive_count", "negative_count", "mass"))
@@ -121,60 +104,25 @@ def _finalize(
     backend("ties", out).finalize(*state, (zero_sign, zero_sign_tensor), (scale, scale_tensor), out, nonfinite)
 
 
-@torch.no_grad()
-def magnitude_histogram(x: Tensor, *, initial: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Counts of the 31 bits of |x - initial| as fp32: int64 [65536] of bits >> 15, or, given `high`, int64 [32768] of the
-    lower 15 bits of the entries whose upper bits equal `high` (int64 [1] on the device). Shards add up.
-    """
-    check_vectors("x", x=x, initial=initial)
-    return _histogram(x, initial, high)
-
-
-def _kth(histogram: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """(the bin that holds the k-th largest, its rank inside the bin), from the top bin down; k >= 1."""
-    above = histogram.flip(0).cumsum(0)
-    place = torch.searchsorted(above, k).clamp(max=histogram.numel() - 1)
-    return histogram.numel() - 1 - place, k - (above[place] - histogram.flip(0)[place])
-
-
-@torch.no_grad()
-def magnitude_threshold(
-    x: Tensor,
-    k: int | Sequence[int],
-    *,
-    initial: Tensor | None = None,
-    segments: Sequence[int] | None = None,
-    keep: str = "at least",
-) -> tuple[Tensor, Tensor]:
-    """(threshold fp32 [segments], cut int64 [segments]): what to keep so that k entries of each segment remain.
-
-    x: [n]; the magnitudes are |x - initial|. k: entries to keep, one number or one per segment, 0 <= k <= length. segments:
-    boundaries 0, ..., n (default: the whole vector). keep: 'at least' k with all ties (cut = n), or 'exactly' k, the earlier
-    of equal entries first (cut: index of the last). k = 0 gives the threshold NaN, which keeps nothing. No result is read
-    back by the host. Raises TypeError / ValueError.
-    """
-    check_vectors("x", x=x, initial=initial)
-    check_choice("keep", keep, KEEP)
-    bounds = boundaries(segments, x.numel())
-    counts = [int(k)] * (len(bounds) - 1) if isinstance(k, int) else [int(c) for c in k]
-    if len(counts) != len(bounds) - 1:
-        raise ValueError(f"k: expected one number or {len(bounds) - 1}, one per segment, got {len(counts)}")
-    values, cuts = [], []
-    for count, start, stop in zip(counts, bounds, bounds[1:], strict=False):
-        if not 0 <= count <= stop - start:
-            raise ValueError(f"k: expected 0 <= k <= {stop - start}, the length of its segment, got {count}")
-        part, base = x[start:stop], None if initial is None else initial[start:stop]
-        if count == 0:
-            values.append(torch.full((1,), NOTHING, dtype=torch.int32, device=x.device))
-            cuts.append(torch.full((1,), -1, device=x.device))
-            continue
-        rank = torch.full((1,), count, device=x.device)
-        high, rank = _kth(_histogram(part, base, None), rank)
-        low, rank = _kth(_histogram(part, base, high), rank)
-        values.append((high * LOW + low).to(torch.int32))
-        exact = keep == "exactly"
-        cuts.append(_tie_position(part, base, values[-1], rank) + start if exact else torch.full_like(rank, x.numel()))
-    return torch.cat(values).view(torch.float32), torch.cat(cuts)
+@register("ties_merge", mutates=("out", "nonfinite"))
+def _merge(
+    models: Sequence[Tensor],
+    initial: Tensor,
+    threshold: Tensor,
+    cut: Tensor,
+    segments: Sequence[int],
+    weights: Tensor,
+    units: Tensor,
+    unweighted: bool,
+    zero: str,
+    scale: float,
+    scale_tensor: Tensor | None,
+    out: Tensor,
+    nonfinite: Tensor | None,
+) -> None:
+    check_overlap("out", out, **{f"models[{k}]": model for k, model in enumerate(models)}, initial=initial)
+    trim, election = (threshold, cut, tuple(segments)), (weights, units, unweighted, zero)
+    backend("ties", out).merge(models, initial, *trim, *election, (scale, scale_tensor), out, nonfinite)
 
 
 @torch.no_grad()
@@ -277,44 +225,43 @@ def ties_merge(
     convention: str = "paper",
     segments: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     keep: str = "exactly",
     out: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> Tensor:
-    """TIES merge of a list of models [n]: the streaming ops above, in a convention of `CONVENTIONS`.
+    """TIES merge of a list of models [n] in a convention of `CONVENTIONS`.
 
     density: fraction of entries kept, in [0, 1]. segments: boundaries for trimming per tensor (mergekit, peft); None trims
-    over the whole vector (paper). out: fp32 by default. Extra memory: the accumulators. Raises TypeError / ValueError.
+    over the whole vector (paper). weights: T positive numbers (default: 1 each). out: may be an input (default: new, fp32).
+    Raises TypeError / ValueError.
     """
-    if not models:
-        raise ValueError("models: expected at least one tensor, got an empty list")
-    check_vectors("initial", initial=initial, **{f"models[{k}]": m for k, m in enumerate(models)}, out=out)
+    models = check_models(models, initial=initial, out=out)
+    check_counter(nonfinite, initial.device)
     check_fraction("density", density)
     check_choice("convention", convention, tuple(CONVENTIONS))
     rule, bounds = CONVENTIONS[convention], boundaries(segments, initial.numel())
     weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(models):
-        raise ValueError(f"weights: expected {len(models)}, one per model, got {len(weights)}")
+    if len(weights) != len(models) or not all(0 < w < float("inf") for w in weights):
+        raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {weights}")
     counts = [
         min(b - a, max(rule["smallest"], int(density * (b - a)))) for a, b in zip(bounds, bounds[1:], strict=False)
     ]
-    state = [torch.zeros(initial.shape, dtype=torch.float32, device=initial.device) for _ in range(4)]
-    mass = torch.zeros_like(state[0]) if rule["elect"] == "unweighted" and len(set(weights)) > 1 else None
-    for model, weight in zip(models, weights, strict=True):
-        trim = magnitude_threshold(model, counts, initial=initial, segments=bounds, keep=keep)
-        ties_update_(
-            *state,
-            model,
-            initial=initial,
-            threshold=trim[0],
-            cut=trim[1],
-            segments=bounds,
-            weight=weight,
-            count=rule["count"],
-            mass=mass,
-        )
-    out = state[0] if out is None else out
-    return ties_finalize(
-        *state, mass=mass, initial=initial, scale=scale, zero=rule["zero"], out=out, nonfinite=nonfinite
+    trims = [magnitude_threshold(m, counts, initial=initial, segments=bounds, keep=keep) for m in models]
+    threshold, cut = (torch.stack(part) for part in zip(*trims, strict=True))
+    weights = torch.tensor(weights, dtype=torch.float32).to(initial.device)
+    units = weights if rule["count"] == "weights" else torch.ones_like(weights)
+    out = torch.empty_like(initial, dtype=torch.float32) if out is None else out
+    election = (weights, units, rule["elect"] == "unweighted", rule["zero"])
+    _merge(
+        models,
+        initial,
+        threshold.view(torch.int32),
+        cut,
+        list(bounds),
+        *election,
+        *scalar("scale", scale),
+        out,
+        nonfinite,
     )
+    return out

@@ -1,4 +1,4 @@
-"""Triton kernels of `ties.py`. Histograms use integer atomics, whose order does not matter."""
+"""Triton kernels of `ties.py`."""
 
 from __future__ import annotations
 
@@ -6,71 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .batch_gpu import listed, model, row_of
 from .gpu import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store
 from .segments import chunks_on
-from .ties import HIGH, LOW
+from .threshold_gpu import magnitudes
 
 _SIZE = 2 * BLOCK  # entries of a chunk in `update`
-
-
-@triton.jit
-def magnitudes(x, initial, i, inside):
-    """(x - initial, the 31 bits of its magnitude)."""
-    value = load(x, i, inside)
-    if initial is not None:
-        value -= load(initial, i, inside)
-    return value, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def histogram_kernel(x, initial, high, counts, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    _, b = magnitudes(x, initial, i, inside)
-    if high is None:
-        tl.atomic_add(counts + (b >> 15), tl.full([BLOCK], 1, tl.int64), mask=inside, sem="relaxed")
-    else:
-        here = inside & ((b >> 15) == tl.load(high).to(tl.int32))
-        tl.atomic_add(counts + (b & 0x7FFF), tl.full([BLOCK], 1, tl.int64), mask=here, sem="relaxed")
-
-
-def histogram(x, initial, high):
-    counts, n = torch.zeros(HIGH if high is None else LOW, dtype=torch.int64, device=x.device), x.numel()
-    if n:
-        with on(x):
-            histogram_kernel[(triton.cdiv(n, BLOCK),)](x, initial, high, counts, n, BLOCK=BLOCK, **OPTIONS)
-    return counts
-
-
-@triton.jit
-def tie_count_kernel(x, initial, threshold, counts, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    _, b = magnitudes(x, initial, i, inside)
-    tl.store(counts + tl.program_id(0), tl.sum((inside & (b == tl.load(threshold))).to(tl.int64), 0))
-
-
-@triton.jit
-def tie_place_kernel(x, initial, threshold, block, rank, out, n, BLOCK: tl.constexpr):
-    """out = index of the rank-th tie of the block."""
-    i = tl.load(block) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    _, b = magnitudes(x, initial, i, inside)
-    tie = (inside & (b == tl.load(threshold))).to(tl.int32)
-    place = tie * (tl.cumsum(tie, 0) == tl.load(rank).to(tl.int32)).to(tl.int32)
-    tl.store(out, tl.sum(place.to(tl.int64) * i, 0))
-
-
-def tie_position(x, initial, threshold, rank):
-    n, out = x.numel(), torch.empty(1, dtype=torch.int64, device=x.device)
-    counts = torch.empty(triton.cdiv(n, BLOCK), dtype=torch.int64, device=x.device)
-    with on(x):
-        tie_count_kernel[(counts.numel(),)](x, initial, threshold, counts, n, BLOCK=BLOCK, **OPTIONS)
-        through = counts.cumsum(0)
-        block = torch.searchsorted(through, rank).clamp(max=counts.numel() - 1)
-        inner = rank - (through[block] - counts[block])
-        tie_place_kernel[(1,)](x, initial, threshold, block, inner, out, n, BLOCK=BLOCK, **OPTIONS)
-    return out
 
 
 @triton.jit
@@ -134,3 +75,77 @@ def finalize(positive, negative, more, less, mass, initial, zero, scale, out, no
                 positive, negative, more, less, mass, initial, out, n, *pointer(zero, out), *pointer(scale, out), nonfinite,
                 BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def ties_merge_kernel(
+    rows, table, like, count, initial, thresholds, cuts, weights, units, segments, out, zero, scale, scale_pointer,
+    signs, open, nonfinite, UNWEIGHTED: tl.constexpr, DECIDED: tl.constexpr, AGAIN: tl.constexpr,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, ROWS_ALIGNED: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """`signs` [1] receives the sum of the elected signs, `open` [programs] how many entries `zero` decides. DECIDED: they
+    come from an earlier launch, whose signs decide now. AGAIN: only where that changes what the earlier launch wrote."""
+    sign, needed = tl.cast(zero, tl.float32), True
+    if DECIDED:
+        sign = tl.where(tl.load(signs) < 0, -1.0, 1.0)
+    if AGAIN:
+        needed = (sign < 0.0) & (tl.load(open + tl.program_id(0)) > 0)
+    if needed:
+        i, inside, segment = row_of(rows, ROWS_ALIGNED, SIZE)
+        base = load(initial, i, inside)
+        p, q, mass = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
+        m, n = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
+        for t in range(count):
+            d = model(table, like, count, t, i, inside, SAME, ALIGNED) - base
+            b, limit = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF, tl.load(thresholds + t * segments + segment)
+            kept = (b > limit) | ((b == limit) & (i <= tl.load(cuts + t * segments + segment)))
+            d = tl.where(kept, d, 0.0)
+            w, unit = tl.load(weights + t), tl.load(units + t)
+            up, down = (d > 0.0) | (d != d), d < 0.0
+            p += tl.where(up, w * d, 0.0)
+            q += tl.where(down, w * d, 0.0)
+            m += tl.where(up, unit, 0.0)
+            n += tl.where(down, unit, 0.0)
+            if UNWEIGHTED:
+                mass += d
+        if not UNWEIGHTED:
+            mass = p + q
+        if signs is not None and not DECIDED:
+            elected = (mass > 0.0).to(tl.int32) - (mass < 0.0).to(tl.int32)
+            tl.atomic_add(signs, tl.sum(elected, 0).to(tl.int64), sem="relaxed")
+            tl.store(open + tl.program_id(0), tl.sum(((mass == 0.0) & ((p != 0.0) | (q != 0.0))).to(tl.int32), 0))
+        if out is not None:
+            up = tl.where(mass == 0.0, sign, mass) >= 0.0
+            value, divisor = tl.where(up, p, q), tl.where(up, m, n)
+            value = tl.where(mass == mass, value / tl.where(divisor != 0.0, divisor, 1.0), mass)
+            store(out, i, base + scalar(scale, scale_pointer) * value, inside, nonfinite)
+
+
+def merge(models, initial, threshold, cut, bounds, weights, units, unweighted, zero, scale, out, nonfinite):
+    rows, rows_aligned = chunks_on(bounds, BLOCK, out.device)
+    table, like, count, same, aligned = listed(models)
+    scale, nonfinite = pointer(scale, out), cleared(nonfinite)
+    if not len(rows):
+        return
+
+    def launch(target, signs, open, bad, decided, again):
+        ties_merge_kernel[(len(rows),)](
+            rows, table, like, count, initial, threshold, cut, weights, units, len(bounds) - 1, target, 1.0, *scale,
+            signs, open, bad, UNWEIGHTED=unweighted, DECIDED=decided, AGAIN=again,
+            SAME=same, ALIGNED=aligned, ROWS_ALIGNED=rows_aligned, SIZE=BLOCK, **OPTIONS,
+        )  # fmt: skip
+
+    with on(out):
+        if zero != "majority":
+            launch(out, None, None, nonfinite, False, False)
+            return
+        signs = torch.zeros(1, dtype=torch.int64, device=out.device)
+        open = torch.empty(len(rows), dtype=torch.int32, device=out.device)
+        if out.data_ptr() in {
+            x.data_ptr() for x in (*models, initial)
+        }:  # the signs first: a second launch reads the inputs
+            launch(None, signs, open, None, False, False)
+            launch(out, signs, open, nonfinite, True, False)
+        else:
+            launch(out, signs, open, nonfinite, False, False)
+            launch(out, signs, open, None, True, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import CHUNK, add_lanes, arrays, fetch, loop, number, reduce, run, store
+from .cpu import CHUNK, add_sums, arrays, fetch, loop, number, reduce, run, store
 from .philox import TILE, threshold
 from .philox_cpu import MASK, key, normals, tile_span, words
 from .reference import perpendicular
@@ -47,7 +47,7 @@ def _sums(start, stop, rows, previous, current, gradient, gradient2, scale2, key
                     rj, d, gj = r[j], b[j] - a[j], g[j]
                     rj, d = rj if keep else _ZERO, d if keep else _ZERO
                     x[j], y[j], v[j] = gj * d, gj * rj, gj * gj
-            add_lanes(rows[chunk // CHUNK], terms, count)
+            add_sums(rows[chunk // CHUNK], terms, count)
 
 
 def _mask(replace: str, ratio: float) -> tuple[bool, np.uint32]:

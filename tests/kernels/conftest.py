@@ -41,7 +41,7 @@ def interpreted_run(request):
     if INTERPRET or not any("test_interpreter.py" in item.nodeid for item in request.session.items):
         yield None
         return
-    names = ("philox", "trm", "elementwise", "sampling", "ties", "stock")
+    names = ("philox", "trm", "elementwise", "sampling", "batch", "threshold", "ties", "stock")
     files = [Path(__file__).parent / f"test_{name}.py" for name in names]
     values = "not named and not independent and not equally_often and not keeps_the_mean and not normals_are_normal"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", values, *files]

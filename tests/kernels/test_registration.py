@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -40,15 +42,27 @@ def calls(device):
         torch.full((1,), 9, device=device),
         [a * 0 for _ in range(5)],
     )
-    yield ops.magnitude_histogram, (a, b, None)
-    yield ops.magnitude_histogram, (a, None, cut)
-    yield ops.tie_position, (a, b, one, cut)
+    bounds, per_segment = [0, 16, 1100], torch.ones(2, dtype=torch.float64, device=device)
+    yield ops.magnitude_histogram, (a, b, None, 0, 8, bounds)
+    yield ops.magnitude_histogram, (a, None, torch.full((2,), 127, dtype=torch.int32, device=device), 8, 8, bounds)
+    yield ops.magnitude_threshold, (a, b, [3, 100], bounds, True)
     yield ops.ties_update_, (a, b, one, cut, [0, 1100], 1.0, 1.0, *state)
     yield ops.ties_finalize, (a, b, c.abs(), g.abs(), None, None, 1.0, None, 0.5, None, torch.empty_like(a), bad)
-    bounds, per_segment = [0, 16, 1100], torch.ones(2, dtype=torch.float64, device=device)
+    limits, cuts = torch.ones(2, 2, dtype=torch.int32, device=device), torch.full((2, 2), 9, device=device)
+    pair, ones = [b, c], torch.ones(2, device=device)
+    trim = (limits, cuts, bounds, ones, ones, False)
+    yield ops.ties_merge, (pair, a, *trim, "majority", 1.0, None, torch.empty_like(a), bad)
+    yield ops.ties_merge, (pair, a, *trim, "positive", 0.0, number, torch.empty_like(a), None)
+    weights = torch.rand(2, 2, device=device)
+    yield ops.weighted_sum, (pair, weights, a, bounds, torch.empty_like(a), bad)
+    yield ops.weighted_sum, (pair, weights, None, bounds, torch.empty_like(a), None)
+    yield ops.magmax_merge, (pair, a, 0.5, None, torch.empty_like(a), bad)
+    yield ops.fisher_average, (pair, [a.abs(), g.abs()], weights[:, :1].contiguous(), torch.empty_like(a), bad)
+    yield ops.dare_merge, (pair, weights[:, :1].contiguous(), 0.5, a, 3, 1, 7, torch.empty_like(a), bad)
+    yield ops.stock_squares, (pair, a, bounds)
     yield ops.segment_norms, (a, b, bounds)
     yield ops.stock_update_, (a, b, per_segment, bounds, c.clone(), g.clone())
-    yield ops.stock_merge, (a, b, per_segment, bounds, torch.empty_like(a), bad)
+    yield ops.stock_finalize, (a, b, per_segment, bounds, torch.empty_like(a), bad)
     for replace in ("none", "anchored", "literal"):
         position = (3, 1, replace, 0.6, 7)
         initial = c if replace == "literal" else None
@@ -77,24 +91,69 @@ def test_every_op_is_checked():
     assert registered == {op.__name__ for op, _ in calls("cpu")}
 
 
-def test_compiles_to_one_graph(device):
+def trm_step(a, b, c, g, alpha, seed):
+    bad = torch.zeros(1, dtype=torch.int64, device=a.device)
+    direction = fk.trm_direction(a * 1.0, b, seed=seed, stream=1)
+    merged = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, nonfinite=bad)
+    literal = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, replace="literal", initial=c)
+    sums = fk.subspace_gradient(g, a, b, direction, seed=seed, stream=1, gradient2=c, scale2=0.5)
+    kept = a.clone()
+    fk.lerp(kept, b, alpha, out=kept)
+    return direction, merged, literal, sums, kept * 2, bad
+
+
+def pairwise(a, b, c, g, alpha, seed):
+    theta, fisher, state = a.clone(), g.abs(), [a * 0 for _ in range(6)]
+    fk.fisher_merge_(theta, fisher, b, c.abs(), alpha)
+    fk.pam_accumulate_(state[0], state[1], g.abs(), b, a)
+    fk.magmax_update_(state[2], b, initial=a)
+    fk.fisher_accumulate_(state[3], g, 0.5)
+    fk.ewc_gradient_(state[4], g.abs(), b, a, 2.0)
+    fk.stock_update_(state[4], state[5], b, initial=a)
+    coefficient = fk.pam_coefficient(state[0], state[1], c, b, a)
+    stock = fk.stock_finalize(state[4], state[5], 1, initial=a)
+    return theta, fisher, *state, coefficient, stock, fk.axpy(a, b, 0.5), fk.segment_norms(a, segments=[0, 16, 1100])
+
+
+def streamed_ties(a, b, c, g, alpha, seed):
+    state = [a * 0 for _ in range(4)]
+    for model in (b, c):
+        threshold, cut = fk.magnitude_threshold(model, 200, initial=a, keep="exactly")
+        fk.ties_update_(*state, model, initial=a, threshold=threshold, cut=cut)
+    digit, rank = fk.magnitude_digit(fk.magnitude_histogram(a), torch.full((1,), 9, device=a.device))
+    return fk.ties_finalize(*state, initial=a, zero="majority"), digit, rank
+
+
+def lists(a, b, c, g, alpha, seed):
+    models, key, segments = [b, c, g], {"seed": seed, "stream": 1}, [0, 16, 1100]
+    return (
+        fk.weighted_sum(models, initial=a, segments=segments),
+        fk.magmax_merge(models, initial=a, scale=alpha),
+        fk.fisher_average(models, [m.abs() for m in models]),
+        fk.random_mix(models, **key),
+        fk.dare_merge(models, 0.5, initial=a, **key),
+        fk.dare_delta(b, 0.5, initial=a, **key),
+        fk.ties_merge(models, initial=a, segments=segments),
+        fk.stock_merge(models, initial=a, segments=segments),
+    )
+
+
+@pytest.mark.parametrize("function", [trm_step, pairwise, streamed_ties, lists])
+def test_compiles_to_one_graph(device, function):
+    """Every public op under torch.compile(fullgraph=True) gives what it gives without."""
     a, b, c, g = vectors(4, 1100, device=device)
-
-    def step(a, b, c, g, alpha, seed):
-        bad = torch.zeros(1, dtype=torch.int64, device=a.device)
-        direction = fk.trm_direction(a * 1.0, b, seed=seed, stream=1)
-        merged = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, nonfinite=bad)
-        literal = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, replace="literal", initial=c)
-        sums = fk.subspace_gradient(g, a, b, direction, seed=seed, stream=1, gradient2=c, scale2=0.5)
-        kept = a.clone()
-        fk.lerp(kept, b, alpha, out=kept)
-        return direction, merged, literal, sums, kept * 2, bad
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for seed in (5, 6, 2**62):
         alpha = torch.tensor(0.1 * (seed % 10), device=device)
-        for x, y in zip(compiled(a, b, c, g, alpha, seed), step(a, b, c, g, alpha, seed), strict=True):
-            assert torch.equal(x, y)
+        pairs = zip(compiled(a, b, c, g, alpha, seed), function(a, b, c, g, alpha, seed), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_every_public_op_is_compiled():
+    """A new public op must be added to a function above."""
+    source = "".join(inspect.getsource(f) for f in (trm_step, pairwise, streamed_ties, lists))
+    used = set(re.findall(r"fk\.(\w+)\(", source))
+    assert set(fk.__all__) - used == {"perturb", "stock_ratio"}  # an alias of axpy; part of `stock_finalize`
 
 
 def test_writes_raise_the_version_counter(device):

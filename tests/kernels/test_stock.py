@@ -45,7 +45,7 @@ def test_equals_the_definition(device, count, dtype):
         total, units = stream(initial, models, segments)
         bad = torch.ones(1, dtype=torch.int64, device=device)
         out = torch.empty(N, device=device)
-        fk.stock_merge(total, units, count, initial=initial, segments=segments, out=out, nonfinite=bad)
+        fk.stock_finalize(total, units, count, initial=initial, segments=segments, out=out, nonfinite=bad)
         expected, ratios = reference.stock(
             [m.cpu() for m in models], initial=initial.cpu(), segments=segments or [0, N]
         )
@@ -61,13 +61,13 @@ def test_task_vectors_that_point_apart(device):
     initial, delta = torch.zeros(100, device=device), torch.ones(100, device=device)
     total, units = stream(initial, [delta, -delta * 3], None)
     assert fk.stock_ratio(units, 2).tolist() == [0.0]
-    assert fk.stock_merge(total, units, 2, initial=initial).tolist() == [0.0] * 100
+    assert fk.stock_finalize(total, units, 2, initial=initial).tolist() == [0.0] * 100
 
 
 def test_a_task_that_changes_nothing(device):
     initial, *models = near(2, 1000, device=device)
     total, units = stream(initial, [*models, initial], None)
-    merged = fk.stock_merge(total, units, 3, initial=initial)
+    merged = fk.stock_finalize(total, units, 3, initial=initial)
     assert bool(merged.isfinite().all()) and 0 < fk.stock_ratio(units, 3).item() < 1
 
 
@@ -89,7 +89,7 @@ def test_results_do_not_depend_on_threads():
         for count in (1, 3):
             torch.set_num_threads(count)
             total, units = stream(initial, models, BOUNDS)
-            results.append(fk.stock_merge(total, units, 3, initial=initial, segments=BOUNDS))
+            results.append(fk.stock_finalize(total, units, 3, initial=initial, segments=BOUNDS))
         assert torch.equal(*results)
     finally:
         torch.set_num_threads(threads)
@@ -116,4 +116,4 @@ def test_equals_mergekit():
     with torch.no_grad():
         expected = methods.merge_state_dicts(inputs, "model_stock", base="base", parameters={"filter_wise": False})["w"]
     total, units = stream(initial, models, None)
-    torch.testing.assert_close(fk.stock_merge(total, units, 4, initial=initial), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fk.stock_finalize(total, units, 4, initial=initial), expected, rtol=0, atol=1e-5)

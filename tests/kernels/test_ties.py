@@ -1,4 +1,4 @@
-"""TIES and its thresholds: against sorting, the definition in float64 (`reference.ties`), and peft and mergekit."""
+"""TIES against its definition in float64 (`reference.ties`), list against stream, and peft and mergekit."""
 
 from __future__ import annotations
 
@@ -8,68 +8,10 @@ import fastmerge_kernels as fk
 import pytest
 import torch
 from fastmerge_kernels import reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fastmerge_kernels.ties import CONVENTIONS
 from oracle import DTYPES, INTERPRET, assert_rounded, vectors
 
 N = 1200 if INTERPRET else 70_000
-
-
-def kept(x, threshold, cut):
-    """The rule of `ties.py`, on one segment."""
-    bits, limit = x.abs().float().view(torch.int32), threshold.view(torch.int32)
-    return (bits > limit) | ((bits == limit) & (torch.arange(len(x), device=x.device) <= cut))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", ["at least", "exactly"])
-def test_threshold_equals_sorting(device, dtype, keep):
-    """The k-th largest of a sort, for values with and without ties; bf16 and fp16 have many."""
-    x = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
-    for k in (0, 1, N // 5, N - 1, N):
-        threshold, cut = fk.magnitude_threshold(x, k, keep=keep)
-        if k:
-            assert threshold.item() == x.abs().float().cpu().sort(descending=True).values[k - 1].item()
-        expected = reference.keep_largest(x.abs().float().cpu(), k, keep)
-        assert torch.equal(kept(x, threshold, cut).cpu(), expected)
-
-
-@settings(max_examples=3 if INTERPRET else 60, deadline=None)
-@given(
-    st.lists(
-        st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-42, -3e38, 65504.0, float("inf")]), min_size=1, max_size=60
-    ),
-    st.data(),
-)
-def test_threshold_of_many_ties(values, data):
-    x = torch.tensor(values)
-    k = data.draw(st.integers(0, len(values)))
-    for keep in ("at least", "exactly"):
-        assert torch.equal(kept(x, *fk.magnitude_threshold(x, k, keep=keep)), reference.keep_largest(x.abs(), k, keep))
-
-
-def test_threshold_per_segment(device):
-    x, initial = (v.to(device) for v in vectors(2, N))
-    bounds = [0, 1, 17, 17, N // 2, N]
-    counts = [1, 3, 0, 100, N // 4]
-    thresholds, cuts = fk.magnitude_threshold(x, counts, initial=initial, segments=bounds, keep="exactly")
-    for k, (a, b), t, c in zip(counts, itertools.pairwise(bounds), thresholds, cuts, strict=True):
-        d = (x - initial)[a:b]
-        assert torch.equal(kept(d, t, c - a).cpu(), reference.keep_largest(d.abs().cpu(), k, "exactly"))
-
-
-def test_histograms_of_shards_add_up(device):
-    x, initial = (v.to(device) for v in vectors(2, N))
-    whole = fk.magnitude_histogram(x, initial=initial)
-    parts = [fk.magnitude_histogram(x[a:b].clone(), initial=initial[a:b].clone()) for a, b in ((0, 333), (333, N))]
-    bits = (x - initial).abs().view(torch.int32)
-    assert torch.equal(whole, parts[0] + parts[1])
-    assert torch.equal(whole.cpu(), torch.bincount((bits >> 15).cpu(), minlength=65536))
-    high = whole.argmax()[None]
-    chosen = bits[(bits >> 15) == high] & 0x7FFF
-    assert torch.equal(
-        fk.magnitude_histogram(x, initial=initial, high=high).cpu(), torch.bincount(chosen.cpu(), minlength=32768)
-    )
 
 
 @pytest.mark.parametrize("convention", ["paper", "mergekit", "peft"])
@@ -109,6 +51,51 @@ def test_half_precision_models(device, dtype):
             keep=keep,
         )
         assert_rounded(merged, expected, initial.double().abs().cpu() + 2)
+
+
+def stream(models, initial, convention, bounds, weights, keep="exactly", scale=0.7):
+    """What `ties_merge` computes, by the streaming ops."""
+    rule = CONVENTIONS[convention]
+    state = [torch.zeros(initial.shape, device=initial.device) for _ in range(4)]
+    mass = torch.zeros_like(state[0]) if rule["elect"] == "unweighted" else None
+    counts = [max(rule["smallest"], int(0.2 * (b - a))) for a, b in itertools.pairwise(bounds)]
+    for model, weight in zip(models, weights, strict=True):
+        threshold, cut = fk.magnitude_threshold(model, counts, initial=initial, segments=bounds, keep=keep)
+        trim = {"threshold": threshold, "cut": cut, "segments": bounds}
+        fk.ties_update_(*state, model, initial=initial, weight=weight, count=rule["count"], mass=mass, **trim)
+    return fk.ties_finalize(*state, mass=mass, initial=initial, scale=scale, zero=rule["zero"])
+
+
+@pytest.mark.parametrize("convention", ["paper", "mergekit", "peft"])
+@pytest.mark.parametrize("keep", ["at least", "exactly"])
+def test_list_and_stream_give_the_same_bits(device, convention, keep):
+    """On a lattice of few values many kept entries cancel exactly, so the rule for zero mass decides; also in place."""
+    generator = torch.Generator().manual_seed(5)
+    initial, *models = ((torch.randn(N, generator=generator) * 2).round().to(device) for _ in range(5))
+    models.append(initial - 1)  # more negative signs than positive
+    for bounds, weights in (([0, N], [1.0] * 5), ([0, 7, 1000, N], [1.0, 0.5, 2.0, 1.0, 0.25])):
+        expected = stream(models, initial, convention, bounds, weights, keep)
+        merged = fk.ties_merge(
+            models, initial=initial, convention=convention, segments=bounds, weights=weights, keep=keep, scale=0.7
+        )
+        assert torch.equal(merged, expected)
+        for k in (0, 2):  # out = initial, or a model
+            inputs = [initial.clone(), *(m.clone() for m in models)]
+            fk.ties_merge(
+                inputs[1:], initial=inputs[0], convention=convention, segments=bounds, weights=weights, keep=keep,
+                scale=torch.tensor(0.7), out=inputs[k],
+            )  # fmt: skip
+            assert torch.equal(inputs[k], expected)
+
+
+def test_mixed_types(device):
+    initial, *models = (v.to(device) for v in vectors(4, N))
+    models = [m.to(t) for m, t in zip(models, DTYPES, strict=True)]
+    merged = fk.ties_merge(models, initial=initial)
+    expected = reference.ties(
+        [m.cpu() for m in models], initial=initial.cpu(), counts=[int(0.2 * N)], segments=[0, N], weights=[1.0] * 3
+    )
+    assert_rounded(merged, expected, initial.double().abs().cpu() + 2)
 
 
 def test_small_cases(device):
@@ -153,11 +140,6 @@ def test_bad_arguments_are_named():
     x = torch.ones(10)
     state = [torch.zeros(10) for _ in range(4)]
     cases = [
-        (lambda: fk.magnitude_threshold(x, 11), "k: expected 0 <= k <= 10"),
-        (lambda: fk.magnitude_threshold(x, [1, 2]), "k: expected one number or 1"),
-        (lambda: fk.magnitude_threshold(x, 1, keep="most"), "keep: expected one of at least, exactly"),
-        (lambda: fk.magnitude_threshold(x, 1, segments=[0, 11]), "segments: expected ascending boundaries 0, ..., 10"),
-        (lambda: fk.magnitude_threshold(x, 1, segments=[0, 7, 5, 10]), "segments: expected ascending"),
         (lambda: fk.ties_update_(*state, x, weight=-1.0), "weight: expected a positive number"),
         (lambda: fk.ties_update_(*state, x, threshold=torch.zeros(2)), "threshold: expected torch.float32 .1."),
         (lambda: fk.ties_update_(*state[:3], state[0], x), "negative_count: shares memory with positive"),
@@ -167,7 +149,9 @@ def test_bad_arguments_are_named():
             lambda: fk.ties_merge([x], initial=x, convention="papers"),
             "convention: expected one of paper, mergekit, peft",
         ),
-        (lambda: fk.ties_merge([x], initial=x, weights=[1.0, 2.0]), "weights: expected 1"),
+        (lambda: fk.ties_merge([x], initial=x, weights=[1.0, 2.0]), "weights: expected 1 positive"),
+        (lambda: fk.ties_merge([x], initial=x, weights=[0.0]), "weights: expected 1 positive"),
+        (lambda: fk.ties_merge([x], initial=x, out=torch.zeros(9)), "out: expected shape .10."),
     ]
     for call, words in cases:
         with pytest.raises(ValueError, match=words):
