@@ -107,13 +107,3 @@ def test_bad_arguments_are_named():
     for call, words in cases:
         with pytest.raises(ValueError, match=words):
             call()
-
-
-def test_equals_mergekit():
-    methods = pytest.importorskip("mergekit.merge_methods")
-    initial, *models = near(4, 5000)
-    inputs = {"base": {"w": initial}} | {f"m{k}": {"w": m} for k, m in enumerate(models)}
-    with torch.no_grad():
-        expected = methods.merge_state_dicts(inputs, "model_stock", base="base", parameters={"filter_wise": False})["w"]
-    total, units = stream(initial, models, None)
-    torch.testing.assert_close(fk.stock_finalize(total, units, 4, initial=initial), expected, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""TIES against its definition in float64 (`reference.ties`), list against stream, and peft and mergekit."""
+"""TIES against its definition in float64 (`reference.ties`), list against stream."""
 
 from __future__ import annotations
 
@@ -156,25 +156,3 @@ def test_bad_arguments_are_named():
     for call, words in cases:
         with pytest.raises(ValueError, match=words):
             call()
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.25, 2.0)])
-def test_equals_peft(weights):
-    utilities = pytest.importorskip("peft.utils.merge_utils")
-    initial, *models = vectors(4, 5000)
-    deltas = [m - initial for m in models]
-    expected = initial + utilities.ties(deltas, torch.tensor(weights), 0.2, majority_sign_method="total")
-    merged = fk.ties_merge(models, initial=initial, convention="peft", weights=weights)
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.25, 2.0)])
-def test_equals_mergekit(weights):
-    methods = pytest.importorskip("mergekit.merge_methods")
-    initial, *models = vectors(4, 5000)
-    inputs = {"base": {"w": initial}} | {f"m{k}": {"w": m} for k, m in enumerate(models)}
-    parameters = {"weight": {f"m{k}": w for k, w in enumerate(weights)}, "density": 0.2}
-    with torch.no_grad():
-        expected = methods.merge_state_dicts(inputs, "ties", base="base", parameters=parameters)["w"]
-    merged = fk.ties_merge(models, initial=initial, convention="mergekit", weights=weights, segments=[0, 5000])
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
