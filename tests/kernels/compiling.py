@@ -36,6 +36,53 @@ def recorded_launches():
         JITFunction.run = original
 
 
+def launches(dtype: torch.dtype) -> list:
+    """Every kernel as the ops launch it, for aligned vectors of this dtype."""
+    from fastmerge_kernels import batch_gpu as batch
+    from fastmerge_kernels import elementwise_gpu as elementwise
+    from fastmerge_kernels import sampling_gpu, stock_gpu, threshold_gpu, ties_gpu, trm_gpu
+
+    a, b, c, out = (torch.zeros(1 << 21, dtype=dtype) for _ in range(4))
+    half, bad = (0.5, None), torch.zeros(1, dtype=torch.int64)
+    direction = torch.ones(3, dtype=torch.float64)
+    anchored, literal = (5, 6, "anchored", 0.6, 0), (5, 6, "literal", 0.6, 0)
+    with recorded_launches() as recorded:
+        elementwise.launch("lerp", (a, b, out), [half], bad)
+        elementwise.launch("axpy", (a, b, out), [half], bad)
+        elementwise.launch("fisher_merge_", (a, b, c, out), [half], bad)
+        elementwise.launch("pam_accumulate_", (a, b, c, out, out), [], bad)
+        elementwise.launch("magmax_update_", (a, b, c), [], bad)
+        elementwise.launch("magmax_delta_", (a, b), [], bad)
+        elementwise.launch("fisher_accumulate_", (a, b), [half], bad)
+        elementwise.launch("ewc_gradient_", (a, b, c, out), [half], bad)
+        elementwise.pam_coefficient(a, b, c, out, out)
+        sampling_gpu.random_mix([a, b, c], 5, 6, 0, out, bad)
+        sampling_gpu.dare_delta(a, b, 0.5, 5, 6, 0, out, bad)
+        bits, place = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
+        threshold_gpu.histogram(a, b, None, 0, 8, (0, a.numel()))
+        threshold_gpu.histogram(a, b, bits, 8, 8, (0, a.numel()))
+        threshold_gpu.tie_positions(a, b, bits, place, (0, a.numel()))
+        ties_gpu.update(a, b, bits, place, (0, a.numel()), 0.5, 0.5, out, out, out, out, out)
+        ties_gpu.finalize(a, b, c, out, a, b, half, half, out, bad)
+        per_segment = torch.ones(2, dtype=torch.float64)
+        trim, ones = (torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)), torch.ones(2)
+        election = (ones, ones, False, "majority")
+        ties_gpu.merge([b, c], a, *trim, (0, a.numel()), *election, half, out, bad)
+        batch.weighted_sum([b, c], ones[:, None], a, (0, a.numel()), out, bad)
+        batch.magmax([b, c], a, half, out, bad)
+        batch.fisher([b, c], [a, b], ones[:, None], out, bad)
+        batch.dare([b, c], ones[:, None], 0.5, a, 5, 6, 0, out, bad)
+        stock_gpu.squares([b, c], a, (0, 1 << 20, 1 << 21))
+        stock_gpu.norms(a, b, (0, 1 << 20, 1 << 21))
+        stock_gpu.update(a, b, per_segment, (0, 1 << 20, 1 << 21), c, out)
+        stock_gpu.finalize(a, b, per_segment, (0, 1 << 20, 1 << 21), out, bad)
+        trm_gpu.direction(a, b, *anchored)
+        trm_gpu.gradient(a, b, 0.5, b, c, direction, *anchored)
+        trm_gpu.merge(a, b, None, half, half, direction, *anchored, out, bad)
+        trm_gpu.merge(a, b, c, half, half, direction, *literal, out, bad)
+    return recorded
+
+
 def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capability: int):
     """The kernel built for compute capability 80 or 90, specialised as at a launch (alignment, ints divisible by 16)."""
     signature, constants, attributes = {}, {}, {}
@@ -57,12 +104,27 @@ def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capabili
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def _bundled(tool: str, *arguments: str | Path) -> str:
+    """What one of Triton's own copies of NVIDIA's tools prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def registers_and_stack(compiled) -> tuple[int, int]:
     """(registers per thread, bytes of stack and local memory per thread: 0 unless registers were spilt)."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        usage = _bundled("cuobjdump", "-res-usage", cubin)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
+
+
+def instructions(compiled) -> int:
+    """SASS instructions of the kernel, padding (NOP and the endless branch before it) left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        listing = _bundled("nvdisasm", "-c", cubin)
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+    return sum(name != "NOP" for name in names) - 1

@@ -1,6 +1,6 @@
-"""What Triton and ptxas make of every kernel for sm_80 and sm_90, without a GPU: no spills, 128-bit loads and stores.
+"""What Triton and ptxas make of every kernel, without a GPU: no spills, 128-bit loads and stores.
 
-A kernel that no call below launches fails `test_every_kernel_is_compiled`.
+A kernel that no call in `compiling.launches` launches fails `test_every_kernel_is_compiled`.
 """
 
 from __future__ import annotations
@@ -35,65 +35,16 @@ WIDEST = (
 )  # those with most registers or vectors
 
 
-def launches(dtype: torch.dtype) -> list:
-    """Every kernel as the ops launch it, for aligned vectors of this dtype."""
-    from compiling import recorded_launches
-    from fastmerge_kernels import batch_gpu as batch
-    from fastmerge_kernels import elementwise_gpu as elementwise
-    from fastmerge_kernels import sampling_gpu, stock_gpu, threshold_gpu, ties_gpu, trm_gpu
-
-    a, b, c, out = (torch.zeros(1 << 21, dtype=dtype) for _ in range(4))
-    half, bad = (0.5, None), torch.zeros(1, dtype=torch.int64)
-    direction = torch.ones(3, dtype=torch.float64)
-    anchored, literal = (5, 6, "anchored", 0.6, 0), (5, 6, "literal", 0.6, 0)
-    with recorded_launches() as recorded:
-        elementwise.launch("lerp", (a, b, out), [half], bad)
-        elementwise.launch("axpy", (a, b, out), [half], bad)
-        elementwise.launch("fisher_merge_", (a, b, c, out), [half], bad)
-        elementwise.launch("pam_accumulate_", (a, b, c, out, out), [], bad)
-        elementwise.launch("magmax_update_", (a, b, c), [], bad)
-        elementwise.launch("magmax_delta_", (a, b), [], bad)
-        elementwise.launch("fisher_accumulate_", (a, b), [half], bad)
-        elementwise.launch("ewc_gradient_", (a, b, c, out), [half], bad)
-        elementwise.pam_coefficient(a, b, c, out, out)
-        sampling_gpu.random_mix([a, b, c], 5, 6, 0, out, bad)
-        sampling_gpu.dare_delta(a, b, 0.5, 5, 6, 0, out, bad)
-        bits, place = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
-        threshold_gpu.histogram(a, b, None, 0, 8, (0, a.numel()))
-        threshold_gpu.histogram(a, b, bits, 8, 8, (0, a.numel()))
-        threshold_gpu.tie_positions(a, b, bits, place, (0, a.numel()))
-        ties_gpu.update(a, b, bits, place, (0, a.numel()), 0.5, 0.5, out, out, out, out, out)
-        ties_gpu.finalize(a, b, c, out, a, b, half, half, out, bad)
-        per_segment = torch.ones(2, dtype=torch.float64)
-        trim, ones = (torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)), torch.ones(2)
-        election = (ones, ones, False, "majority")
-        ties_gpu.merge([b, c], a, *trim, (0, a.numel()), *election, half, out, bad)
-        batch.weighted_sum([b, c], ones[:, None], a, (0, a.numel()), out, bad)
-        batch.magmax([b, c], a, half, out, bad)
-        batch.fisher([b, c], [a, b], ones[:, None], out, bad)
-        batch.dare([b, c], ones[:, None], 0.5, a, 5, 6, 0, out, bad)
-        stock_gpu.squares([b, c], a, (0, 1 << 20, 1 << 21))
-        stock_gpu.norms(a, b, (0, 1 << 20, 1 << 21))
-        stock_gpu.update(a, b, per_segment, (0, 1 << 20, 1 << 21), c, out)
-        stock_gpu.finalize(a, b, per_segment, (0, 1 << 20, 1 << 21), out, bad)
-        trm_gpu.direction(a, b, *anchored)
-        trm_gpu.gradient(a, b, 0.5, b, c, direction, *anchored)
-        trm_gpu.merge(a, b, None, half, half, direction, *anchored, out, bad)
-        trm_gpu.merge(a, b, c, half, half, direction, *literal, out, bad)
-    return recorded
-
-
-def names(dtype=torch.float32) -> list[str]:
-    return [kernel.__name__ for kernel, _, _ in launches(dtype)] if not INTERPRET else []
-
-
-@pytest.mark.parametrize("dtype, capability", [(torch.float32, 80), (torch.float32, 90), (torch.bfloat16, 90)])
+@pytest.mark.parametrize(
+    "dtype, capability", [(torch.float32, 80), (torch.float32, 90), (torch.bfloat16, 90), (torch.float32, 100)]
+)
 def test_no_spills_and_wide_accesses(dtype, capability):
-    from compiling import compile_launch, registers_and_stack
+    from compiling import compile_launch, launches, registers_and_stack
 
+    some = dtype == torch.bfloat16 or capability == 100
     seen = set()
     for kernel, arguments, options in launches(dtype):
-        if dtype == torch.bfloat16 and (kernel.__name__ not in WIDEST or kernel.__name__ in seen):
+        if some and (kernel.__name__ not in WIDEST or kernel.__name__ in seen):
             continue
         seen.add(kernel.__name__)
         compiled = compile_launch(kernel, arguments, options, capability)
@@ -113,6 +64,7 @@ def test_no_spills_and_wide_accesses(dtype, capability):
 
 
 def test_every_kernel_is_compiled():
+    from compiling import launches
     from triton.runtime.jit import JITFunction
 
     launched = {kernel.__name__ for kernel, _, _ in launches(torch.float32)}
@@ -124,7 +76,7 @@ def test_every_kernel_is_compiled():
 
 def test_offsets_are_64_bit():
     """A vector of 2^40 entries: the length arrives as a 64-bit integer and addresses are computed from it."""
-    from compiling import compile_launch
+    from compiling import compile_launch, launches
 
     for kernel, arguments, options in launches(torch.float32):
         if kernel.__name__ in (

@@ -1,0 +1,54 @@
+"""Registers per thread and instructions per entry of every Triton kernel, compiled without a GPU, as a Markdown table.
+
+    python bench/compiled_table.py > bench/results/compiled.md
+
+Instructions are those of the machine code (SASS), a loop's body counted once: over models, that is T = 1; over the spans of a
+reduction, one span. Entries per thread: those of one pass through the body. fp32 vectors, aligned, as the ops launch them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
+from compiling import compile_launch, instructions, launches, registers_and_stack  # noqa: E402
+
+CAPABILITIES = (80, 90, 100)
+
+
+def entries(arguments: dict) -> int:
+    """Vector entries of one program (of one pass through its loop)."""
+    return arguments.get("LANES", 0) * 4 or arguments.get("SIZE") or arguments["BLOCK"]
+
+
+def options(kernel, arguments: dict) -> str:
+    """Which of a kernel's optional forms this launch is."""
+    absent = [p.name for p in kernel.params if arguments[p.name] is None and not p.name.endswith("_pointer")]
+    return f" (no {', '.join(absent)})" if absent else ""
+
+
+def main() -> None:
+    heads = [f"sm_{c} {what}" for c in CAPABILITIES for what in ("registers", "instructions/entry")]
+    print(f"Triton {triton.__version__}, fp32; made by `python bench/compiled_table.py`, which says what is counted.\n")
+    print(" | ".join(["| kernel", "entries/thread", *heads]) + " |")
+    print("|---" + "|--:" * (len(heads) + 1) + "|")
+    seen = set()
+    for kernel, arguments, settings in launches(torch.float32):
+        name = kernel.__name__ + options(kernel, arguments)
+        if name in seen or "BINS" in arguments and arguments["BINS"] != 256 or "project" in name:
+            continue
+        seen.add(name)
+        cells = []
+        for capability in CAPABILITIES:
+            compiled = compile_launch(kernel, arguments, settings, capability)
+            per_thread = entries(arguments) / (32 * compiled.metadata.num_warps)
+            cells += [str(registers_and_stack(compiled)[0]), f"{instructions(compiled) / per_thread:.1f}"]
+        print(" | ".join(["| " + name, f"{per_thread:g}", *cells]) + " |")
+
+
+if __name__ == "__main__":
+    main()
