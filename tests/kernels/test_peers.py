@@ -177,11 +177,13 @@ def test_ties_with_nan_and_inf(ties):
 
 
 def test_ties_in_bf16(ties):
-    """Integers that bf16 holds exactly; the peers compute in bf16, ours once rounded gives the same."""
+    """Integers that bf16 holds exactly, so that mergekit's arithmetic in bf16 only rounds at the end; peft returns fp32."""
     convention, merge = ties
     base, models = torch.zeros(SMALL[-1]).bfloat16(), [m.bfloat16() for m in ranks(4, SMALL)]
-    merged = fk.ties_merge(models, initial=base, convention=convention, density=0.3, segments=SMALL, out=base.clone())
-    assert torch.equal(merged, merge(models, base, (1.0,) * 4, 0.3, SMALL))
+    expected = merge(models, base, (1.0,) * 4, 0.3, SMALL)
+    assert expected.dtype == (torch.bfloat16 if convention == "mergekit" else torch.float32)
+    settings = {"density": 0.3, "segments": SMALL, "out": torch.empty_like(expected)}
+    assert torch.equal(fk.ties_merge(models, initial=base, convention=convention, **settings), expected)
 
 
 def test_scale_is_lambda_of_mergekit(mergekit):
@@ -242,10 +244,14 @@ def test_model_stock(mergekit, count, bounds):
     base, models = towards_each_other(count, bounds[-1], 2.0)
     expected = mergekit("model_stock", models, base, bounds, filter_wise=False)
     for merged in (fk.stock_merge(models, initial=base, segments=bounds), streamed_stock(models, base, bounds)):
+        compared = 0
         for a, b in itertools.pairwise(bounds):
             d = torch.stack([m[a:b] - base[a:b] for m in models])
-            if b > a and float(d.mean(0).norm() ** 2) > 1.01 / count * float((d**2).sum(1).mean()):  # cos > 0
+            units = torch.nn.functional.normalize(d, dim=1).sum(0)
+            if units @ units > count:  # mean cosine above 0
                 torch.testing.assert_close(merged[a:b], expected[a:b], rtol=0, atol=1e-5)
+                compared += 1
+        assert compared >= len(bounds) - 4
 
 
 def test_model_stock_of_opposing_task_vectors(mergekit):
