@@ -2,8 +2,11 @@
 
     python bench/compiled_table.py > bench/results/compiled.md
 
-Instructions are those of the machine code (SASS), a loop's body counted once: over models, that is T = 1; over the spans of a
-reduction, one span. Entries per thread: those of one pass through the body. fp32 vectors, aligned, as the ops launch them.
+Registers are those of the kernel as it runs. Instructions are those of its machine code (SASS) per vector entry: outside
+loops, and in one pass through its loops. Rules over lists pass once per model: an entry costs `once + T * in loops`. Sums pass
+once per block of the span that a program adds up: an entry costs `in loops`. Code for rare cases (a NaN to be counted, a
+division of denormals) is in the numbers. fp32 vectors, aligned, as the ops launch them; entries per thread: those of one
+pass. `project_kernel`, which turns three sums into three others, has no entries and no row.
 """
 
 from __future__ import annotations
@@ -32,21 +35,23 @@ def options(kernel, arguments: dict) -> str:
 
 
 def main() -> None:
-    heads = [f"sm_{c} {what}" for c in CAPABILITIES for what in ("registers", "instructions/entry")]
-    print(f"Triton {triton.__version__}, fp32; made by `python bench/compiled_table.py`, which says what is counted.\n")
+    heads = [f"sm_{c} {what}" for c in CAPABILITIES for what in ("registers", "once", "in loops")]
+    print(f"Registers per thread and instructions per entry, fp32, Triton {triton.__version__}.")
+    print("Made by `python bench/compiled_table.py`, which says what is counted.\n")
     print(" | ".join(["| kernel", "entries/thread", *heads]) + " |")
     print("|---" + "|--:" * (len(heads) + 1) + "|")
     seen = set()
     for kernel, arguments, settings in launches(torch.float32):
         name = kernel.__name__ + options(kernel, arguments)
-        if name in seen or "BINS" in arguments and arguments["BINS"] != 256 or "project" in name:
+        if name in seen or "BINS" in arguments and arguments["BINS"] != 256 or name.startswith("project"):
             continue
         seen.add(name)
         cells = []
         for capability in CAPABILITIES:
             compiled = compile_launch(kernel, arguments, settings, capability)
             per_thread = entries(arguments) / (32 * compiled.metadata.num_warps)
-            cells += [str(registers_and_stack(compiled)[0]), f"{instructions(compiled) / per_thread:.1f}"]
+            once, looped = (x / per_thread for x in instructions(compiled, capability))
+            cells += [str(registers_and_stack(compiled)[0]), f"{once:.1f}", f"{looped:.1f}" if looped else ""]
         print(" | ".join(["| " + name, f"{per_thread:g}", *cells]) + " |")
 
 

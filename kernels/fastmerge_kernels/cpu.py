@@ -68,7 +68,7 @@ def _warn_once(reason: str) -> None:
 
 def loop(function: Callable) -> Callable:
     """numba.njit without the GIL, cached on disk where a folder can be written."""
-    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
     try:
         dispatcher._cache = _Cache(function)
     except RuntimeError as error:  # numba found no folder that it may write
@@ -215,7 +215,7 @@ _read16, _write16 = _memory(types.uint16)
 _read32, _write32 = _memory(types.float32)
 
 
-@numba.njit
+@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 def _decode(address, code, first, count, scratch):
     if code == 0:
         for j in range(count):
@@ -228,7 +228,7 @@ def _decode(address, code, first, count, scratch):
             scratch[j] = _from_half(_read16(address, first + j))
 
 
-@numba.njit
+@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 def _store_float(out, values):
     bad = np.int32(0)  # 32 bits like the data, or the loop runs at half speed
     for j in range(out.size):
@@ -237,7 +237,7 @@ def _store_float(out, values):
     return np.int64(bad)
 
 
-@numba.njit
+@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 def _encode(address, code, first, count, values):
     bad = np.int32(0)
     if code == 0:
@@ -314,7 +314,7 @@ def _sum512(typingctx, address):
     return types.float64(types.uint64), codegen
 
 
-@numba.njit
+@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 def add_sums(row, terms, count):
     """row[k] += sum of terms[k, :count], by `_sum512`. terms: [K, a multiple of 512]; entries from `count` on are lost."""
     for k in range(row.size):
@@ -346,7 +346,7 @@ def _pointer(typingctx, address):
     return types.CPointer(types.float32)(types.uint64), codegen
 
 
-@numba.njit
+@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 def fetch_at(models, t, first, count, scratch):
     """`fetch` from the t-th tensor of a `table`."""
     if models.codes[t] == 0:

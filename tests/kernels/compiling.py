@@ -84,7 +84,7 @@ def launches(dtype: torch.dtype) -> list:
 
 
 def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capability: int):
-    """The kernel built for compute capability 80 or 90, specialised as at a launch (alignment, ints divisible by 16)."""
+    """The kernel built for compute capability 80, 90 or 100, specialised as at a launch (alignment, ints divisible by 16)."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -120,11 +120,26 @@ def registers_and_stack(compiled) -> tuple[int, int]:
     return registers, stack + local
 
 
-def instructions(compiled) -> int:
-    """SASS instructions of the kernel, padding (NOP and the endless branch before it) left out."""
+def instructions(compiled, capability: int) -> tuple[int, int]:
+    """SASS instructions (outside loops, in one pass through each loop), without padding; subroutines for rare cases count.
+
+    ptxas unrolls loops, some of them into several copies; to count a pass it assembles the same PTX without unrolling.
+    """
+    assembler = "ptxas" if capability < 90 else "ptxas-blackwell"  # as Triton chooses
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(re.sub(r"(\.address_size 64\n)", r'\1.pragma "nounroll";\n', compiled.asm["ptx"]))
+        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+        _bundled(assembler, f"--gpu-name={architecture}", "--regAllocOptLevel=2", ptx, "-o", cubin)
         listing = _bundled("nvdisasm", "-c", cubin)
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
-    return sum(name != "NOP" for name in names) - 1
+    labels, names, looped = {}, [], set()
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(names)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", line):
+            target = re.search(r"BRA.*`\((\.L\w+)\)", line)
+            if target and labels.get(target[1], len(names)) < len(names):  # a branch back
+                looped |= set(range(labels[target[1]], len(names) + 1))
+            names.append(code[1])
+    real = {k for k, name in enumerate(names) if name != "NOP"}
+    return len(real - looped) - 1, len(real & looped)  # the last instruction branches to itself
