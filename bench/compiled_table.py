@@ -3,8 +3,8 @@
     python bench/compiled_table.py > bench/results/compiled.md
 
 Registers are those of the kernel as it runs. Instructions are those of its machine code (SASS) per vector entry: outside
-loops, and in one pass through its loops. Rules over lists pass once per model: an entry costs `once + T * in loops`. Sums pass
-once per block of the span that a program adds up: an entry costs `in loops`. Code for rare cases (a NaN to be counted, a
+loops, and in one pass through its loops. Rules over lists pass once per model: an entry costs `once + T * in loops`. Sums
+pass once per block of the span that a program adds up: an entry costs `in loops`. Code for rare cases (a NaN to be counted, a
 division of denormals) is in the numbers. fp32 vectors, aligned, as the ops launch them; entries per thread: those of one
 pass. `project_kernel`, which turns three sums into three others, has no entries and no row.
 """
