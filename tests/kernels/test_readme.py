@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_te
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
 
 
-def run(tmp_path, code):
+def run(tmp_path, code, path=""):
+    """What the script prints, in an empty folder, on the CPU; nothing on PATH, so no compiler, unless one is given."""
     script = tmp_path / "example.py"
     script.write_text(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path or str(tmp_path)}
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -43,6 +45,17 @@ def test_two_checkpoints(tmp_path):
 
 def test_compiled_function(tmp_path):
     assert run(tmp_path, EXAMPLES[1]) == "compiled and equal\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on a CPU"
+)
+def test_compiled_function_by_inductor(tmp_path):
+    choice = '"inductor" if device == "cuda" else "aot_eager"'
+    assert choice in EXAMPLES[1]
+    code = EXAMPLES[1].replace(choice, '"inductor"')
+    assert run(tmp_path, code, os.environ["PATH"]) == "compiled and equal\n"
 
 
 def test_shards_on_ranks(tmp_path):
