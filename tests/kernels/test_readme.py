@@ -59,7 +59,7 @@ def test_compiled_function_by_inductor(tmp_path):
 
 
 def test_shards_on_ranks(tmp_path):
-    assert run(tmp_path, EXAMPLES[2]).endswith("3 ranks, the same bits as one\n")
+    assert run(tmp_path, EXAMPLES[2]).endswith("2 ranks, the same bits as one\n")
 
 
 def test_the_table_names_every_op():
