@@ -17,7 +17,7 @@ from .elementwise import (
     pam_coefficient,
     perturb,
 )
-from .sampling import dare_delta, random_mix
+from .sampling import dare_delta, random_mix, random_replace_
 from .stock import segment_norms, stock_finalize, stock_merge, stock_ratio, stock_update_
 from .threshold import magnitude_digit, magnitude_histogram, magnitude_threshold
 from .ties import ties_finalize, ties_merge, ties_update_
@@ -41,6 +41,7 @@ __all__ = [
     "pam_coefficient",
     "perturb",
     "random_mix",
+    "random_replace_",
     "segment_norms",
     "stock_finalize",
     "stock_merge",

@@ -165,6 +165,12 @@ def random_mix(models, *, seed, stream, offset=0) -> Tensor:
     return torch.stack([m.double() for m in models]).gather(0, torch.from_numpy(chosen.astype(np.int64))[None])[0]
 
 
+def random_replace(kept, theta, p, *, seed, stream, offset=0) -> Tensor:
+    """theta where u < floor(p 2^32), else kept."""
+    chosen = torch.from_numpy(random_words(kept.numel(), seed, stream, "mix", offset) < threshold(p))
+    return torch.where(chosen, theta.double(), kept.double())
+
+
 def dare_delta(theta, p, *, initial=None, seed, stream, offset=0) -> Tensor:
     """0 where u < floor(p 2^32), else (theta - initial) / (1 - p)."""
     dropped = torch.from_numpy(random_words(theta.numel(), seed, stream, "drop", offset) < threshold(p))

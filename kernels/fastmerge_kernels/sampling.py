@@ -1,7 +1,8 @@
 """Merge rules that draw one Philox word u per entry (see `philox.py`): nothing random is stored, shards agree with the whole.
 
-    random_mix    entry i of model floor(u T / 2^32): each of T models with equal probability       4 (T + 1) bytes/parameter
-    dare_delta    0 where u < floor(p 2^32), else (theta - initial) / (1 - p)   (DARE, sec. 3.2)    12, without `initial` 8
+    random_mix        entry i of model floor(u T / 2^32): each of T models with equal probability   4 (T + 1) bytes/parameter
+    random_replace_   theta where u < floor(p 2^32), else what was there: random_mix as a stream    12
+    dare_delta        0 where u < floor(p 2^32), else (theta - initial) / (1 - p)  (DARE, sec. 3.2)  12, without `initial` 8
 
 Two calls with the same (seed, stream) draw the same words: give every model or task its own stream. NaN and inf that are
 chosen are written and counted; what is dropped or not chosen leaves no trace.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend, check_counter, check_models, check_overlap, check_vectors, register
+from .dispatch import backend, check_counter, check_fraction, check_models, check_overlap, check_vectors, register
 from .philox import check_span, key_words
 
 
@@ -25,6 +26,14 @@ def _random_mix(
     for k, model in enumerate(models):
         check_overlap("out", out, **{f"models[{k}]": model})
     backend("sampling", out).random_mix(models, seed, stream, offset, out, nonfinite)
+
+
+@register("random_replace_", mutates=("kept", "nonfinite"))
+def _random_replace(
+    theta: Tensor, p: float, seed: int, stream: int, offset: int, kept: Tensor, nonfinite: Tensor | None
+) -> None:
+    check_overlap("kept", kept, theta=theta)
+    backend("sampling", kept).random_replace(theta, p, seed, stream, offset, kept, nonfinite)
 
 
 @register("dare_delta", mutates=("out", "nonfinite"))
@@ -64,6 +73,31 @@ def random_mix(
     out = torch.empty_like(models[0]) if out is None else out
     _random_mix(models, seed, stream, offset, out, nonfinite)
     return out
+
+
+@torch.no_grad()
+def random_replace_(
+    kept: Tensor,
+    theta: Tensor,
+    p: float,
+    *,
+    seed: int,
+    stream: int,
+    offset: int = 0,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """kept <- theta in a random fraction p of the entries, in place; returns kept.
+
+    With p = 1 / t for the t-th model and a stream of its own for each, an entry of `kept` is that of each model so far with
+    equal probability: the random mix of a stream. p: in [0, 1]. Other arguments as in `random_mix`.
+    """
+    check_vectors("kept", kept=kept, theta=theta)
+    check_fraction("p", p)
+    key_words(seed, stream)
+    check_span(offset, kept.numel())
+    check_counter(nonfinite, kept.device)
+    _random_replace(theta, float(p), seed, stream, offset, kept, nonfinite)
+    return kept
 
 
 @torch.no_grad()

@@ -56,3 +56,23 @@ def dare_delta(theta, initial, p, seed, stream, offset, out, nonfinite):
     bad = run(_dare, out.numel(), *arrays(theta, initial, out), *numbers)
     if nonfinite is not None:
         nonfinite.fill_(bad)
+
+
+@loop
+def _replace(start, stop, theta, kept, limit, key, offset):
+    u, scratch, block, bad = np.empty(TILE, np.uint32), np.empty((2, TILE), np.float32), np.empty(TILE, np.float32), 0
+    for tile in range((offset + start) // TILE, (offset + stop - 1) // TILE + 1):
+        first, q, count = tile_span(tile, start, stop, offset)
+        words(u, tile, key, MIX)
+        w, x, k = u[q:], fetch(theta, first, count, scratch[0]), fetch(kept, first, count, scratch[1])
+        for j in range(count):
+            new, old = x[j], k[j]
+            block[j] = new if np.uint64(w[j]) < limit else old
+        bad += store(kept, first, count, block)
+    return bad
+
+
+def random_replace(theta, p, seed, stream, offset, kept, nonfinite):
+    bad = run(_replace, kept.numel(), *arrays(theta, kept), np.uint64(threshold(p)), key(seed, stream), offset)
+    if nonfinite is not None:
+        nonfinite.fill_(bad)

@@ -69,3 +69,27 @@ def dare_delta(theta, initial, p, seed, stream, offset, out, nonfinite):
         dare_kernel[(triton.cdiv(count * 128, size),)](
             theta, initial, out, n, *numbers, nonfinite, LANES=size, **OPTIONS
         )
+
+
+@triton.jit(do_not_specialize=["first_tile", "k0", "k1", "s0", "s1", "limit"])
+def random_replace_kernel(theta, kept, n, limit, first_tile, shift, k0, k1, s0, s1, nonfinite, LANES: tl.constexpr):
+    """`limit`: int64, an entry is replaced where its word is below."""
+    span = tl.program_id(0).to(tl.int64)
+    base = span * (LANES * 4) - shift
+    u = words(counters(first_tile + span * (LANES // 128), LANES), k0, k1, s0, s1, 2)
+    for run in tl.static_range(4):
+        i = base + positions(LANES) + run * 128
+        inside = (i >= 0) & (i < n)
+        value = tl.where(u[run].to(tl.int64) < limit, load(theta, i, inside), load(kept, i, inside))
+        store(kept, i, value, inside, nonfinite)
+
+
+def random_replace(theta, p, seed, stream, offset, kept, nonfinite):
+    n, size, nonfinite = kept.numel(), lanes(theta, kept), cleared(nonfinite)
+    if n == 0:
+        return
+    first, shift, count = tiles(offset, n)
+    with on(kept):
+        random_replace_kernel[(triton.cdiv(count * 128, size),)](
+            theta, kept, n, threshold(p), first, shift, *key(seed, stream), nonfinite, LANES=size, **OPTIONS
+        )

@@ -57,6 +57,7 @@ def launches(dtype: torch.dtype) -> list:
         elementwise.launch("ewc_gradient_", (a, b, c, out), [half], bad)
         elementwise.pam_coefficient(a, b, c, out, out)
         sampling_gpu.random_mix([a, b, c], 5, 6, 0, out, bad)
+        sampling_gpu.random_replace(a, 0.5, 5, 6, 0, out, bad)
         sampling_gpu.dare_delta(a, b, 0.5, 5, 6, 0, out, bad)
         bits, place = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
         threshold_gpu.histogram(a, b, None, 0, 8, (0, a.numel()))

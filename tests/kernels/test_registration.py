@@ -36,6 +36,7 @@ def calls(device):
     yield ops.fisher_accumulate_, (a, b.abs(), 0.5, None, bad)
     yield ops.ewc_gradient_, (a.abs(), b, c, g.clone(), 0.5, None, bad)
     yield ops.random_mix, ([a, b, c], 3, 1, 7, torch.empty_like(a), bad)
+    yield ops.random_replace_, (a, 0.3, 3, 1, 7, c.clone(), bad)
     yield ops.dare_delta, (a, b, 0.5, 3, 1, 7, torch.empty_like(a), bad)
     one, cut, state = (
         torch.ones(1, dtype=torch.int32, device=device),
@@ -131,6 +132,7 @@ def lists(a, b, c, g, alpha, seed):
         fk.magmax_merge(models, initial=a, scale=alpha),
         fk.fisher_average(models, [m.abs() for m in models]),
         fk.random_mix(models, **key),
+        fk.random_replace_(a.clone(), b, 0.5, **key),
         fk.dare_merge(models, 0.5, initial=a, **key),
         fk.dare_delta(b, 0.5, initial=a, **key),
         fk.ties_merge(models, initial=a, segments=segments),

@@ -54,6 +54,26 @@ def test_random_mix_of_unaligned_models(device):
 
 
 @pytest.mark.parametrize("types", list(itertools.product(DTYPES, repeat=2)))
+def test_random_replace(device, types):
+    kept, theta = (x.to(t) for x, t in zip(vectors(2, 1333, device=device), types, strict=True))
+    for p, offset in ((0.25, 0), (0.0, 5), (1.0, 2**33 + 1)):
+        bad = torch.full((1,), 3, device=device)
+        expected = reference.random_replace(kept.cpu(), theta.cpu(), p, offset=offset, **KEY)
+        out = kept.clone()
+        assert fk.random_replace_(out, theta, p, offset=offset, nonfinite=bad, **KEY) is out and bad.item() == 0
+        assert_rounded(out, expected, 0.0)
+
+
+def test_a_stream_is_mixed_equally(device):
+    """p = 1 / t for the t-th model: each of five models has a fifth of the entries."""
+    kept = torch.zeros(LARGE, device=device)
+    for k in range(5):
+        fk.random_replace_(kept, torch.full_like(kept, float(k)), 1 / (k + 1), seed=3, stream=k)
+    share = torch.bincount(kept.long(), minlength=5) / LARGE
+    assert (share - 0.2).abs().max() < 5 * math.sqrt(0.16 / LARGE)
+
+
+@pytest.mark.parametrize("types", list(itertools.product(DTYPES, repeat=2)))
 def test_dare(device, types):
     theta, initial = (x.to(t) for x, t in zip(vectors(2, 1333, device=device), types, strict=True))
     for p, start, offset in ((0.9, initial, 0), (0.0, initial, 5), (0.5, None, 2**33 + 1)):
@@ -107,6 +127,8 @@ def test_bad_arguments_are_named():
         fk.random_mix([x, torch.ones(9)], **KEY)
     with pytest.raises(TypeError, match=r"models\[1\]: expected dtype float32, bfloat16 or float16, got torch.int64"):
         fk.random_mix([x, x.long()], **KEY)
+    with pytest.raises(ValueError, match=r"p: expected a number in \[0, 1\], got 1.1"):
+        fk.random_replace_(x, x.clone(), 1.1, **KEY)
     for p in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"p: expected a drop probability in \[0, 1\)"):
             fk.dare_delta(x, p, **KEY)
