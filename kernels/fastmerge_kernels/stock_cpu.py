@@ -84,7 +84,7 @@ def squares(models, initial, bounds):
     rows = np.zeros((len(table), 1))
     scales = inverse_roots(norms).T.contiguous().numpy()
     run(_unit_norms, len(table), table, rows, listed(models), start, scales, grain=1)
-    return torch.from_numpy(sum_rows(rows, bounds, CHUNK)[:, 0].copy())
+    return torch.stack([torch.from_numpy(sum_rows(rows, bounds, CHUNK)[:, 0].copy()), (norms != 0).double().sum(1)])
 
 
 @loop

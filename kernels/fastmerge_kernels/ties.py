@@ -15,7 +15,8 @@ Conventions (`CONVENTIONS`) differ in what is counted, which sign wins, and what
     mergekit   sign of the weighted sum; zero mass: positive; divisor: sum of the weights that agree              (0.1.5)
     peft       sign of the unweighted sum; zero mass: positive; divisor: how many agree                           (0.21.2)
 
-With unit weights they agree but for entries of zero mass. Peers keep max(1, floor(density n)) entries, peft floor(density n).
+With unit weights they agree but for entries of zero mass. The paper and mergekit keep max(1, floor(density n))
+entries if density > 0, peft floor(density n).
 """
 
 from __future__ import annotations
@@ -244,9 +245,8 @@ def ties_merge(
     weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
     if len(weights) != len(models) or not all(0 < w < float("inf") for w in weights):
         raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {weights}")
-    counts = [
-        min(b - a, max(rule["smallest"], int(density * (b - a)))) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    smallest = rule["smallest"] if density else 0
+    counts = [min(b - a, max(smallest, int(density * (b - a)))) for a, b in zip(bounds, bounds[1:], strict=False)]
     trims = [magnitude_threshold(m, counts, initial=initial, segments=bounds, keep=keep) for m in models]
     threshold, cut = (torch.stack(part) for part in zip(*trims, strict=True))
     weights = torch.tensor(weights, dtype=torch.float32).to(initial.device)

@@ -65,10 +65,22 @@ def test_task_vectors_that_point_apart(device):
 
 
 def test_a_task_that_changes_nothing(device):
-    initial, *models = near(2, 1000, device=device)
-    total, units = stream(initial, [*models, initial], None)
-    merged = fk.stock_finalize(total, units, 3, initial=initial)
-    assert bool(merged.isfinite().all()) and 0 < fk.stock_ratio(units, 3).item() < 1
+    """Two parallel task vectors and a zero one: mean cosine 1/3, t = 0.6. Per segment: in the second all three move."""
+    initial, delta = torch.zeros(100, device=device), torch.ones(100, device=device)
+    models = [delta, delta.clone(), torch.cat([torch.zeros(40), torch.ones(60)]).to(device)]
+    total, units = torch.zeros(100, device=device), torch.zeros(100, device=device)
+    bounds = [0, 40, 100]
+    moved = sum(fk.stock_update_(total, units, m, initial=initial, segments=bounds) for m in models)
+    assert moved.tolist() == [2, 3]
+    ratio = fk.stock_ratio(units, 3, moved=moved, segments=bounds)
+    torch.testing.assert_close(ratio.cpu(), torch.tensor([0.6, 1.0], dtype=torch.float64))
+    expected, ratios = reference.stock([m.cpu() for m in models], initial=initial.cpu(), segments=bounds)
+    torch.testing.assert_close(ratio.cpu(), ratios)
+    for merged in (
+        fk.stock_finalize(total, units, 3, initial=initial, moved=moved, segments=bounds),
+        fk.stock_merge(models, initial=initial, segments=bounds),
+    ):
+        torch.testing.assert_close(merged.cpu().double(), expected, rtol=0, atol=1e-6)
 
 
 def test_task_vectors_may_be_given(device):
@@ -99,6 +111,7 @@ def test_bad_arguments_are_named():
     x = torch.ones(10)
     cases = [
         (lambda: fk.stock_ratio(x, 0), "count: expected the number of models"),
+        (lambda: fk.stock_ratio(x, 2, moved=torch.ones(2)), "moved: expected shape .1."),
         (lambda: fk.stock_update_(x, x, x.clone()), "units: shares memory with total"),
         (lambda: fk.stock_update_(x, x[:9], x), "units: expected shape .10."),
         (lambda: fk.segment_norms(x, segments=[0, 5]), "segments: expected ascending boundaries 0, ..., 10"),
