@@ -36,7 +36,7 @@ def search(model: str, batch: int, device: torch.device, *flags: str):
     images = TaskImages(images, torch.randint(0, CLASSES, (batch,)).to(device), 0)
     task = Task(1, "task", tuple(range(CLASSES)), None, None)
     method = TRM(learner)
-    method.train(task, images)
+    method.begin(task)
     learner.theta.add_(0.01 * learner.theta * torch.randn_like(learner.theta))
     return method.merge(task, images)
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from fastmerge.errors import UserError, nearest
+from fastmerge.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,13 +41,15 @@ def run(config: Any) -> int:
 
     from fastmerge.checkpoint import save_json
     from fastmerge.config import to_dict
-    from fastmerge.console import Console, Work, results_table
+    from fastmerge.console import Console, results_table
     from fastmerge.data import load_dataset
+    from fastmerge.data.cache import ImageCache
     from fastmerge.data.scenario import build_scenario
     from fastmerge.evaluate import metrics, zero_shot
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import choose_device, environment
-    from fastmerge.methods import METHODS
+    from fastmerge.methods import METHODS, build_method, check_names, plan, shared_trainings
+    from fastmerge.methods.trajectory import Trajectory
     from fastmerge.models import load_backbone
     from fastmerge.models.heads import build_head
     from fastmerge.models.saved import model_tensors
@@ -58,9 +60,7 @@ def run(config: Any) -> int:
     # numeric noise of libraries that a user of this program cannot act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
     console = Console(config.run.quiet)
-    for name in config.training.method:
-        if name not in METHODS:
-            raise UserError(f"unknown method {name!r}.{nearest(name, METHODS)} There are: {', '.join(METHODS)}.")
+    check_names(config.training.method)
     device = choose_device(config.run.device)
 
     dataset = load_dataset(
@@ -70,13 +70,18 @@ def run(config: Any) -> int:
         skip_bad_images=config.data.skip_bad_images,
         split_file=config.data.split_file,
     )
+    if config.scenario.validation:
+        dataset = dataset.held_out(config.scenario.validation)
     scenario = build_scenario(dataset, config.scenario.scenario, config.scenario.tasks, config.scenario.class_order)
+    runs = plan(config, scenario)
 
     def prepare(seed: int) -> tuple[Any, Any]:
         torch.manual_seed(seed)  # --pretrained none draws weights
         backbone, encoder = load_backbone(config.model.model, config.model.pretrained, download=config.data.download)
-        kind = config.model.head or ("text" if encoder is not None else "prototype")
-        head = build_head(
+        return backbone, prepare_head(config.model.head or ("text" if encoder else "prototype"), backbone, encoder)
+
+    def prepare_head(kind: str, backbone: Any, encoder: Any = None) -> Any:
+        return build_head(
             kind,
             backbone=backbone,
             encoder=encoder,
@@ -85,10 +90,9 @@ def run(config: Any) -> int:
             device=device,
             progress=console.encoding,
         )
-        return backbone, head
 
     random_weights = config.model.pretrained == "none"
-    seeds, methods = config.training.seeds, config.training.method
+    seeds = config.training.seeds
     backbone, head = prepare(seeds[0])
     manifest = scenario.manifest() | {"weights": backbone.weights, "weights_sha256": backbone.weights_sha256}
     folder = RunFolder(config, environment(device), manifest)
@@ -98,31 +102,39 @@ def run(config: Any) -> int:
         console.line(f"note: {text}", style="yellow")
     if random_weights:
         console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
+    if text := warmup_warning(scenario, config.training):
+        console.line(f"warning: {text}", style="yellow")
 
-    runs = [(method, seed) for seed in seeds for method in methods]
-    images = Images(scenario, config, backbone.image_size, device)
-    work = Work(scenario, config, runs, {name for name, method in METHODS.items() if method.searches})
-    results: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    results: dict[str, dict[str, Any]] = {run.method: {} for run in runs}
+    share = shared_trainings(runs, config.training.keep_trajectory)
+    trajectories = {seed: Trajectory(folder.path / f"trajectory-seed{seed}", share) for seed in seeds}
     starting: dict[str, Any] | None = None
     previous = {s: signal.signal(s, request_stop(console)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        console.start(work, runs, len(scenario.tasks))
+        console.start(runs)
+        cache = ImageCache(backbone.image_size, device, budget_bytes=int(config.data.cache_gb * 1e9))
         if head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
             learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seeds[0], device)
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
-            tests = images.tests(len(scenario.tasks) - 1)
+            tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
             matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]
             starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
             del learner
-        for number, (method_name, seed) in enumerate(runs):
-            record = folder.record(method_name, seed, config.run.save_every)
+        for number, run in enumerate(runs):
+            record = folder.record(run.method, run.seed, config.run.save_every)
             console.next_run(number)
             result = record.finished()
             if result is None:
-                if random_weights and seed != seeds[0]:
-                    backbone, head = prepare(seed)
-                learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seed, device, dataset.flip)
-                state = learn(learner, METHODS[method_name](learner), scenario, images, record, console)
+                if random_weights and run.seed != seeds[0]:
+                    backbone, head = prepare(run.seed)
+                own_head = head
+                if kind := getattr(METHODS.get(run.method), "head", None):  # it makes no sense with another
+                    own_head = prepare_head(kind, backbone)
+                learner = Learner(
+                    copy.deepcopy(backbone), copy.deepcopy(own_head), config, run.seed, device, dataset.flip
+                )
+                method = build_method(run.method, learner, trajectories[run.seed])
+                state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,
@@ -133,20 +145,20 @@ def run(config: Any) -> int:
                     "bad_images": state.bad_images,
                 }
                 recipe = {
-                    "method": method_name,
-                    "seed": seed,
+                    "method": run.method,
+                    "seed": run.seed,
                     "config": to_dict(config),
                     "class_names": dataset.class_names,
                     "head": learner.head.kind,
                     "final_accuracy": result["final_accuracy"],
                 }
-                names = [task.name for task in scenario.tasks]
+                names = [task.name for task in run.scenario.tasks]
                 record.finish(result, names, model_tensors(backbone=learner.backbone, head=learner.head), recipe)
-                del learner
+                del learner, method
             else:
                 console.skip(number)
-                console.line(f"{method_name} seed {seed}: finished before, kept")
-            results[method_name][str(seed)] = result
+                console.line(f"{run.method} seed {run.seed}: finished before, kept")
+            results[run.method][str(run.seed)] = result
     except Interrupted:
         console.close()
         number = StopRequest.signal or signal.SIGINT
@@ -160,6 +172,9 @@ def run(config: Any) -> int:
         for s, handler in previous.items():
             signal.signal(s, handler)
 
+    if not config.training.keep_trajectory:
+        for trajectory in trajectories.values():
+            trajectory.delete()
     save_json(
         folder.path / "results.json",
         {"zero_shot": starting, "methods": results, "summary": summary(results)},
@@ -199,6 +214,18 @@ def header(scenario: Any, manifest: dict[str, Any], backbone: Any, head: Any, de
     ]
 
 
+def warmup_warning(scenario: Any, training: Any) -> str | None:
+    """Where the warm-up never ends: the highest learning rate that the shortest task reaches."""
+    steps = training.epochs * -(-min(len(task.train) for task in scenario.tasks) // training.batch_size)
+    if steps >= training.warmup_steps:
+        return None
+    highest = training.lr * steps / training.warmup_steps
+    return (
+        f"--warmup-steps {training.warmup_steps}: the shortest task has {steps} steps, so its learning rate "
+        f"only rises, to {highest:.2g} instead of {training.lr:.2g}"
+    )
+
+
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample deviation over the seeds of every metric, per method; the deviation is None with one seed."""
     table: dict[str, Any] = {}
@@ -214,17 +241,25 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> str:
     """One sentence: how far each method ends above the starting model and above plain fine-tuning."""
     final = {m: statistics.mean(r["final_accuracy"] for r in seeds.values()) for m, seeds in results.items()}
+    several = len(final) > 4
     base = {"zero-shot": starting["final_accuracy"]} if starting else {}
     if "finetune" in final:
         base["plain fine-tuning"] = final["finetune"]
     lines = []
+    best = max(
+        (m for m in final if m not in ("joint", "finetune")), key=final.get, default=None
+    )  # of many, only this one
     for method, accuracy in final.items():
+        if several and method != best:
+            continue
         against = [
             f"{accuracy - b:+.1f} against {name}"
             for name, b in base.items()
             if (method, name) != ("finetune", "plain fine-tuning")
         ]
-        lines.append(f"{method} ends at {accuracy:.1f} %" + (f" ({', '.join(against)})" if against else ""))
+        lines.append(
+            f"{'best: ' * several}{method} ends at {accuracy:.1f} %" + (f" ({', '.join(against)})" if against else "")
+        )
     return "; ".join(lines)
 
 

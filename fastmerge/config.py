@@ -51,6 +51,9 @@ class ScenarioSettings:
     """Number of tasks. Default: 10 (cil; 5 for glyphs), one per domain (dil)."""
     class_order: str = "1993"
     """natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices (dil: domains)."""
+    validation: float = 0.0
+    """Hold this part of every class's training images out and evaluate on it in place of the test images: for choosing
+    settings. 0: train on all, evaluate on the test images."""
     eval_classes: Literal["seen", "all"] = "seen"
     """Candidate classes at test time: those seen so far (usual), or all of the dataset (magmax's code)."""
 
@@ -68,7 +71,16 @@ class ModelSettings:
 @dataclass
 class TrainingSettings:
     method: tuple[str, ...] = ("trm", "finetune")
-    """One or more of: trm, finetune."""
+    """One or more of: trm; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp,
+    fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean."""
+    protocol: tuple[Literal["full", "running", "strict"], ...] = ("strict",)
+    """What a merge rule may keep. full: all models, trained without regard to merging. running: the un-merged model to train
+    on, and the merged one. strict: the merged model alone, which starts the next task (TRM, Fig. 1: A, B, C)."""
+    init: Literal["sequential", "independent"] = "sequential"
+    """Where training starts under --protocol full: at the last task's un-merged model, or at the starting weights."""
+    keep_trajectory: bool = False
+    """Keep the un-merged models of every task in the run folder (one file per task), so that merge rules that are named
+    later need no training. Otherwise they are deleted when the command is done."""
     seeds: tuple[int, ...] = (0,)
     """One run per method and seed."""
     epochs: int | None = None
@@ -79,6 +91,8 @@ class TrainingSettings:
     """Images per step. Default: 128 (TRM); 64 with the tiny model."""
     lr: float | None = None
     """Peak learning rate of AdamW, cosine to zero. Default: 1e-5 (TRM); 6e-4 with the tiny model."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up in every task. 500 in the released code of MagMax and CMM, where most tasks are shorter."""
     head_lr: float = 1e-2
     """Learning rate of a linear head (P&M, Implementation Details)."""
     weight_decay: float = 0.1
@@ -125,6 +139,96 @@ class TRMSettings:
     """Also merge after the first task (the paper's two phases are for tasks t > 0)."""
 
 
+@dataclass
+class TaskArithmeticSettings:
+    scale: float = 0.4
+    """Factor of the summed task vectors (Ilharco et al., without validation)."""
+
+
+@dataclass
+class TiesSettings:
+    density: float = 0.2
+    """Part of the entries that trimming keeps (paper)."""
+    scope: Literal["global", "tensor"] = "global"
+    """Trim over the whole vector (paper, released code) or every tensor for itself (mergekit, peft)."""
+    keep: Literal["exactly", "at least"] = "exactly"
+    """Entries at the threshold: exactly as many as the density says, or all of them (released code)."""
+    zero: Literal["majority", "positive", "negative"] = "majority"
+    """Sign at exactly zero mass: the majority's (released code) or positive (mergekit, peft)."""
+    scale: float = 1.0
+    """Factor of the merged task vector; 1 without validation (paper), 0.55 in MagMax's code."""
+
+
+@dataclass
+class DareSettings:
+    p: float = 0.1
+    """Probability of dropping an entry (released code)."""
+    scale: float = 1.0
+    """Factor of the averaged task vectors (released code); not read by dare-ties."""
+
+
+@dataclass
+class MagMaxSettings:
+    scale: float = 0.5
+    """Factor of the merged task vector (released code)."""
+    ties: Literal["later", "earlier"] = "later"
+    """Which task wins where two entries have the same magnitude; later in the released code."""
+
+
+@dataclass
+class FisherSettings:
+    accumulate: Literal["sum", "ema", "last"] = "sum"
+    """How --method fisher keeps the Fishers of the past: their sum (Matena & Raffel), their moving average, the last one."""
+    lam: float = 0.5
+    """Weight of the new model for ema and last."""
+    labels: Literal["model", "data"] = "model"
+    """For every diagonal Fisher (fisher, cofima, ewc): labels drawn from the model's prediction, which is the Fisher
+    information, or those of the data, the empirical Fisher (CoFiMA)."""
+    per: Literal["sample", "batch"] = "sample"
+    """Mean of squared gradients of single images, or squared mean gradients of batches (released CoFiMA)."""
+    images: int | None = None
+    """Use this many images of a task, drawn at random. Default: all."""
+    floor: float = 0.0
+    """Added to every entry of a Fisher; 1e-6 in MergeLM. 0: where all Fishers are 0, models are averaged plainly."""
+
+
+@dataclass
+class CofimaSettings:
+    accumulate: Literal["last", "ema", "sum"] = "last"
+    """The last two Fishers (released code), or the accumulated Fisher (the paper's equation)."""
+    lam: float = 0.5
+    """Weight of the new model (released code's effective value)."""
+
+
+@dataclass
+class ComaSettings:
+    lam: float = 0.5
+    """Weight of the new model."""
+
+
+@dataclass
+class WiseFTSettings:
+    alpha: float = 0.5
+    """Weight of the fine-tuned model (paper's recommendation without validation)."""
+
+
+@dataclass
+class EWCSettings:
+    lam: float = 1.0
+    """Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 is the Laplace approximation
+    for tasks of equal size; larger values keep more."""
+    decay: float = 1.0
+    """Factor of the older tasks' Fisher at every task (gamma of online EWC); 1: their sum."""
+
+
+@dataclass
+class LwFSettings:
+    lam: float = 1.0
+    """Weight of the distillation loss (paper); 0.3 in MagMax's code."""
+    temperature: float = 2.0
+    """Temperature of both predictions (paper)."""
+
+
 # OmitArgPrefixes: the flags are --dataset, not --data.dataset; the groups remain in --help
 @dataclass
 class Config:
@@ -134,6 +238,16 @@ class Config:
     training: tyro.conf.OmitArgPrefixes[TrainingSettings] = field(default_factory=TrainingSettings)
     run: tyro.conf.OmitArgPrefixes[RunSettings] = field(default_factory=RunSettings)
     trm: TRMSettings = field(default_factory=TRMSettings)
+    task_arithmetic: TaskArithmeticSettings = field(default_factory=TaskArithmeticSettings)
+    ties: TiesSettings = field(default_factory=TiesSettings)
+    dare: DareSettings = field(default_factory=DareSettings)
+    magmax: MagMaxSettings = field(default_factory=MagMaxSettings)
+    fisher: FisherSettings = field(default_factory=FisherSettings)
+    cofima: CofimaSettings = field(default_factory=CofimaSettings)
+    coma: ComaSettings = field(default_factory=ComaSettings)
+    wise_ft: WiseFTSettings = field(default_factory=WiseFTSettings)
+    ewc: EWCSettings = field(default_factory=EWCSettings)
+    lwf: LwFSettings = field(default_factory=LwFSettings)
 
 
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags carry no prefix
@@ -142,6 +256,8 @@ PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags c
 FREE = {
     "training.method",
     "training.seeds",
+    "training.protocol",
+    "training.keep_trajectory",
     "run.device",
     "run.run_dir",
     "run.save_every",
@@ -171,7 +287,7 @@ def as_flags(values: dict[str, Any], source: str) -> list[str]:
         for name, value in settings.items():
             if name not in known:
                 raise UserError(f"{source}: unknown setting {group}.{name}.{nearest(name, known)}")
-            flag = name.replace("_", "-") if group in PLAIN_GROUPS else f"{group}.{name.replace('_', '-')}"
+            flag = name.replace("_", "-") if group in PLAIN_GROUPS else f"{group}.{name}".replace("_", "-")
             if isinstance(value, list):
                 flags += [f"--{flag}", *map(str, value)]
             elif isinstance(value, bool) and name != "flip":  # flip has three values, so it is no on/off flag
@@ -248,6 +364,31 @@ def resolve(config: Config) -> Config:
             "1 or more (the first layer is 1)",
         ),
         ("--trm.lr", c.trm.lr, c.trm.lr >= 0, "0 or more"),
+        ("--protocol", c.training.protocol, len(c.training.protocol) > 0, "at least one protocol"),
+        (
+            "--protocol",
+            c.training.protocol,
+            len(set(c.training.protocol)) == len(c.training.protocol),
+            "each protocol once",
+        ),
+        ("--warmup-steps", c.training.warmup_steps, c.training.warmup_steps >= 0, "0 or more"),
+        ("--validation", c.scenario.validation, 0 <= c.scenario.validation < 1, "at least 0, below 1"),
+        ("--task-arithmetic.scale", c.task_arithmetic.scale, c.task_arithmetic.scale > 0, "above 0"),
+        ("--ties.density", c.ties.density, 0 < c.ties.density <= 1, "above 0, at most 1 (a fraction, not percent)"),
+        ("--ties.scale", c.ties.scale, c.ties.scale > 0, "above 0"),
+        ("--dare.p", c.dare.p, 0 <= c.dare.p < 1, "at least 0, below 1"),
+        ("--dare.scale", c.dare.scale, c.dare.scale > 0, "above 0"),
+        ("--magmax.scale", c.magmax.scale, c.magmax.scale > 0, "above 0"),
+        ("--fisher.lam", c.fisher.lam, 0 <= c.fisher.lam <= 1, "between 0 and 1"),
+        ("--fisher.images", c.fisher.images, c.fisher.images is None or c.fisher.images >= 1, "at least 1"),
+        ("--fisher.floor", c.fisher.floor, c.fisher.floor >= 0, "0 or more"),
+        ("--cofima.lam", c.cofima.lam, 0 <= c.cofima.lam <= 1, "between 0 and 1"),
+        ("--coma.lam", c.coma.lam, 0 <= c.coma.lam <= 1, "between 0 and 1"),
+        ("--wise-ft.alpha", c.wise_ft.alpha, 0 <= c.wise_ft.alpha <= 1, "between 0 and 1"),
+        ("--ewc.lam", c.ewc.lam, c.ewc.lam >= 0, "0 or more"),
+        ("--ewc.decay", c.ewc.decay, 0 <= c.ewc.decay <= 1, "between 0 and 1"),
+        ("--lwf.lam", c.lwf.lam, c.lwf.lam >= 0, "0 or more"),
+        ("--lwf.temperature", c.lwf.temperature, c.lwf.temperature > 0, "above 0"),
     ]
     for flag, value, good, expected in checks:
         if not good:

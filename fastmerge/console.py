@@ -12,8 +12,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from fastmerge.config import Config
-from fastmerge.data.scenario import Scenario, Task
+from fastmerge.data.scenario import Task
+from fastmerge.methods import Run
 from fastmerge.runfolder import State
 from fastmerge.training import Phase
 
@@ -24,24 +24,27 @@ GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}  # cost of an image relati
 class Work:
     """Images still to go through, by kind of work, and how long one takes: the time left for the whole command."""
 
-    def __init__(self, scenario: Scenario, config: Config, runs: Sequence[tuple[str, int]], searching: set[str]):
-        epochs = {"train": config.training.epochs, "merge": config.training.merge_epochs}
-        tests = [len(task.test) for task in scenario.tasks]
-        self.per_task: list[dict[str, int]] = []
-        for task in scenario.tasks:
-            seen = sum(tests) if scenario.kind == "dil" else sum(tests[: task.index + 1])
-            self.per_task.append({kind: n * len(task.train) for kind, n in epochs.items()} | {"evaluate": seen})
-        self.searching = searching
-        self.remaining = [self.of(method, 0) for method, _ in runs]
+    def __init__(self, runs: Sequence[Run]):
+        self.per_task = [self._images(run) for run in runs]
+        self.remaining = [self.of(number, 0) for number in range(len(runs))]
         self.seconds: dict[str, tuple[float, int]] = {}
         self.total = sum(self._units(r) for r in self.remaining)
 
-    def of(self, method: str, task: int, phase: int = 0) -> dict[str, int]:
+    @staticmethod
+    def _images(run: Run) -> list[dict[str, int]]:
+        """Images that each task of a run goes through."""
+        tests, rows = [len(task.test) for task in run.scenario.tasks], []
+        for task in run.scenario.tasks:
+            seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
+            rows.append({kind: run.epochs[kind] * len(task.train) for kind in ("train", "merge")} | {"evaluate": seen})
+        return rows
+
+    def of(self, run: int, task: int, phase: int = 0) -> dict[str, int]:
         """What one run has before it, from phase `phase` of task `task` on."""
         left = dict.fromkeys(GUESS, 0)
-        for index, images in enumerate(self.per_task[task:], start=task):
+        for index, images in enumerate(self.per_task[run][task:], start=task):
             for number, (kind, n) in enumerate(images.items()):
-                if (index > task or number >= phase) and (kind != "merge" or method in self.searching):
+                if index > task or number >= phase:
                     left[kind] += n
         return left
 
@@ -96,9 +99,9 @@ class Console:
             self._printed = time.monotonic()
             self.line(f"text head: {done} of {prompts} prompts encoded")
 
-    def start(self, work: Work, runs: Sequence[tuple[str, int]], tasks: int) -> None:
-        """Begin the progress of a command with these (method, seed) runs."""
-        self.work, self.runs, self.tasks, self.run = work, runs, tasks, -1
+    def start(self, runs: Sequence[Run]) -> None:
+        """Begin the progress of a command with these runs."""
+        self.work, self.runs, self.run = Work(runs), runs, -1
         self._printed = time.monotonic()
         if not self.quiet and self.rich.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[eta]} left"))
@@ -122,10 +125,10 @@ class Console:
     def begin(self, state: State) -> None:
         """The loop starts at `state`."""
         self._clock = time.perf_counter()
-        method, seed = self.runs[self.run]
-        self.work.remaining[self.run] = self.work.of(method, state.task, state.phase)
+        run = self.runs[self.run]
+        self.work.remaining[self.run] = self.work.of(self.run, state.task, state.phase)
         if state.task or state.phase or state.step:
-            self.line(f"{method} seed {seed}: continues at task {state.task + 1}, step {state.step}")
+            self.line(f"{run.method} seed {run.seed}: continues at task {state.task + 1}, step {state.step}")
 
     def _advance(self, kind: str, images: int, text: str) -> None:
         now = time.perf_counter()
@@ -140,8 +143,8 @@ class Console:
             self.line(f"{text} · {clock(self.work.seconds_left())} left")
 
     def _where(self, task: Task) -> str:
-        method, seed = self.runs[self.run]
-        return f"{method} seed {seed} · task {task.index + 1}/{self.tasks}"
+        run = self.runs[self.run]
+        return f"{run.method} seed {run.seed} · task {task.index + 1}/{len(run.scenario.tasks)}"
 
     def step(self, task: Task, name: str, i: int, phase: Phase, terms: dict[str, Any]) -> None:
         batches = phase.batches
@@ -150,7 +153,7 @@ class Console:
         if show and (i % 10 == 0 or self.live is None):  # reading the loss waits for the device
             seconds, count = self.work.seconds.get(name, (0.0, 0))
             self._text = (
-                f"{self._where(task)} · {name} epoch {i // batches.per_epoch + 1}/{phase.steps // batches.per_epoch}"
+                f"{self._where(task)} · {name} epoch {i // batches.per_epoch + 1}/{max(1, phase.steps // batches.per_epoch)}"
                 f" · loss {float(terms['loss']):.3f} · {count / seconds if seconds else 0:.0f} images/s"
             )
         self._advance(name, images, self._text)
@@ -172,32 +175,40 @@ class Console:
 def results_table(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> Table:
     """One row per method: mean ± standard deviation over its seeds (sample deviation, from two seeds on)."""
     columns = [
-        ("final acc", "final_accuracy", 1, 1),
-        ("AAA", "aaa", 1, 1),
-        ("forgetting", "forgetting", 1, 1),
-        ("BWT", "bwt", 1, 1),
-        ("plasticity", "plasticity", 1, 1),
+        ("final acc", "final_accuracy"),
+        ("AAA", "aaa"),
+        ("forgetting", "forgetting"),
+        ("plasticity", "plasticity"),
     ]
     table = Table(title_justify="left")
     table.add_column("method")
-    for title in ("seeds", *(c[0] for c in columns), "train", "merge", "peak memory", "kept"):
+    for title in ("seeds", *(c[0] for c in columns), "train", "merge", "peak memory", "kept", "grows"):
         table.add_column(title, justify="right")
     if zero_shot:
         shown = {"final_accuracy", "aaa"}
         table.add_row(
-            "zero-shot", "", *(number([zero_shot[k]] if k in shown else [None]) for _, k, *_ in columns), *[""] * 4
+            "zero-shot", "", *(number([zero_shot[k]] if k in shown else [None]) for _, k in columns), *[""] * 5
         )
     for method, seeds in methods.items():
         results = list(seeds.values())
         table.add_row(
             method,
             str(len(results)),
-            *(number([r[key] for r in results]) for _, key, *_ in columns),
+            *(number([r[key] for r in results]) for _, key in columns),
             *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
             f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
             f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
+            growth(results[0]["kept_bytes"]),
         )
     return table
+
+
+def growth(kept_bytes: Sequence[int]) -> str:
+    """Θ(T) where a task adds at least a hundredth of what was kept after the first one (a head's new rows are less)."""
+    if len(kept_bytes) < 2:
+        return "–"
+    slope = (kept_bytes[-1] - kept_bytes[0]) / (len(kept_bytes) - 1)
+    return "Θ(T)" if slope >= 0.01 * kept_bytes[0] else "Θ(1)"
 
 
 def number(values: Sequence[float | None]) -> str:

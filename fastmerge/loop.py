@@ -27,9 +27,8 @@ from fastmerge.training import Learner
 class Images:
     """The scenario's images on the device: the current task's to train on, and the test images."""
 
-    def __init__(self, scenario: Scenario, config: Config, size: int, device: torch.device):
-        self.scenario = scenario
-        self.cache = ImageCache(size, device, budget_bytes=int(config.data.cache_gb * 1e9))
+    def __init__(self, scenario: Scenario, cache: ImageCache):
+        self.scenario, self.cache = scenario, cache
 
     def train(self, task: Task) -> TaskImages:
         images = self.cache.get(self.scenario.dataset.train, task.train, keep=False)
@@ -76,6 +75,7 @@ def learn(
         train_images = images.train(task) if state.phase < 2 else None
         if (state.phase, state.step) == (0, 0):
             learner.grow_head(task, train_images)
+            method.begin(task)
             state.bad_images += train_images.skipped
 
         for number, (name, make) in enumerate((("train", method.train), ("merge", method.merge))):
@@ -97,6 +97,7 @@ def learn(
                         save(phase.tensors())
                         stop_if_asked()
                 phase.finish()
+                state.seconds[name] += getattr(phase, "seconds_elsewhere", 0.0)  # training shared with another method
             state.seconds[name] += time.perf_counter() - start
             state.phase, state.step, saved = number + 1, 0, {}
             save({})

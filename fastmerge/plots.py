@@ -27,9 +27,11 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
 
     for method, seeds in methods.items():
         for seed, result in seeds.items():
+            matrix = [[float("nan") if r is None else r for r in row] for row in result["accuracy_matrix"]]
+            if len(matrix) == 1:
+                continue  # one number, joint training's
             figure = Figure(figsize=(5.2, 4.4), layout="constrained")
             axes = figure.add_subplot()
-            matrix = [[float("nan") if r is None else r for r in row] for row in result["accuracy_matrix"]]
             image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
             if len(matrix) <= 12:
                 for i, row in enumerate(matrix):
@@ -51,7 +53,8 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
             figure.colorbar(image, ax=axes)
             save(figure, f"matrix-{method}-seed{seed}.png")
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    many = len(methods) > 6
+    figure = Figure(figsize=(9, max(4, 0.2 * len(methods))) if many else (6, 4), layout="constrained")
     axes = figure.add_subplot()
     curves = {name: [seen_accuracy(result) for result in seeds.values()] for name, seeds in methods.items()}
     if zero_shot:
@@ -59,6 +62,9 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
     for name, runs in curves.items():
         steps = list(zip(*runs, strict=True))
         mean = [statistics.mean(s) for s in steps]
+        if len(mean) == 1:
+            axes.axhline(mean[0], label=name, linestyle=":", color="k")
+            continue
         x = range(1, len(mean) + 1)
         style = {"linestyle": "--", "color": "grey"} if name == "zero-shot" else {"marker": "o", "markersize": 3}
         (line,) = axes.plot(x, mean, label=name, **style)
@@ -68,7 +74,10 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="tasks learned", ylabel="accuracy on the classes seen (%)", ylim=(0, 100))
-    axes.legend()
+    if many:
+        figure.legend(loc="outside right upper", fontsize=7)
+    else:
+        axes.legend()
     axes.grid(alpha=0.3)
     save(figure, "accuracy.png")
     return paths

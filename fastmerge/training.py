@@ -122,9 +122,12 @@ class Batches:
         return self._order[place]
 
 
-def cosine(lr: float, i: int, steps: int) -> float:
-    """Cosine annealing from `lr` at step 0 to 0 after the last step (Loshchilov & Hutter 2017, eq. 5, one cycle)."""
-    return lr * 0.5 * (1 + math.cos(math.pi * i / steps))
+def learning_rate(peak: float, i: int, steps: int, warmup: int = 0) -> float:
+    """Linear warm-up over `warmup` steps, then cosine annealing from `peak` to 0 after the last step (Loshchilov & Hutter
+    2017, eq. 5, one cycle). A task of at most `warmup` steps never anneals, as in the released code of MagMax and CMM."""
+    if i < warmup:
+        return peak * (i + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup)))
 
 
 class Train:
@@ -148,21 +151,32 @@ class Train:
         fused = learner.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
 
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch: images normalised floats `[b, 3, s, s]`, labels `[b]` class indices."""
+        return self.task_loss(self.learner.backbone(images), labels)
+
+    def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
+
+    def regularise(self) -> None:
+        """Called between backward and clipping: a method may add to the flat gradient."""
+
     def step(self, i: int) -> dict[str, Tensor]:
         learner, rows = self.learner, self.batches.rows(i)
         pixels, labels = self.images.batch(rows)
         images = learner.augmented(pixels, learner.generator("augment", self.task.index, i))
-        loss = F.cross_entropy(learner.head(learner.backbone(images), self.classes), positions(labels, self.classes))
+        loss = self.loss(images, labels)
         learner.flat.zero_grad()
         for p in learner.head.trainable():
             p.grad = None
         loss.backward()
+        self.regularise()
         if clip := learner.config.training.clip:
             norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], clip)
         else:
             norm = learner.flat.gradient.norm()
         for group in self.optimiser.param_groups:
-            group["lr"] = cosine(group["peak"], i, self.steps)
+            group["lr"] = learning_rate(group["peak"], i, self.steps, learner.config.training.warmup_steps)
         self.optimiser.step()
         return {"loss": loss.detach(), "gradient_norm": norm.detach()}
 

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from fastmerge.config import parse
-from fastmerge.console import Console, Work, clock, number, results_table
+from fastmerge.console import Console, Work, clock, growth, number, results_table
+from fastmerge.methods import Run
 
 
 def scenario(kind="cil"):
@@ -18,15 +18,20 @@ def scenario(kind="cil"):
 
 
 def work(kind="cil"):
-    config = parse(["--epochs=3", "--merge-epochs=2"])
-    return Work(scenario(kind), config, [("trm", 0), ("finetune", 0)], searching={"trm"})
+    epochs = {"train": 3, "merge": 2}
+    return Work(
+        [
+            Run("trm", 0, scenario(kind), epochs, None),
+            Run("finetune", 0, scenario(kind), epochs | {"merge": 0}, "sequential"),
+        ]
+    )
 
 
 def test_work_by_hand():
     w = work()
     assert w.remaining == [{"train": 90, "merge": 60, "evaluate": 4 + 10}, {"train": 90, "merge": 0, "evaluate": 14}]
     assert work("dil").remaining[0]["evaluate"] == 20
-    assert w.of("trm", task=1, phase=1) == {"train": 0, "merge": 40, "evaluate": 10}
+    assert w.of(0, task=1, phase=1) == {"train": 0, "merge": 40, "evaluate": 10}
     assert w.seconds_left() is None and w.fraction() == 0
     w.done(0, "train", 90, 9.0)  # 0.1 s an image; a merge image is taken for 4 of them, an evaluated one for 0.3
     assert w.seconds_left() == pytest.approx(0.1 * (60 * 4 + 14 * 0.3 + 90 + 14 * 0.3))
@@ -41,6 +46,13 @@ def test_work_by_hand():
 def test_clock_and_number():
     assert [clock(s) for s in (None, 0, 61.4, 3725)] == ["--:--", "00:00", "01:01", "1:02:05"]
     assert number([1.0, 3.0]) == "2.0 ± 1.4" and number([None]) == "–" and number([5.0]) == "5.0"
+
+
+def test_growth_is_per_task():
+    model = 1000
+    assert growth([2 * model] * 5) == "Θ(1)" and growth([model]) == "–"
+    assert growth([model, 2 * model, 3 * model]) == "Θ(T)"
+    assert growth([model, model + 5, model + 10]) == "Θ(1)"  # the rows of a linear head
 
 
 def test_table_and_quiet():

@@ -84,7 +84,7 @@ def make_search(*flags, dtype=torch.float64, task_index=1):
     method = trm.TRM(learner)
     if method.initial is not None:
         method.initial.add_(0.1 * torch.randn_like(learner.theta) * (learner.theta != 0))
-    method.train(task, images)
+    method.begin(task)
     learner.theta.add_(0.3 * torch.randn_like(learner.theta) * (learner.theta != 0))
     return method.merge(task, images)
 

@@ -146,6 +146,26 @@ def test_killed_at(place, data, undisturbed, tmp_path):
     assert outcome(tmp_path / "run") == undisturbed
 
 
+OTHERS = {  # a post-hoc rule whose training is shared, one with a Fisher, and the two baselines with a state of their own
+    "magmax-full": ("--method magmax finetune --protocol full", [("step", "train", 1, 3), ("checkpoint", 5)]),
+    "fisher-strict": ("--method fisher", [("step", "merge", 1, 1), ("step", "train", 2, 1)]),
+    "ewc": ("--method ewc", [("step", "merge", 0, 1), ("step", "train", 1, 2)]),
+    "lwf": ("--method lwf", [("step", "train", 1, 2), ("evaluate", 2)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_are_killed_too(name, data, tmp_path):
+    method, places = OTHERS[name]
+    flags = [*FLAGS, *method.split(), "--data-root", str(data)]
+    assert finish([*flags, "--run-dir", str(tmp_path / "whole")]) == 0
+    for place in places:
+        assert finish([*flags, "--run-dir", str(tmp_path / "run")], place) == -signal.SIGKILL
+    assert finish([*flags, "--run-dir", str(tmp_path / "run")]) == 0
+    assert outcome(tmp_path / "run", name) == outcome(tmp_path / "whole", name)
+    assert not list((tmp_path / "run").glob("trajectory*"))
+
+
 def test_killed_again_and_again_at_random_times(data, undisturbed, tmp_path):
     flags = [*FLAGS, "--data-root", str(data), "--run-dir", str(tmp_path / "run")]
     rng, kills = random.Random(0), 0

@@ -6,7 +6,7 @@ A new data set is one file with a `load(root, ...) -> Dataset` and one line in `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,16 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, indices: np.ndarray) -> Split:
+        """Some of the images: `indices` [k] int64."""
+        return replace(
+            self,
+            labels=self.labels[indices],
+            domains=self.domains[indices],
+            ids=[self.ids[i] for i in indices],
+            read=lambda rows, size, device: self.read(indices[rows], size, device),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -75,3 +85,18 @@ class Dataset:
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
+
+    def held_out(self, part: float) -> Dataset:
+        """The training images alone: this part of every class and domain becomes the test split, at least one image stays.
+
+        For choosing settings without a look at the test images. Which images: a fixed permutation, the same for every run.
+        """
+        order = np.random.RandomState(0).permutation(len(self.train))
+        groups = (self.train.labels * len(self.domain_names) + self.train.domains)[order]
+        test = np.zeros(len(order), bool)
+        for group in np.unique(groups):
+            members = order[groups == group]
+            test[members[: min(round(part * len(members)), len(members) - 1)]] = True
+        train, test = (self.train.subset(np.flatnonzero(rows)) for rows in (~test, test))
+        note = f"--validation: {len(test)} of {len(self.train)} training images are held out; accuracies are of these"
+        return replace(self, train=train, test=test, notes=(*self.notes, note))

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,11 @@ class Scenario:
         if self.kind == "dil":
             return self.class_order
         return self.class_order[: sum(len(task.classes) for task in self.tasks[: t + 1])]
+
+    def joined(self) -> Scenario:
+        """All tasks as one, for joint training."""
+        train, test = (np.unique(np.concatenate([getattr(t, part) for t in self.tasks])) for part in ("train", "test"))
+        return replace(self, tasks=(Task(0, "all tasks", self.class_order, train, test),))
 
     def manifest(self) -> dict[str, Any]:
         """What was trained on what, for JSON: order and its hash, classes and counts per task, hash of the splits."""

@@ -1,31 +1,44 @@
-"""Continual-learning methods, one file each. `METHODS` is the only registry: name -> class.
+"""Continual-learning methods, one file each. `METHODS` and `RULES` are the only registries: name -> class.
 
 A method is built with the `Learner`, and has
-    train(task, images) -> Phase            the training phase of a task
+    begin(task)                             a task begins: put the model where its training starts
+    train(task, images) -> Phase | None     the training phase of a task, None where nothing is trained
     merge(task, images) -> Phase | None     the merging phase after it, None where there is none
-    searches                                whether merge() has training steps of its own (for the time left)
     state_dict() / load_state_dict()        everything it keeps, the model included: the loop saves this and nothing else,
                                             so what a method stores between tasks can be measured, and cannot hide
 `merge` is also where a rule without steps works: a Phase with steps = 0 that merges in `finish()`.
+
+A merge rule of `fastmerge.merging` is one method per storage protocol (`posthoc.py`), called RULE-PROTOCOL.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
-from fastmerge.data.scenario import Task
-from fastmerge.methods.finetune import Finetune
+from fastmerge.data.scenario import Scenario, Task
+from fastmerge.errors import UserError, nearest
+from fastmerge.merging import RULES
+from fastmerge.methods.ewc import EWC
+from fastmerge.methods.finetune import Finetune, Joint
+from fastmerge.methods.lwf import LwF
+from fastmerge.methods.nearest_mean import NearestMean
+from fastmerge.methods.posthoc import PostHoc
+from fastmerge.methods.trajectory import Trajectory
 from fastmerge.methods.trm import TRM
-from fastmerge.training import Phase
+from fastmerge.training import Learner, Phase
 
 
 class Method(Protocol):
-    searches: bool
+    def begin(self, task: Task) -> None: ...
 
-    def train(self, task: Task, images: TaskImages) -> Phase: ...
+    def train(self, task: Task, images: TaskImages) -> Phase | None: ...
 
     def merge(self, task: Task, images: TaskImages) -> Phase | None: ...
 
@@ -34,4 +47,59 @@ class Method(Protocol):
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-METHODS = {"trm": TRM, "finetune": Finetune}
+METHODS = {"trm": TRM, "finetune": Finetune, "joint": Joint, "lwf": LwF, "ewc": EWC, "nearest-mean": NearestMean}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed. epochs: how often its phases see a task's images, for the time left.
+
+    trajectory: the un-merged training it can share, 'sequential' or 'independent', None where training depends on a merge.
+    """
+
+    method: str
+    seed: int
+    scenario: Scenario
+    epochs: dict[str, int]
+    trajectory: str | None
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse an unknown method (UserError, with the nearest names)."""
+    known = [*METHODS, *RULES]
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown method {name!r}.{nearest(name, known)} There are: {', '.join(known)}.")
+
+
+def plan(config: Config, scenario: Scenario) -> list[Run]:
+    """The runs that a command stands for, in the order in which they run."""
+    runs = []
+    for seed in config.training.seeds:
+        trained = set()  # by a run before, which shares it
+        for name in config.training.method:
+            for protocol in config.training.protocol if name in RULES else (None,):
+                shared = "sequential" if name == "finetune" or protocol == "running" else None
+                shared = config.training.init if protocol == "full" else shared
+                train = 0 if name == "nearest-mean" or shared in trained else config.training.epochs
+                fisher = name == "ewc" or (name in RULES and RULES[name][0].needs_fisher)
+                merge = config.training.merge_epochs if name == "trm" else int(fisher)
+                trained |= {shared} - {None}
+                label = f"{name}-{protocol}" if protocol else name
+                own = scenario.joined() if name == "joint" else scenario
+                runs.append(Run(label, seed, own, {"train": train, "merge": merge}, shared))
+    return runs
+
+
+def shared_trainings(runs: list[Run], keep: bool) -> set[str]:
+    """Which un-merged trainings to write down: those that several runs of a seed share, all of them if they are kept."""
+    counts = Counter((run.trajectory, run.seed) for run in runs if run.trajectory)
+    return {name for (name, _), n in counts.items() if n > 1 or keep}
+
+
+def build_method(name: str, learner: Learner, trajectory: Trajectory) -> Method:
+    """The method of a `Run`."""
+    if name not in METHODS:
+        rule, protocol = name.rsplit("-", 1)
+        return PostHoc(learner, trajectory, rule, protocol)
+    return Finetune(learner, trajectory) if name == "finetune" else METHODS[name](learner)

@@ -43,16 +43,15 @@ from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, o
 class TRM:
     """Between tasks it keeps the merged model; `literal` also keeps theta_init."""
 
-    searches = True
-
     def __init__(self, learner: Learner):
         self.learner, self.settings = learner, learner.config.trm
         self.initial = learner.theta.clone() if self.settings.replace == "literal" else None
         self.previous: Tensor | None = None  # theta_{t-1}; during a task only, between tasks it is the model itself
 
+    def begin(self, task: Task) -> None:
+        self.previous = self.learner.theta.clone()
+
     def train(self, task: Task, images: TaskImages) -> Phase:
-        if self.previous is None:  # else it came back with a checkpoint
-            self.previous = self.learner.theta.clone()
         return Train(self.learner, task, images)
 
     def merge(self, task: Task, images: TaskImages) -> Phase | None:

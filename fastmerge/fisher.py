@@ -1,0 +1,79 @@
+"""The diagonal Fisher of the model on a task: the mean over its images of the squared gradient of -log p(label | image).
+
+Per image, by `torch.func.vmap` of `grad`, with labels drawn from the model's own prediction: the Fisher information
+(Martens 2020). `--fisher.labels data` takes the true labels, the "empirical Fisher" of CoFiMA and P&M; `--fisher.per batch`
+squares the mean gradient of a batch, as released code often does, which is smaller by up to the batch size (van de Ven 2025).
+Images are not augmented and the candidates are the task's own classes, as in training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import fastmerge_kernels as fk
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from fastmerge.data.cache import TaskImages
+from fastmerge.data.scenario import Task
+from fastmerge.models.backbone import differentiable_attention
+from fastmerge.training import Batches, Learner, positions
+
+ROOM = 1 << 28  # bytes of per-image gradients held at once
+
+
+class FisherPass:
+    """One pass over a task's images in steps, at a theta that stays. `finish()` returns the Fisher `[n]` fp32."""
+
+    def __init__(self, learner: Learner, task: Task, images: TaskImages):
+        self.learner, self.task, self.images = learner, task, images
+        self.settings = learner.config.fisher
+        self.batches = Batches(learner, task, images, "fisher", epochs=1)
+        self.total = min(len(images), self.settings.images or len(images))
+        self.steps = math.ceil(self.total / learner.config.training.batch_size)
+        self.classes = torch.tensor(task.classes, device=learner.device)
+        self.fisher = torch.zeros_like(learner.theta)
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        learner, size = self.learner, self.learner.config.training.batch_size
+        rows = self.batches.rows(i)[: self.total - i * size]
+        pixels, labels = self.images.batch(rows)
+        images = learner.plain(pixels)
+        targets = positions(labels, self.classes) if self.settings.labels == "data" else self.drawn(images, i)
+        if self.settings.per == "batch":
+            gradient, loss = grad_and_value(self.loss)(learner.theta, images, targets)
+            fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
+            return {"loss": loss}
+        losses, chunk = [], max(1, ROOM // self.fisher.nbytes)
+        with differentiable_attention():  # fused attention has no rule for vmap
+            for part in zip(images[:, None].split(chunk), targets[:, None].split(chunk), strict=True):
+                gradients, values = vmap(grad_and_value(self.loss), in_dims=(None, 0, 0))(learner.theta, *part)
+                for gradient in gradients:
+                    fk.fisher_accumulate_(self.fisher, gradient, 1 / self.total)
+                losses.append(values)
+        return {"loss": torch.cat(losses).mean()}
+
+    def loss(self, theta: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean -log p over a batch at `theta` `[n]`; targets: columns of the task's classes `[b]`."""
+        flat = self.learner.flat
+        features = functional_call(flat.module, flat.as_dict(theta), (images,))
+        return F.cross_entropy(self.learner.head(features, self.classes), targets)
+
+    @torch.no_grad()
+    def drawn(self, images: Tensor, i: int) -> Tensor:
+        """Labels drawn from the model's prediction, `[b]`; on the CPU, so that the draw does not depend on the device."""
+        chances = self.learner.head(self.learner.backbone(images), self.classes).softmax(1).cpu()
+        generator = self.learner.generator("fisher", self.task.index, i)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(images.device)
+
+    def finish(self) -> Tensor:
+        """The Fisher, with the floor."""
+        return self.fisher.add_(self.settings.floor) if self.settings.floor else self.fisher
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"fisher": self.fisher}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.fisher.copy_(tensors["fisher"])

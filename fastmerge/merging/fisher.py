@@ -1,0 +1,56 @@
+"""Fisher-weighted merging (Matena & Raffel 2022), CoFiMA and CoMA (Marouf et al. 2024).
+
+    theta <- ((1 - lam) F theta + lam F_t theta_t) / F',   F' = (1 - lam) F + lam F_t;   plain interpolation where F' = 0
+
+accumulate  lam    F afterwards   what it is
+sum         1/t    F' (the mean)  sum_t F_t theta_t / sum_t F_t, Fisher merging of all models
+ema         set    F'             the recursion of CMM's merge
+last        set    F_t            CoFiMA: the last two Fishers only, as released (CoFiMA issue 3)
+
+CoMA is the plain interpolation with lam. The released CoFiMA clamps its Fishers to at most 1e-4 and divides 0 by 0; we do
+neither. The released Fisher merging (MergeLM) adds 1e-6 to every entry: `--fisher.floor`.
+"""
+
+from __future__ import annotations
+
+import fastmerge_kernels as fk
+from torch import Tensor
+
+from fastmerge.merging.rule import Rule
+
+
+class Fisher(Rule):
+    """Beside the merged model its Fisher must live on, so `restart` keeps that."""
+
+    needs_base = False
+    needs_fisher = True
+
+    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
+        if fisher is None:
+            raise ValueError("fisher: this rule needs the diagonal Fisher of every model, update(theta, fisher)")
+        merged, kept = self.zeros("merged", "fisher")
+        s = self.settings
+        lam = 1.0 if self.count == 1 else 1 / self.count if s.accumulate == "sum" else s.lam
+        fk.fisher_merge_(merged, kept, theta, fisher, lam)
+        if s.accumulate == "last":
+            kept.copy_(fisher)
+
+    def _write(self, out: Tensor) -> Tensor:
+        return out.copy_(self.kept["merged"])
+
+    def restart(self, theta: Tensor) -> None:
+        self.kept["merged"] = theta.clone()
+
+    def forget(self) -> None:
+        self.kept.pop("merged", None)
+
+
+class CoMA(Rule):
+    needs_base = False
+
+    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
+        (merged,) = self.zeros("merged")
+        fk.lerp(merged, theta, 1.0 if self.count == 1 else self.settings.lam, out=merged)
+
+    def _write(self, out: Tensor) -> Tensor:
+        return out.copy_(self.kept["merged"])

@@ -1,0 +1,24 @@
+"""MagMax, also "MaxAbs" (Marczak et al. 2024): theta_init + scale * per entry the task vector of largest magnitude.
+
+Scale 0.5 and the later model at ties, as in the released code, for sequential and for independent training.
+"""
+
+from __future__ import annotations
+
+import fastmerge_kernels as fk
+from torch import Tensor
+
+from fastmerge.merging.rule import Rule
+
+
+class MagMax(Rule):
+    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
+        (largest,) = self.zeros("largest")
+        if self.settings.ties == "later":
+            fk.magmax_update_(largest, theta, initial=self.base.theta)
+        else:  # the op gives ties to what it is fed
+            new = fk.axpy(theta, self.base.theta, -1.0)
+            self.kept["largest"] = fk.magmax_update_(new, largest)
+
+    def _write(self, out: Tensor) -> Tensor:
+        return fk.axpy(self.base.theta, self.kept["largest"], self.settings.scale, out=out)

@@ -1,0 +1,42 @@
+"""SLERP (Shoemake 1985; mergekit): spherical interpolation of the weights, tensor by tensor.
+
+    slerp(a, b, t) = sin((1 - t) w) / sin w  a + sin(t w) / sin w  b,   cos w = <a, b> / (||a|| ||b||)
+
+The t-th model comes in with weight 1 / t, so two models meet halfway. Nearly parallel tensors (|cos| > 0.9995) are
+interpolated linearly, as in mergekit; fine-tuned models of one start usually are. Not independent of the order.
+"""
+
+from __future__ import annotations
+
+import fastmerge_kernels as fk
+import torch
+from torch import Tensor
+
+from fastmerge.merging.rule import Rule
+
+PARALLEL = 0.9995
+
+
+class Slerp(Rule):
+    needs_base = False
+
+    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
+        (merged,) = self.zeros("merged")
+        t, bounds = 1 / self.count, self.base.bounds
+        a, b, apart = (
+            fk.segment_norms(x, initial=y, segments=bounds) for x, y in ((merged, None), (theta, None), (theta, merged))
+        )
+        norms = (a * b).sqrt()
+        cosine = torch.where(norms > 0, (a + b - apart) / (2 * norms), 1.0).clamp(-1, 1)
+        angle, straight = cosine.acos(), cosine.abs() > PARALLEL
+        sine = torch.where(straight, 1.0, angle.sin())
+        weights = torch.stack(
+            [
+                torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine),
+                torch.where(straight, t, (t * angle).sin() / sine),
+            ]
+        )
+        fk.weighted_sum([merged, theta], weights, segments=bounds, out=merged)
+
+    def _write(self, out: Tensor) -> Tensor:
+        return out.copy_(self.kept["merged"])

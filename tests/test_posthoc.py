@@ -1,0 +1,255 @@
+"""The three storage protocols against their definitions, written out: what is trained from where, and what is merged."""
+
+import pytest
+import torch
+import toy
+
+from fastmerge.fisher import FisherPass
+from fastmerge.methods import plan, shared_trainings
+from fastmerge.methods.posthoc import PostHoc
+from fastmerge.methods.trajectory import Recorded, Replay, Trajectory
+from fastmerge.training import Train
+
+
+def fit(learner, start, task, images):
+    """theta_t: `task` trained from `start`."""
+    learner.theta.copy_(start)
+    learner.grow_head(task, images)
+    toy.work(Train(learner, task, images))
+    return learner.theta.clone()
+
+
+def magmax(initial, models, scale=0.5):
+    best = torch.zeros_like(initial, dtype=torch.float64)
+    for theta in models:
+        delta = theta.double() - initial.double()
+        best = torch.where(delta.abs() >= best.abs(), delta, best)
+    return initial.double() + scale * best
+
+
+def average(initial, models):
+    return torch.stack(models).double().mean(0)
+
+
+def slow(rule, protocol, init):
+    """The model after every task."""
+    learner = toy.learner()
+    initial, trained, merged, seen, after = learner.theta.clone(), learner.theta.clone(), learner.theta.clone(), [], []
+    unscaled = initial.double()
+    for task, images in toy.tasks():
+        if protocol == "strict":
+            theta = fit(learner, merged, task, images)
+            merged = rule(initial, [merged, theta]).float() if task.index else theta
+        else:
+            theta = fit(learner, initial if init == "independent" else trained, task, images)
+            trained = theta
+            if protocol == "full":
+                seen.append(theta)
+                merged = rule(initial, seen).float()
+            else:
+                pair = [unscaled, theta] if task.index else [theta]
+                merged = rule(initial, pair).float()
+                scale = 0.5 if rule is magmax else 1.0
+                unscaled = initial + (merged - initial) / scale
+        after.append(merged)
+    return after
+
+
+@pytest.mark.parametrize("rule", [magmax, average], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    ("protocol", "init"),
+    [("full", "sequential"), ("full", "independent"), ("running", "sequential"), ("strict", "sequential")],
+)
+def test_protocols_do_what_they_are_defined_to_do(rule, protocol, init, tmp_path):
+    learner = toy.learner(f"--init={init}")
+    after = toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), rule.__name__, protocol))
+    for got, want in zip(after, slow(rule, protocol, init), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_protocols_differ(tmp_path):
+    found = {}
+    for protocol in ("full", "running", "strict"):
+        learner = toy.learner()
+        found[protocol] = toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), "average", protocol))[-1]
+    gaps = [
+        (found[a] - found[b]).abs().max() for a, b in (("full", "running"), ("full", "strict"), ("running", "strict"))
+    ]
+    assert min(gaps) > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["magmax", "task-arithmetic"])
+def test_running_equals_full_where_the_merged_vector_is_all_a_rule_needs(rule, tmp_path):
+    ends = []
+    for protocol in ("full", "running"):
+        learner = toy.learner()
+        ends.append(toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), rule, protocol))[-1])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def fishers(learner, task, images):
+    """Per image, by hand, with the labels of the data."""
+    total = torch.zeros_like(learner.theta)
+    classes = torch.tensor(task.classes)
+    for k in range(len(images)):
+        pixels, labels = images.batch(torch.tensor([k]))
+        learner.flat.zero_grad()
+        logits = learner.head(learner.backbone(learner.plain(pixels)), classes)
+        (-logits.log_softmax(1)[0, classes.tolist().index(labels.item())]).backward()
+        total += learner.flat.gradient.square() / len(images)
+    learner.flat.zero_grad()
+    return total
+
+
+def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
+    flags = ["--fisher.labels=data"]
+    learner = toy.learner(*flags)
+    method = PostHoc(learner, toy.nowhere(tmp_path), "fisher", "strict")
+    after = toy.drive(learner, method)
+
+    slow_learner = toy.learner(*flags)
+    merged, known = slow_learner.theta.clone(), None
+    for task, images in toy.tasks():
+        theta = fit(slow_learner, merged, task, images)
+        fisher = fishers(slow_learner, task, images).double()
+        if known is None:
+            merged, known = theta, fisher
+        else:
+            total, t = known + fisher, task.index + 1
+            weighed = (known * merged + fisher * theta) / total
+            merged = torch.where(total == 0, ((t - 1) * merged + theta) / t, weighed).float()
+            known = total
+        torch.testing.assert_close(after[task.index], merged, rtol=1e-4, atol=1e-5)
+    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # not the merged model a second time
+
+
+@pytest.mark.parametrize(
+    ("rule", "protocol", "models"),
+    [
+        ("average", "full", 3),  # merged, trained, mean
+        ("average", "running", 2),
+        ("average", "strict", 1),
+        ("magmax", "full", 4),  # and theta_init
+        ("magmax", "running", 3),
+        ("magmax", "strict", 2),
+        ("ties", "full", 7),
+        ("ties", "strict", 2),
+        ("fisher", "strict", 2),
+    ],
+)
+def test_kept_between_tasks(rule, protocol, models, tmp_path):
+    learner = toy.learner()
+    method = PostHoc(learner, toy.nowhere(tmp_path), rule, protocol)
+    for task, images in toy.tasks():
+        learner.grow_head(task, images)
+        method.begin(task)
+        toy.work(method.train(task, images))
+        toy.work(method.merge(task, images))
+        vectors = [t for t in method.state_dict().values() if t.numel() == learner.theta.numel()]
+        assert len(vectors) == models
+
+
+@pytest.mark.parametrize("head", ["text", "linear"])
+def test_shared_training_ends_with_the_same_bits(head, tmp_path):
+    def ends(trajectory):
+        learner = toy.learner(head=head)
+        models = toy.drive(learner, PostHoc(learner, trajectory, "ties", "full"))
+        return [*models, *(v.clone() for v in learner.head.state_dict().values())]
+
+    alone = ends(Trajectory(tmp_path / "a", ()))
+    assert not (tmp_path / "a").exists()
+    shared = Trajectory(tmp_path / "b", {"sequential"})
+    first, second = ends(shared), ends(shared)
+    assert len(list((tmp_path / "b").iterdir())) == toy.TASKS
+    for a, b, c in zip(alone, first, second, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    shared.delete()
+    assert not (tmp_path / "b").exists()
+
+
+def test_only_the_first_of_several_trains(tmp_path):
+    trajectory, learner = Trajectory(tmp_path, {"sequential"}), toy.learner()
+    task, images = toy.tasks()[0]
+    learner.grow_head(task, images)
+    phase = trajectory.train(learner, task, images)
+    assert type(phase) is Recorded
+    toy.work(phase)
+    again = trajectory.train(learner, task, images)
+    assert type(again) is Replay and again.steps == 0
+    again.finish()
+    assert again.seconds_elsewhere > 0
+    assert type(trajectory.train(learner, task, images, "independent")) is Train  # nobody else asks for it
+
+
+def test_plan_shares_what_can_be_shared():
+    methods = ["--method", "trm", "finetune", "magmax", "average", "--protocol", "full", "running", "strict"]
+    scenario = type("S", (), {"joined": lambda self: self})()
+    runs = plan(toy.parse([*methods, "--seeds", "0", "1"]), scenario)
+    assert [r.method for r in runs[:4]] == ["trm", "finetune", "magmax-full", "magmax-running"] and len(runs) == 16
+    assert [r.method for r in runs if r.seed == 0 and r.epochs["train"]] == [
+        "trm", "finetune", "magmax-strict", "average-strict",
+    ]  # fmt: skip
+    assert shared_trainings(runs, keep=False) == {"sequential"}
+    runs = plan(toy.parse(["--method", "finetune", "ties", "--protocol", "full", "--init", "independent"]), scenario)
+    assert [r.trajectory for r in runs] == ["sequential", "independent"]
+    assert shared_trainings(runs, keep=False) == set()
+    assert shared_trainings(runs, keep=True) == {"sequential", "independent"}
+
+
+# -- the Fisher itself ----------------------------------------------------------------------------------------------------
+
+
+def run_pass(*flags):
+    learner = toy.learner(*flags)
+    task, images = toy.tasks()[0]
+    learner.grow_head(task, images)
+    passed = FisherPass(learner, task, images)
+    for i in range(passed.steps):
+        passed.step(i)
+    return learner, task, images, passed
+
+
+def test_fisher_is_per_image():
+    learner, task, images, passed = run_pass("--fisher.labels=data")
+    torch.testing.assert_close(passed.finish(), fishers(learner, task, images), rtol=1e-4, atol=1e-7)
+
+
+def test_fisher_of_some_images_with_a_floor():
+    learner, task, images, passed = run_pass("--fisher.labels=data", "--fisher.images=11", "--fisher.floor=0.5")
+    chosen = torch.cat([passed.batches.rows(i) for i in range(3)])[:11]
+    few = type(images)(images.images[chosen], images.labels[chosen], 0)
+    torch.testing.assert_close(passed.finish(), fishers(learner, task, few) + 0.5, rtol=1e-4, atol=1e-7)
+
+
+def test_fisher_of_the_models_own_labels_is_the_information():
+    """Its expectation is sum_c p_c (grad log p_c)^2; here over so many draws that the two agree."""
+    learner, task, images, _ = run_pass()
+    classes, exact = torch.tensor(task.classes), torch.zeros_like(learner.theta)
+    for k in range(len(images)):
+        pixels, _ = images.batch(torch.tensor([k]))
+        for c in range(2):
+            learner.flat.zero_grad()
+            logs = learner.head(learner.backbone(learner.plain(pixels)), classes).log_softmax(1)[0]
+            logs[c].backward()
+            exact += logs[c].exp().detach() * learner.flat.gradient.square() / len(images)
+    drawn = torch.zeros_like(exact)
+    for seed in range(60):
+        passed = FisherPass(learner, task, images)
+        learner.seed = seed
+        for i in range(passed.steps):
+            passed.step(i)
+        drawn += passed.finish() / 60
+    assert (drawn - exact).norm() < 0.2 * exact.norm() < (fishers(learner, task, images) - exact).norm()
+    learner.seed = 0
+
+
+def test_fisher_per_batch_squares_the_mean_gradient():
+    learner, task, images, passed = run_pass("--fisher.labels=data", "--fisher.per=batch")
+    want, classes = torch.zeros_like(learner.theta), torch.tensor(task.classes)
+    for i in range(3):
+        pixels, labels = images.batch(passed.batches.rows(i))
+        learner.flat.zero_grad()
+        logits = learner.head(learner.backbone(learner.plain(pixels)), classes)
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        want += len(labels) / len(images) * learner.flat.gradient.square()
+    torch.testing.assert_close(passed.finish(), want, rtol=1e-4, atol=1e-8)

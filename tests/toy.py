@@ -1,0 +1,76 @@
+"""A small model and a few tasks of random images, for tests that hold a method against a slow version of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmerge.config import parse
+from fastmerge.data.cache import TaskImages
+from fastmerge.data.scenario import Task
+from fastmerge.methods.trajectory import Trajectory
+from fastmerge.models.heads import LinearHead, TextHead
+from fastmerge.training import Learner
+
+CLASSES, TASKS, IMAGES = 6, 3, 20
+
+
+class Backbone(nn.Module):
+    name, family, weights = "toy", "toy", "random"
+    image_size, mean, std, feature_dim, has_class_token = 4, (0.5,) * 3, (0.5,) * 3, 5, False
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(48, 7), nn.Linear(7, 5, bias=False)
+        self.fixed = nn.Parameter(torch.ones(5), requires_grad=False)
+
+    def forward(self, images):
+        return self.outer(torch.tanh(self.inner(images.flatten(1).to(self.inner.weight)))) * self.fixed
+
+
+def learner(*flags: str, head: str = "text", seed: int = 0) -> Learner:
+    torch.manual_seed(0)
+    config = parse(["--model=tiny", "--epochs=2", "--batch-size=8", "--lr=1e-2", "--device=cpu", *flags])
+    backbone = Backbone()
+    made = TextHead(torch.randn(CLASSES, 5), 3.0) if head == "text" else LinearHead(5, CLASSES)
+    return Learner(backbone, made, config, seed, torch.device("cpu"))
+
+
+def tasks() -> list[tuple[Task, TaskImages]]:
+    g = torch.Generator().manual_seed(1)
+    found = []
+    for t in range(TASKS):
+        classes = (2 * t, 2 * t + 1)
+        images = torch.randint(0, 256, (IMAGES, 3, 4, 4), dtype=torch.uint8, generator=g)
+        labels = torch.randint(0, 2, (IMAGES,), generator=g) + 2 * t
+        task = Task(t, f"task {t + 1}", classes, np.arange(IMAGES), np.arange(0))
+        found.append((task, TaskImages(images, labels, 0)))
+    return found
+
+
+def work(phase) -> None:
+    """All steps of a phase."""
+    if phase is not None:
+        for i in range(phase.steps):
+            phase.step(i)
+        phase.finish()
+
+
+def drive(learner: Learner, method) -> list[torch.Tensor]:
+    """What the loop does with a method; the model after every task."""
+    after = []
+    for task, images in tasks():
+        learner.grow_head(task, images)
+        method.begin(task)
+        work(method.train(task, images))
+        work(method.merge(task, images))
+        after.append(learner.theta.clone())
+    return after
+
+
+def nowhere(tmp_path: Path) -> Trajectory:
+    """Training that is not shared."""
+    return Trajectory(tmp_path / "trajectory", ())
