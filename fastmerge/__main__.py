@@ -39,9 +39,9 @@ def run(config: Any) -> int:
     # here, so that --help and wrong flags answer at once
     import torch
 
-    from fastmerge.checkpoint import save_json
+    from fastmerge.checkpoint import save_json, write_atomically
     from fastmerge.config import to_dict
-    from fastmerge.console import Console, results_table
+    from fastmerge.console import Console, results_markdown, results_rows, results_table
     from fastmerge.data import load_dataset
     from fastmerge.data.cache import ImageCache
     from fastmerge.data.scenario import build_scenario
@@ -180,7 +180,9 @@ def run(config: Any) -> int:
         {"zero_shot": starting, "methods": results, "summary": summary(results)},
     )
     draw(folder.path / "plots", results, starting)
-    console.rich.print(results_table(results, starting))
+    rows = results_rows(results, starting)
+    write_atomically(folder.path / "results.md", lambda path: path.write_text(results_markdown(rows), encoding="utf-8"))
+    console.rich.print(results_table(rows))
     console.line(comparison(results, starting))
     console.line(f"results, plots and models: {folder.path}")
     return 0

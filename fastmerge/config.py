@@ -214,9 +214,9 @@ class WiseFTSettings:
 
 @dataclass
 class EWCSettings:
-    lam: float = 1.0
+    lam: float = 1000.0
     """Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 is the Laplace approximation
-    for tasks of equal size; larger values keep more."""
+    for tasks of equal size; the default was chosen on held-out images of the default run (docs/LOG.md)."""
     decay: float = 1.0
     """Factor of the older tasks' Fisher at every task (gamma of online EWC); 1: their sum."""
 

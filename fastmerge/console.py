@@ -172,35 +172,43 @@ class Console:
         )
 
 
-def results_table(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> Table:
-    """One row per method: mean ± standard deviation over its seeds (sample deviation, from two seeds on)."""
-    columns = [
-        ("final acc", "final_accuracy"),
-        ("AAA", "aaa"),
-        ("forgetting", "forgetting"),
-        ("plasticity", "plasticity"),
-    ]
-    table = Table(title_justify="left")
-    table.add_column("method")
-    for title in ("seeds", *(c[0] for c in columns), "train", "merge", "peak memory", "kept", "grows"):
-        table.add_column(title, justify="right")
+def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
+    """The comparison table, its header first: mean ± standard deviation over the seeds (sample deviation, from two on)."""
+    columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
+    rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
     if zero_shot:
         shown = {"final_accuracy", "aaa"}
-        table.add_row(
-            "zero-shot", "", *(number([zero_shot[k]] if k in shown else [None]) for _, k in columns), *[""] * 5
-        )
+        values = [number([zero_shot[key] if key in shown else None]) for key in columns.values()]
+        rows.append(["zero-shot", "", *values, *[""] * 5])
     for method, seeds in methods.items():
         results = list(seeds.values())
-        table.add_row(
-            method,
-            str(len(results)),
-            *(number([r[key] for r in results]) for _, key in columns),
-            *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
-            f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
-            f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
-            growth(results[0]["kept_bytes"]),
+        rows.append(
+            [
+                method,
+                str(len(results)),
+                *(number([r[key] for r in results]) for key in columns.values()),
+                *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
+                f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
+                f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
+                growth(results[0]["kept_bytes"]),
+            ]
         )
+    return rows
+
+
+def results_table(rows: list[list[str]]) -> Table:
+    """For the terminal."""
+    table = Table()
+    for number, title in enumerate(rows[0]):
+        table.add_column(title, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
+
+
+def results_markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] + ["--:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def growth(kept_bytes: Sequence[int]) -> str:

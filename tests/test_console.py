@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from fastmerge.console import Console, Work, clock, growth, number, results_table
+from fastmerge.console import Console, Work, clock, growth, number, results_markdown, results_rows, results_table
 from fastmerge.methods import Run
 
 
@@ -66,6 +66,9 @@ def test_table_and_quiet():
     console.line("not shown")
     assert out.getvalue() == ""
     starting = {"final_accuracy": 30.0, "aaa": 40.0}
-    console.rich.print(results_table({"trm": {"0": result(50.0), "1": result(60.0)}}, starting))
+    rows = results_rows({"trm": {"0": result(50.0), "1": result(60.0)}}, starting)
+    console.rich.print(results_table(rows))
     text = out.getvalue()
     assert "55.0 ± 7.1" in text and "01:01" in text and "30.0" in text and "1.0 MiB" in text and "2 MiB" in text
+    lines = results_markdown(rows).splitlines()
+    assert lines[1].count("--") == lines[0].count("|") - 1 and lines[3].startswith("| trm | 2 | 55.0 ± 7.1 |")

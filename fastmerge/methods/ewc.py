@@ -1,6 +1,6 @@
 """EWC, Elastic Weight Consolidation (Kirkpatrick et al. 2017): stay near theta_{t-1} where the Fisher of the past is large.
 
-    python -m fastmerge --method ewc --ewc.lam 100
+    python -m fastmerge --method ewc --ewc.lam 1000
 
 Loss: cross-entropy + lam / 2 sum_i F_i (theta_i - theta_{t-1,i})^2, F the sum of the diagonal Fishers of all tasks so far at
 their own solutions, and one anchor, the last solution (Huszar 2018; with `--ewc.decay` below 1 online EWC, Schwarz et al.
