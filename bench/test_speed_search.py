@@ -19,7 +19,7 @@ from fastmerge.models.heads import LinearHead
 from fastmerge.training import Learner
 
 CLASSES = 10
-MODELS = {"tiny": "tiny", "22M": "timm/vit_small_patch16_224", "86M": "timm/vit_base_patch16_224"}
+MODELS = {"tiny": "tiny", "22M": "vit_small_patch16_224", "86M": "vit_base_patch16_224"}
 
 
 def search(model: str, batch: int, device: torch.device, *flags: str):
