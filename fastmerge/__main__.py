@@ -138,6 +138,10 @@ def run(config: Any) -> int:
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,
+                    "also": {
+                        name: metrics(matrix, state.test_counts) | {"accuracy_matrix": matrix}
+                        for name, matrix in state.also.items()
+                    },
                     "kept_bytes": state.kept_bytes,
                     "peak_memory_bytes": max(state.peak_memory_bytes),
                     "peak_memory_bytes_per_task": state.peak_memory_bytes,

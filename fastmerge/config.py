@@ -71,8 +71,8 @@ class ModelSettings:
 @dataclass
 class TrainingSettings:
     method: tuple[str, ...] = ("trm", "finetune")
-    """One or more of: trm; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp,
-    fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean."""
+    """One or more of: trm, cmm; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock,
+    slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean."""
     protocol: tuple[Literal["full", "running", "strict"], ...] = ("strict",)
     """What a merge rule may keep. full: all models, trained without regard to merging. running: the un-merged model to train
     on, and the merged one. strict: the merged model alone, which starts the next task (TRM, Fig. 1: A, B, C)."""
@@ -213,6 +213,26 @@ class WiseFTSettings:
 
 
 @dataclass
+class CMMSettings:
+    lam: float = 0.4
+    """Weight of the new model (released default; the paper sweeps 0.3 to 0.6)."""
+    tangent: bool = True
+    """Train in the tangent space of the starting weights ("NTK" in Table 4)."""
+    merge: Literal["fisher", "average", "none"] = "fisher"
+    """Weigh by AdamW's second moments (eq. 4), interpolate plainly, or do not merge."""
+    fisher: Literal["adam", "adam-raw"] = "adam"
+    """The second moment with bias correction, or as the optimiser holds it (released code)."""
+    align_epochs: int = 1
+    """Epochs of representation alignment ("Bias" in Table 4); 1 in the released code, 0 switches it off."""
+    align_lr: float | None = None
+    """AdamW step of the last projection. Default: 1e-7 (released script); 1e-3 with the tiny model."""
+    align_loss: Literal["l1", "l2"] = "l2"
+    """Mean absolute or mean squared difference of the features (l2 in the released script)."""
+    inference: Literal["linearised", "plain"] = "linearised"
+    """Evaluate f_lin (released code) or f at the merged weights; the table shows the other one too."""
+
+
+@dataclass
 class EWCSettings:
     lam: float = 1000.0
     """Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 is the Laplace approximation
@@ -238,6 +258,7 @@ class Config:
     training: tyro.conf.OmitArgPrefixes[TrainingSettings] = field(default_factory=TrainingSettings)
     run: tyro.conf.OmitArgPrefixes[RunSettings] = field(default_factory=RunSettings)
     trm: TRMSettings = field(default_factory=TRMSettings)
+    cmm: CMMSettings = field(default_factory=CMMSettings)
     task_arithmetic: TaskArithmeticSettings = field(default_factory=TaskArithmeticSettings)
     ties: TiesSettings = field(default_factory=TiesSettings)
     dare: DareSettings = field(default_factory=DareSettings)
@@ -330,6 +351,8 @@ def resolve(config: Config) -> Config:
     for name, paper, small in (("epochs", 15, 3), ("merge_epochs", 5, 1), ("batch_size", 128, 64), ("lr", 1e-5, 6e-4)):
         if getattr(c.training, name) is None:
             setattr(c.training, name, small if tiny else paper)
+    if c.cmm.align_lr is None:
+        c.cmm.align_lr = 1e-3 if tiny else 1e-7
     if c.scenario.tasks is None and c.scenario.scenario == "cil":
         c.scenario.tasks = 5 if c.data.dataset == "glyphs" else 10
     if c.scenario.scenario == "dil" and c.scenario.class_order == ScenarioSettings.class_order:
@@ -373,6 +396,9 @@ def resolve(config: Config) -> Config:
         ),
         ("--warmup-steps", c.training.warmup_steps, c.training.warmup_steps >= 0, "0 or more"),
         ("--validation", c.scenario.validation, 0 <= c.scenario.validation < 1, "at least 0, below 1"),
+        ("--cmm.lam", c.cmm.lam, 0 <= c.cmm.lam <= 1, "between 0 and 1"),
+        ("--cmm.align-epochs", c.cmm.align_epochs, c.cmm.align_epochs >= 0, "0 or more"),
+        ("--cmm.align-lr", c.cmm.align_lr, c.cmm.align_lr >= 0, "0 or more"),
         ("--task-arithmetic.scale", c.task_arithmetic.scale, c.task_arithmetic.scale > 0, "above 0"),
         ("--ties.density", c.ties.density, 0 < c.ties.density <= 1, "above 0, at most 1 (a fraction, not percent)"),
         ("--ties.scale", c.ties.scale, c.ties.scale > 0, "above 0"),

@@ -193,6 +193,9 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
                 growth(results[0]["kept_bytes"]),
             ]
         )
+        for name in results[0].get("also", {}):  # the same weights used in another way
+            values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
+            rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
     return rows
 
 

@@ -44,15 +44,18 @@ def accuracies(
     tests: Sequence[TaskImages],
     classes: Sequence[int],
     tick: Callable[[int], None] = lambda n: None,
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float | None]:
     """Accuracy in percent on each of `tests` with `classes` (natural indices) as candidates; one row of the matrix.
 
-    `tick(n)` is called after every batch of n images. A test set without images gives None.
+    `tick(n)` is called after every batch of n images. features: instead of the learner's. A test set without images gives
+    None.
     """
+    features = features or learner.features
     candidates = torch.tensor(classes, device=learner.device)
     correct = torch.zeros(len(tests), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits = learner.head(learner.backbone(learner.plain(pixels)), candidates)
+        logits = learner.head(features(learner.plain(pixels)), candidates)
         correct.index_add_(0, test, (logits.argmax(1) == positions(labels, candidates)).long())
         tick(len(labels))
     return [100.0 * c / len(images) if len(images) else None for c, images in zip(correct.tolist(), tests, strict=True)]
@@ -124,7 +127,7 @@ def zero_shot(
     hits = torch.zeros(len(candidates), len(tests), dtype=torch.int64, device=learner.device)
     inside = torch.zeros_like(hits)  # test images whose class is a candidate
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
+        logits = learner.head(learner.features(learner.plain(pixels)), everything)
         truth = positions(labels, everything)
         for t, mask in enumerate(masks):
             hits[t].index_add_(0, test, (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).long())

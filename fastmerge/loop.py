@@ -105,8 +105,13 @@ def learn(
 
         start = time.perf_counter()
         tests = images.tests(task.index)
-        row = accuracies(learner, tests, candidates(scenario, learner.config, task.index), tick)
-        state.matrix.append(row + [None] * (len(scenario.tasks) - len(row)))
+        classes = candidates(scenario, learner.config, task.index)
+        row = accuracies(learner, tests, classes, tick)
+        unseen = [None] * (len(scenario.tasks) - len(row))
+        state.matrix.append(row + unseen)
+        for name, features in getattr(method, "also_evaluated", {}).items():
+            other = accuracies(learner, tests, classes, tick, features=features)
+            state.also.setdefault(name, []).append(other + unseen)
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
         state.bad_images += tests[task.index].skipped

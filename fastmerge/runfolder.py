@@ -114,6 +114,7 @@ class State:
     kept_bytes: list[int] = field(default_factory=list)  # after every task
     peak_memory_bytes: list[int] = field(default_factory=list)  # of every task
     test_counts: list[int] = field(default_factory=list)  # test images of every task evaluated
+    also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of other ways to use the weights
     bad_images: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
     log_bytes: int = 0  # length of metrics.jsonl at this state: what a stopped process wrote beyond it is cut off

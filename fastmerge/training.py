@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -43,6 +44,7 @@ class Learner:
 
     Attributes:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
+        features: images -> features, what is trained and evaluated: the backbone, unless a method sees it in another way.
         initial: `[n]` copy of the starting weights, kept only where the head needs them (prototypes), else None.
     """
 
@@ -51,6 +53,7 @@ class Learner:
     ):
         self.flat = FlatModel(backbone.eval()).to(device)  # eval: no dropout, so that a step is a function of its seed
         self.backbone, self.head = backbone, head.to(device)
+        self.features: Callable[[Tensor], Tensor] = backbone
         self.config, self.seed, self.device = config, seed, device
         self.flip = flip if config.data.flip is None else config.data.flip
         self.initial = self.theta.clone() if head.needs_initial_features else None
@@ -153,7 +156,7 @@ class Train:
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: images normalised floats `[b, 3, s, s]`, labels `[b]` class indices."""
-        return self.task_loss(self.learner.backbone(images), labels)
+        return self.task_loss(self.learner.features(images), labels)
 
     def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))

@@ -25,6 +25,7 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError, nearest
 from fastmerge.merging import RULES
+from fastmerge.methods.cmm import CMM
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
 from fastmerge.methods.lwf import LwF
@@ -47,7 +48,15 @@ class Method(Protocol):
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-METHODS = {"trm": TRM, "finetune": Finetune, "joint": Joint, "lwf": LwF, "ewc": EWC, "nearest-mean": NearestMean}
+METHODS = {
+    "trm": TRM,
+    "cmm": CMM,
+    "finetune": Finetune,
+    "joint": Joint,
+    "lwf": LwF,
+    "ewc": EWC,
+    "nearest-mean": NearestMean,
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
                 shared = config.training.init if protocol == "full" else shared
                 train = 0 if name == "nearest-mean" or shared in trained else config.training.epochs
                 fisher = name == "ewc" or (name in RULES and RULES[name][0].needs_fisher)
-                merge = config.training.merge_epochs if name == "trm" else int(fisher)
+                searches = {"trm": config.training.merge_epochs, "cmm": config.cmm.align_epochs}
+                merge = searches.get(name, int(fisher))
                 trained |= {shared} - {None}
                 label = f"{name}-{protocol}" if protocol else name
                 own = scenario.joined() if name == "joint" else scenario

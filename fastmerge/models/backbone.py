@@ -55,6 +55,17 @@ class Backbone(nn.Module):
             )
         return self._class_tokens(images)
 
+    def last_projection(self) -> list[str]:
+        """Names of the parameters of the last linear map: CLIP's visual projection, else the last linear layer."""
+        if isinstance(getattr(self.tower, "proj", None), nn.Parameter):
+            return ["tower.proj"]
+        linear = [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear)]
+        if not linear:
+            raise UserError(
+                f"model {self.name} has no linear layer to align: switch alignment off, --cmm.align-epochs 0"
+            )
+        return [f"{linear[-1]}.{name}" for name, _ in self.get_submodule(linear[-1]).named_parameters()]
+
     def _class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} says it has class tokens but does not read them")
 
