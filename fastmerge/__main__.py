@@ -9,11 +9,9 @@ Exit codes: 0 done, 2 bad input (with what to do), 130 or 143 stopped by a signa
 
 from __future__ import annotations
 
-import copy
 import signal
 import statistics
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,70 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Any) -> int:
     """Everything after the flags: prepare, run every method and seed, report. Returns the exit code."""
     # here, so that --help and wrong flags answer at once
-    import torch
-
     from fastmerge.checkpoint import save_json, write_atomically
     from fastmerge.config import to_dict
     from fastmerge.console import Console, results_markdown, results_rows, results_table
-    from fastmerge.data import load_dataset
-    from fastmerge.data.cache import ImageCache
-    from fastmerge.data.scenario import build_scenario
     from fastmerge.evaluate import metrics, zero_shot
     from fastmerge.loop import Images, candidates, learn
-    from fastmerge.machine import choose_device, environment
+    from fastmerge.machine import environment
     from fastmerge.methods import METHODS, build_method, check_names, plan, shared_trainings
     from fastmerge.methods.trajectory import Trajectory
-    from fastmerge.models import load_backbone
-    from fastmerge.models.heads import build_head
     from fastmerge.models.saved import model_tensors
     from fastmerge.plots import draw
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
-    from fastmerge.training import Learner
+    from fastmerge.setup import Setup
 
-    # numeric noise of libraries that a user of this program cannot act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
     console = Console(config.run.quiet)
     check_names(config.training.method)
-    device = choose_device(config.run.device)
-
-    dataset = load_dataset(
-        config.data.dataset,
-        config.data.data_root,
-        download=config.data.download,
-        skip_bad_images=config.data.skip_bad_images,
-        split_file=config.data.split_file,
-    )
-    if config.scenario.validation:
-        dataset = dataset.held_out(config.scenario.validation)
-    scenario = build_scenario(dataset, config.scenario.scenario, config.scenario.tasks, config.scenario.class_order)
+    setup = Setup(config, console.encoding)
+    scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
-
-    def prepare(seed: int) -> tuple[Any, Any]:
-        torch.manual_seed(seed)  # --pretrained none draws weights
-        backbone, encoder = load_backbone(config.model.model, config.model.pretrained, download=config.data.download)
-        return backbone, prepare_head(config.model.head or ("text" if encoder else "prototype"), backbone, encoder)
-
-    def prepare_head(kind: str, backbone: Any, encoder: Any = None) -> Any:
-        return build_head(
-            kind,
-            backbone=backbone,
-            encoder=encoder,
-            class_names=dataset.class_names,
-            templates=dataset.templates,
-            device=device,
-            progress=console.encoding,
-        )
-
-    random_weights = config.model.pretrained == "none"
-    seeds = config.training.seeds
-    backbone, head = prepare(seeds[0])
-    manifest = scenario.manifest() | {"weights": backbone.weights, "weights_sha256": backbone.weights_sha256}
-    folder = RunFolder(config, environment(device), manifest)
-    for text in header(scenario, manifest, backbone, head, device, folder):
+    manifest = scenario.manifest() | {
+        "weights": setup.backbone.weights,
+        "weights_sha256": setup.backbone.weights_sha256,
+    }
+    folder = RunFolder(config, environment(setup.device), manifest)
+    for text in header(setup, manifest, folder):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")
-    if random_weights:
+    if setup.random_weights:
         console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
     if text := warmup_warning(scenario, config.training):
         console.line(f"warning: {text}", style="yellow")
@@ -112,9 +74,8 @@ def run(config: Any) -> int:
     previous = {s: signal.signal(s, request_stop(console)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         console.start(runs)
-        cache = ImageCache(backbone.image_size, device, budget_bytes=int(config.data.cache_gb * 1e9))
-        if head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
-            learner = Learner(copy.deepcopy(backbone), copy.deepcopy(head), config, seeds[0], device)
+        if setup.head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
+            learner = setup.learner(seeds[0])
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
             matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]
@@ -125,14 +86,7 @@ def run(config: Any) -> int:
             console.next_run(number)
             result = record.finished()
             if result is None:
-                if random_weights and run.seed != seeds[0]:
-                    backbone, head = prepare(run.seed)
-                own_head = head
-                if kind := getattr(METHODS.get(run.method), "head", None):  # it makes no sense with another
-                    own_head = prepare_head(kind, backbone)
-                learner = Learner(
-                    copy.deepcopy(backbone), copy.deepcopy(own_head), config, run.seed, device, dataset.flip
-                )
+                learner = setup.learner(run.seed, getattr(METHODS.get(run.method), "head", None))
                 method = build_method(run.method, learner, trajectories[run.seed])
                 state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
@@ -152,7 +106,7 @@ def run(config: Any) -> int:
                     "method": run.method,
                     "seed": run.seed,
                     "config": to_dict(config),
-                    "class_names": dataset.class_names,
+                    "class_names": setup.dataset.class_names,
                     "head": learner.head.kind,
                     "final_accuracy": result["final_accuracy"],
                 }
@@ -205,8 +159,9 @@ def request_stop(console: Any) -> Any:
     return handler
 
 
-def header(scenario: Any, manifest: dict[str, Any], backbone: Any, head: Any, device: Any, folder: Any) -> list[str]:
+def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     """What is about to run, in a few lines."""
+    scenario, backbone = setup.scenario, setup.backbone
     dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
     shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
@@ -215,7 +170,7 @@ def header(scenario: Any, manifest: dict[str, Any], backbone: Any, head: Any, de
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
         f"{kind}, {len(sizes)} tasks with {shown} classes, order {manifest['order_sha256']}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
-        f"{head.kind} head, {backbone.image_size} px, {device}",
+        f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"results go to {folder.path}",
     ]
 

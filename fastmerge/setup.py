@@ -1,0 +1,76 @@
+"""Everything that is settled before the first step: data, scenario, device, and the model that learning starts from."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from fastmerge.config import Config
+from fastmerge.data import load_dataset
+from fastmerge.data.cache import ImageCache
+from fastmerge.data.scenario import build_scenario
+from fastmerge.machine import choose_device
+from fastmerge.models import load_backbone
+from fastmerge.models.heads import Head, build_head
+from fastmerge.models.openclip import TextEncoder
+from fastmerge.training import Learner
+
+
+class Setup:
+    """Resolves data and weights at once, so that nothing is missing later, and makes fresh learners.
+
+    Attributes: scenario (with its dataset), device, backbone and head of the first seed, cache for decoded images.
+
+    progress(done, prompts) is called while a text head is made. Raises UserError where something is missing.
+    """
+
+    def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None):
+        # numeric noise of libraries that a user of this program cannot act on
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
+        self.config, self.progress = config, progress
+        self.device = choose_device(config.run.device)
+        dataset = load_dataset(
+            config.data.dataset,
+            config.data.data_root,
+            download=config.data.download,
+            skip_bad_images=config.data.skip_bad_images,
+            split_file=config.data.split_file,
+        )
+        if config.scenario.validation:
+            dataset = dataset.held_out(config.scenario.validation)
+        s = config.scenario
+        self.dataset, self.scenario = dataset, build_scenario(dataset, s.scenario, s.tasks, s.class_order)
+        self._prepare(config.training.seeds[0])
+        self.cache = ImageCache(self.backbone.image_size, self.device, budget_bytes=int(config.data.cache_gb * 1e9))
+
+    @property
+    def random_weights(self) -> bool:
+        return self.config.model.pretrained == "none"
+
+    def _prepare(self, seed: int) -> None:
+        torch.manual_seed(seed)  # --pretrained none draws weights
+        model = self.config.model
+        self.backbone, encoder = load_backbone(model.model, model.pretrained, download=self.config.data.download)
+        self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
+        self._seed = seed
+
+    def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:
+        return build_head(
+            kind,
+            backbone=self.backbone,
+            encoder=encoder,
+            class_names=self.dataset.class_names,
+            templates=self.dataset.templates,
+            device=self.device,
+            progress=self.progress,
+        )
+
+    def learner(self, seed: int, head: str | None = None) -> Learner:
+        """The starting model for one run; head: another kind than the command's, one that needs no text tower."""
+        if self.random_weights and seed != self._seed:
+            self._prepare(seed)
+        made = self._head(head) if head else copy.deepcopy(self.head)
+        return Learner(copy.deepcopy(self.backbone), made, self.config, seed, self.device, self.dataset.flip)
