@@ -114,12 +114,16 @@ class MergeAndAlign:
         views = dict(zip(self.learner.flat.names, self.learner.flat.views(self.learner.theta), strict=True))
         # views of theta, so that a step of the optimiser is a step of the model
         self.projection = {name: torch.nn.Parameter(views[name]) for name in self.learner.backbone.last_projection()}
-        self.optimiser = torch.optim.AdamW(
-            self.projection.values(), lr=self.settings.align_lr
-        )  # decay 0.01, as released
+        # weight decay 0.01, AdamW's own, as released
+        self.optimiser = torch.optim.AdamW(self.projection.values(), lr=self.settings.align_lr)
+        self.merged = False
 
     @torch.no_grad()
-    def _merge(self) -> None:
+    def merge(self) -> None:
+        """Step 2, once."""
+        if self.merged:
+            return
+        self.merged = True
         method, theta, lam = self.method, self.learner.theta, self.settings.lam
         if self.settings.merge == "fisher":
             if self.task.index:  # written from the side of the new model, in place: theta_t and F_t become theta and F'
@@ -140,8 +144,7 @@ class MergeAndAlign:
         return method.trained_as.at(shift, images)
 
     def step(self, i: int) -> dict[str, Tensor]:
-        if i == 0:
-            self._merge()
+        self.merge()
         pixels, _ = self.images.batch(self.batches.rows(i))
         images = self.learner.plain(pixels)
         with torch.no_grad():
@@ -156,8 +159,7 @@ class MergeAndAlign:
         return {"loss": loss.detach()}
 
     def finish(self) -> None:
-        if not self.steps:
-            self._merge()
+        self.merge()
         self.method.previous = None
         self.method.infer()
 
@@ -166,3 +168,4 @@ class MergeAndAlign:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         load_optimiser(self.optimiser, tensors)
+        self.merged = True  # before the first step

@@ -1,0 +1,97 @@
+"""Features of old classes before and after representation alignment: CMM, Figures 5-7.
+
+CMM learns two tasks; the test images of a few classes of the first one are embedded by the model of task 1, by the merged
+model, and by the merged model after alignment, and all three are laid out by one t-SNE (van der Maaten & Hinton 2008,
+scikit-learn). t-SNE distorts distances, so the CSV also has the distance of every feature to that of the first model.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmerge.analysis.two_tasks import TwoTasks, work
+from fastmerge.checkpoint import write_atomically
+from fastmerge.errors import UserError
+from fastmerge.setup import Setup
+
+MODELS = ("previous", "merged", "aligned")
+COLUMNS = ("class", "image", "model", "x", "y", "distance")
+
+
+def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
+    """Write `embeddings.csv` (COLUMNS; image: position among the task's test images) and `embeddings.png` into `out`."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise UserError("embeddings needs scikit-learn: pip install scikit-learn") from None
+    two = TwoTasks(setup)
+    two.train(0)
+    work(two.method.merge(two.tasks[0], two.images.train(two.tasks[0])))
+    chosen = two.tasks[0].classes[:classes]
+    labels = two.tests[0].labels.tolist()
+    rows = [k for k, label in enumerate(labels) if label in chosen]
+    if len(rows) < 2:
+        raise UserError(f"the first {len(chosen)} classes have {len(rows)} test images; t-SNE needs at least two")
+    features = {"previous": embed(two, rows)}
+    images = two.train(1)
+    phase = two.method.merge(two.tasks[1], images)
+    phase.merge()
+    features["merged"] = embed(two, rows)
+    work(phase)
+    features["aligned"] = embed(two, rows)
+
+    everything = torch.cat([features[m] for m in MODELS]).double().numpy()
+    perplexity = min(30.0, (len(everything) - 1) / 3)
+    places = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(everything)
+    table = []
+    for number, model in enumerate(MODELS):
+        far = (features[model] - features["previous"]).norm(dim=1).tolist()
+        for k, row in enumerate(rows):
+            name = setup.dataset.class_names[labels[row]]
+            x, y = places[number * len(rows) + k].tolist()
+            table.append((name, row, model, x, y, far[k]))
+
+    def write(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows([[f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in table])
+
+    write_atomically(out / "embeddings.csv", write)
+    write_atomically(out / "embeddings.png", lambda path: draw(path, table))
+    return [out / "embeddings.csv", out / "embeddings.png"]
+
+
+@torch.no_grad()
+def embed(two: TwoTasks, rows: list[int]) -> Tensor:
+    """Features `[k, d]` of these test images of task 1, on the CPU, at the present weights, as they were trained."""
+    parts = []
+    for part in torch.tensor(rows).split(two.learner.config.training.batch_size):
+        pixels, _ = two.tests[0].batch(part)
+        parts.append(two.method.trained_as(two.learner.plain(pixels)).cpu())
+    return torch.cat(parts)
+
+
+def draw(path: Path, table: list[tuple]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(dict.fromkeys(line[0] for line in table))
+    for axes, model in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("merged", "aligned"), strict=True):
+        for number, name in enumerate(names):
+            for which, marker in (("previous", "o"), (model, "^")):
+                spots = [(line[3], line[4]) for line in table if line[0] == name and line[2] == which]
+                label = name if which == "previous" else None
+                axes.scatter(
+                    *zip(*spots, strict=True), marker=marker, s=14, color=f"C{number % 10}", alpha=0.7, label=label
+                )
+        far = [line[5] for line in table if line[2] == model]
+        axes.set(title=f"{model} (triangles): mean distance {sum(far) / len(far):.2f}", xticks=[], yticks=[])
+    axes.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=120)
