@@ -41,7 +41,7 @@ def run(config: Any) -> int:
     from fastmerge.evaluate import metrics, zero_shot
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import environment
-    from fastmerge.methods import METHODS, build_method, check_names, plan, shared_trainings
+    from fastmerge.methods import METHODS, build_method, plan, read_method, shared_trainings
     from fastmerge.methods.trajectory import Trajectory
     from fastmerge.models.saved import model_tensors
     from fastmerge.plots import draw
@@ -49,7 +49,8 @@ def run(config: Any) -> int:
     from fastmerge.setup import Setup
 
     console = Console(config.run.quiet)
-    check_names(config.training.method)
+    for spec in config.training.method:
+        read_method(spec, config)  # a wrong name is told before any data is read
     setup = Setup(config, console.encoding)
     scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
@@ -67,7 +68,7 @@ def run(config: Any) -> int:
     if text := warmup_warning(scenario, config.training):
         console.line(f"warning: {text}", style="yellow")
 
-    results: dict[str, dict[str, Any]] = {run.method: {} for run in runs}
+    results: dict[str, dict[str, Any]] = {run.label: {} for run in runs}
     share = shared_trainings(runs, config.training.keep_trajectory)
     trajectories = {seed: Trajectory(folder.path / f"trajectory-seed{seed}", share) for seed in seeds}
     starting: dict[str, Any] | None = None
@@ -82,12 +83,12 @@ def run(config: Any) -> int:
             starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
             del learner
         for number, run in enumerate(runs):
-            record = folder.record(run.method, run.seed, config.run.save_every)
+            record = folder.record(run.label, run.seed, config.run.save_every)
             console.next_run(number)
             result = record.finished()
             if result is None:
-                learner = setup.learner(run.seed, getattr(METHODS.get(run.method), "head", None))
-                method = build_method(run.method, learner, trajectories[run.seed])
+                learner = setup.learner(run.seed, getattr(METHODS.get(run.method), "head", None), run.config)
+                method = build_method(run, learner, trajectories[run.seed])
                 state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
@@ -103,9 +104,9 @@ def run(config: Any) -> int:
                     "bad_images": state.bad_images,
                 }
                 recipe = {
-                    "method": run.method,
+                    "method": run.label,
                     "seed": run.seed,
-                    "config": to_dict(config),
+                    "config": to_dict(run.config),
                     "class_names": setup.dataset.class_names,
                     "head": learner.head.kind,
                     "final_accuracy": result["final_accuracy"],
@@ -115,8 +116,8 @@ def run(config: Any) -> int:
                 del learner, method
             else:
                 console.skip(number)
-                console.line(f"{run.method} seed {run.seed}: finished before, kept")
-            results[run.method][str(run.seed)] = result
+                console.line(f"{run.label} seed {run.seed}: finished before, kept")
+            results[run.label][str(run.seed)] = result
     except Interrupted:
         console.close()
         number = StopRequest.signal or signal.SIGINT

@@ -72,7 +72,8 @@ class ModelSettings:
 class TrainingSettings:
     method: tuple[str, ...] = ("trm", "finetune")
     """One or more of: trm, cmm; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock,
-    slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean."""
+    slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean.
+    NAME:SETTING=VALUE,... runs a method with settings of its own, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false."""
     protocol: tuple[Literal["full", "running", "strict"], ...] = ("strict",)
     """What a merge rule may keep. full: all models, trained without regard to merging. running: the un-merged model to train
     on, and the merged one. strict: the merged model alone, which starts the next task (TRM, Fig. 1: A, B, C)."""
@@ -326,6 +327,27 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name, value in settings.items()
         if f"{group}.{name}" not in FREE and old.get(group, {}).get(name) != json.loads(json.dumps(value))
     ]
+
+
+def changed(config: Config, changes: dict[str, dict[str, str]], source: str) -> Config:
+    """`config` with the settings of `changes[group][name]`, given as text; checked as flags are.
+
+    Raises:
+        UserError: a value that the setting does not take.
+    """
+    values = json.loads(json.dumps(to_dict(config)))
+    for group, settings in changes.items():
+        for name, text in settings.items():
+            field_type = type(values[group][name])
+            if field_type is bool and text.lower() not in ("true", "false"):
+                raise UserError(f"{source}: {group}.{name} is true or false, not {text!r}")
+            values[group][name] = text.lower() == "true" if field_type is bool else text
+    try:
+        return resolve(tyro.cli(Config, args=as_flags(values, source), console_outputs=False))
+    except SystemExit:
+        raise UserError(
+            f"{source}: a value does not fit; python -m fastmerge --help lists what each setting takes"
+        ) from None
 
 
 def resolve(config: Config) -> Config:

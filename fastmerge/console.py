@@ -128,7 +128,7 @@ class Console:
         run = self.runs[self.run]
         self.work.remaining[self.run] = self.work.of(self.run, state.task, state.phase)
         if state.task or state.phase or state.step:
-            self.line(f"{run.method} seed {run.seed}: continues at task {state.task + 1}, step {state.step}")
+            self.line(f"{run.label} seed {run.seed}: continues at task {state.task + 1}, step {state.step}")
 
     def _advance(self, kind: str, images: int, text: str) -> None:
         now = time.perf_counter()
@@ -144,7 +144,7 @@ class Console:
 
     def _where(self, task: Task) -> str:
         run = self.runs[self.run]
-        return f"{run.method} seed {run.seed} · task {task.index + 1}/{len(run.scenario.tasks)}"
+        return f"{run.label} seed {run.seed} · task {task.index + 1}/{len(run.scenario.tasks)}"
 
     def step(self, task: Task, name: str, i: int, phase: Phase, terms: dict[str, Any]) -> None:
         batches = phase.batches

@@ -68,9 +68,11 @@ class Setup:
             progress=self.progress,
         )
 
-    def learner(self, seed: int, head: str | None = None) -> Learner:
-        """The starting model for one run; head: another kind than the command's, one that needs no text tower."""
+    def learner(self, seed: int, head: str | None = None, config: Config | None = None) -> Learner:
+        """The starting model for one run. head: another kind than the command's, one that needs no text tower. config: with
+        other settings of a method."""
         if self.random_weights and seed != self._seed:
             self._prepare(seed)
         made = self._head(head) if head else copy.deepcopy(self.head)
-        return Learner(copy.deepcopy(self.backbone), made, self.config, seed, self.device, self.dataset.flip)
+        config = config or self.config
+        return Learner(copy.deepcopy(self.backbone), made, config, seed, self.device, self.dataset.flip)

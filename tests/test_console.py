@@ -21,8 +21,8 @@ def work(kind="cil"):
     epochs = {"train": 3, "merge": 2}
     return Work(
         [
-            Run("trm", 0, scenario(kind), epochs, None),
-            Run("finetune", 0, scenario(kind), epochs | {"merge": 0}, "sequential"),
+            Run("trm", "trm", None, 0, None, scenario(kind), epochs, None),
+            Run("finetune", "finetune", None, 0, None, scenario(kind), epochs | {"merge": 0}, "sequential"),
         ]
     )
 

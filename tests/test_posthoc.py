@@ -4,8 +4,9 @@ import pytest
 import torch
 import toy
 
+from fastmerge.errors import UserError
 from fastmerge.fisher import FisherPass
-from fastmerge.methods import plan, shared_trainings
+from fastmerge.methods import plan, read_method, shared_trainings
 from fastmerge.methods.posthoc import PostHoc
 from fastmerge.methods.trajectory import Recorded, Replay, Trajectory
 from fastmerge.training import Train
@@ -185,8 +186,8 @@ def test_plan_shares_what_can_be_shared():
     methods = ["--method", "trm", "finetune", "magmax", "average", "--protocol", "full", "running", "strict"]
     scenario = type("S", (), {"joined": lambda self: self})()
     runs = plan(toy.parse([*methods, "--seeds", "0", "1"]), scenario)
-    assert [r.method for r in runs[:4]] == ["trm", "finetune", "magmax-full", "magmax-running"] and len(runs) == 16
-    assert [r.method for r in runs if r.seed == 0 and r.epochs["train"]] == [
+    assert [r.label for r in runs[:4]] == ["trm", "finetune", "magmax-full", "magmax-running"] and len(runs) == 16
+    assert [r.label for r in runs if r.seed == 0 and r.epochs["train"]] == [
         "trm", "finetune", "magmax-strict", "average-strict",
     ]  # fmt: skip
     assert shared_trainings(runs, keep=False) == {"sequential"}
@@ -194,6 +195,37 @@ def test_plan_shares_what_can_be_shared():
     assert [r.trajectory for r in runs] == ["sequential", "independent"]
     assert shared_trainings(runs, keep=False) == set()
     assert shared_trainings(runs, keep=True) == {"sequential", "independent"}
+
+
+def test_a_method_with_settings_of_its_own():
+    specs = ["cmm", "cmm:lam=0.3,tangent=false,align-epochs=0", "dare-ties:density=0.5,p=0.2", "ewc:lam=5,labels=data"]
+    config = toy.parse(["--method", *specs, "--protocol", "full"])
+    runs = plan(config, None)
+    assert [r.label for r in runs] == [
+        "cmm", "cmm(lam=0.3,tangent=false,align-epochs=0)", "dare-ties-full(density=0.5,p=0.2)", "ewc(lam=5,labels=data)",
+    ]  # fmt: skip
+    assert runs[0].config is config and runs[0].epochs["merge"] == 1
+    cmm, dare, ewc = (r.config for r in runs[1:])
+    assert (cmm.cmm.lam, cmm.cmm.tangent, cmm.cmm.align_epochs) == (0.3, False, 0) and runs[1].epochs["merge"] == 0
+    assert (dare.ties.density, dare.dare.p, ewc.ewc.lam, ewc.fisher.labels) == (0.5, 0.2, 5.0, "data")
+    assert cmm.training == config.training and config.cmm.lam == 0.4
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ties:densty=0.5", "Did you mean: density"),
+        ("ties:density", "expected ties:SETTING=VALUE"),
+        ("ties:density=2", "--ties.density 2.0: expected above 0"),
+        ("cmm:tangent=maybe", "cmm.tangent is true or false"),
+        ("cmm:lam=much", "a value does not fit"),
+        ("average:scale=1", "average has no settings of its own"),
+        ("tise:scale=1", "unknown method 'tise'"),
+    ],
+)
+def test_bad_settings_of_a_method(spec, message):
+    with pytest.raises(UserError, match=message):
+        read_method(spec, toy.parse([]))
 
 
 # -- the Fisher itself ----------------------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ A merge rule of `fastmerge.merging` is one method per storage protocol (`posthoc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from fastmerge.config import Config
+from fastmerge.config import Config, changed
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError, nearest
@@ -63,22 +62,49 @@ METHODS = {
 class Run:
     """One method with one seed. epochs: how often its phases see a task's images, for the time left.
 
-    trajectory: the un-merged training it can share, 'sequential' or 'independent', None where training depends on a merge.
+    config: the command's, with the settings that `--method NAME:SETTING=VALUE` gives this method. trajectory: the un-merged
+    training it can share, 'sequential' or 'independent', None where training depends on a merge.
     """
 
-    method: str
+    label: str  # name in tables and of its folder
+    method: str  # name in METHODS, or of a merge rule
+    protocol: str | None
     seed: int
+    config: Config
     scenario: Scenario
     epochs: dict[str, int]
     trajectory: str | None
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Refuse an unknown method (UserError, with the nearest names)."""
+def groups(name: str) -> tuple[str, ...]:
+    """The groups of settings that are a method's own."""
+    fisher = ("fisher",) if name in ("ewc", "cofima") else ()
+    own = RULES[name][1] if name in RULES else (name,)
+    return tuple(g for g in (*own, *fisher) if hasattr(Config(), g))
+
+
+def read_method(spec: str, config: Config) -> tuple[str, Config]:
+    """NAME or NAME:SETTING=VALUE,... -> the method's name, and `config` with these settings of its own.
+
+    Raises:
+        UserError: an unknown method or setting, with the nearest names; a value that the setting does not take.
+    """
+    name, _, rest = spec.partition(":")
     known = [*METHODS, *RULES]
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown method {name!r}.{nearest(name, known)} There are: {', '.join(known)}.")
+    if name not in known:
+        raise UserError(f"unknown method {name!r}.{nearest(name, known)} There are: {', '.join(known)}.")
+    changes: dict[str, dict[str, str]] = {}
+    for pair in filter(None, rest.split(",")):
+        setting, equals, value = pair.partition("=")
+        setting = setting.strip().replace("-", "_")
+        mine = {s: g for g in groups(name)[::-1] for s in vars(getattr(config, g))}
+        if not equals or setting not in mine:
+            hint = f" Its settings are: {', '.join(mine)}." if mine else f" {name} has no settings of its own."
+            raise UserError(
+                f"--method {spec}: expected {name}:SETTING=VALUE, got {pair!r}.{nearest(setting, mine)}{hint}"
+            )
+        changes.setdefault(mine[setting], {})[setting] = value.strip()
+    return name, changed(config, changes, f"--method {spec}") if changes else config
 
 
 def plan(config: Config, scenario: Scenario) -> list[Run]:
@@ -86,18 +112,21 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
     runs = []
     for seed in config.training.seeds:
         trained = set()  # by a run before, which shares it
-        for name in config.training.method:
+        for spec in config.training.method:
+            name, its = read_method(spec, config)
             for protocol in config.training.protocol if name in RULES else (None,):
                 shared = "sequential" if name == "finetune" or protocol == "running" else None
                 shared = config.training.init if protocol == "full" else shared
                 train = 0 if name == "nearest-mean" or shared in trained else config.training.epochs
                 fisher = name == "ewc" or (name in RULES and RULES[name][0].needs_fisher)
-                searches = {"trm": config.training.merge_epochs, "cmm": config.cmm.align_epochs}
-                merge = searches.get(name, int(fisher))
+                searches = {"trm": config.training.merge_epochs, "cmm": its.cmm.align_epochs}
+                epochs = {"train": train, "merge": searches.get(name, int(fisher))}
                 trained |= {shared} - {None}
-                label = f"{name}-{protocol}" if protocol else name
+                label = "-".join(filter(None, (name, protocol))) + (
+                    f"({spec.partition(':')[2]})" if ":" in spec else ""
+                )
                 own = scenario.joined() if name == "joint" else scenario
-                runs.append(Run(label, seed, own, {"train": train, "merge": merge}, shared))
+                runs.append(Run(label, name, protocol, seed, its, own, epochs, shared))
     return runs
 
 
@@ -107,9 +136,8 @@ def shared_trainings(runs: list[Run], keep: bool) -> set[str]:
     return {name for (name, _), n in counts.items() if n > 1 or keep}
 
 
-def build_method(name: str, learner: Learner, trajectory: Trajectory) -> Method:
-    """The method of a `Run`."""
-    if name not in METHODS:
-        rule, protocol = name.rsplit("-", 1)
-        return PostHoc(learner, trajectory, rule, protocol)
-    return Finetune(learner, trajectory) if name == "finetune" else METHODS[name](learner)
+def build_method(run: Run, learner: Learner, trajectory: Trajectory) -> Method:
+    """The method of a run."""
+    if run.protocol:
+        return PostHoc(learner, trajectory, run.method, run.protocol)
+    return Finetune(learner, trajectory) if run.method == "finetune" else METHODS[run.method](learner)
