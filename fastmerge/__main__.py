@@ -131,9 +131,10 @@ def run(config: Any) -> int:
         for s, handler in previous.items():
             signal.signal(s, handler)
 
-    if not config.training.keep_trajectory:
-        for trajectory in trajectories.values():
-            trajectory.delete()
+    for trajectory in trajectories.values():
+        if config.training.keep_trajectory:
+            trajectory.keep()
+        trajectory.delete()
     save_json(
         folder.path / "results.json",
         {"zero_shot": starting, "methods": results, "summary": summary(results)},

@@ -80,8 +80,8 @@ class TrainingSettings:
     init: Literal["sequential", "independent"] = "sequential"
     """Where training starts under --protocol full: at the last task's un-merged model, or at the starting weights."""
     keep_trajectory: bool = False
-    """Keep the un-merged models of every task in the run folder (one file per task), so that merge rules that are named
-    later need no training. Otherwise they are deleted when the command is done."""
+    """Keep the un-merged models of every task in the run folder (one file per task) until you delete them, so that merge
+    rules that are named later need no training. Otherwise they are deleted when the command is done."""
     seeds: tuple[int, ...] = (0,)
     """One run per method and seed."""
     epochs: int | None = None

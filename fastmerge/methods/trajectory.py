@@ -34,8 +34,15 @@ class Trajectory:
             return Replay(learner, task, images, path)
         return Recorded(learner, task, images, path) if init in self.share else Train(learner, task, images)
 
+    def keep(self) -> None:
+        """No command deletes these models any more; a user may."""
+        if self.folder.exists():
+            (self.folder / "keep").touch()
+
     def delete(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Unless they are kept."""
+        if not (self.folder / "keep").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Recorded(Train):
