@@ -22,6 +22,10 @@ COLUMNS = (
     ("peft", "speedup_peft"),
     ("exact", "speedup_exact"),
     ("none", "speedup_none"),
+    ("tangent", "speedup_tangent"),
+    ("fisher", "speedup_fisher"),
+    ("tangent memory", "memory_tangent"),
+    ("fisher memory", "memory_fisher"),
 )
 
 

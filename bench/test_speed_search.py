@@ -9,32 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 from measure import Case
+from models import MODELS, chosen, start
 
-from fastmerge.config import parse
-from fastmerge.data.cache import TaskImages
-from fastmerge.data.scenario import Task
 from fastmerge.methods.trm import TRM
-from fastmerge.models import load_backbone
-from fastmerge.models.heads import LinearHead
-from fastmerge.training import Learner
-
-CLASSES = 10
-MODELS = {"tiny": "tiny", "22M": "vit_small_patch16_224", "86M": "vit_base_patch16_224"}
 
 
 def search(model: str, batch: int, device: torch.device, *flags: str):
-    """A search between two models, ready to step, on random images (the tiny model has its trained weights)."""
-    torch.manual_seed(0)
-    config = parse([f"--batch-size={batch}", f"--device={device.type}", "--merge-epochs=1000", *flags])
-    backbone, _ = load_backbone(MODELS[model], "glyphs" if model == "tiny" else "none", download=False)
-    head = LinearHead(backbone.feature_dim, CLASSES)
-    head.grow(range(CLASSES), torch.Generator())
-    torch.nn.init.normal_(head.weight, std=0.1)
-    learner = Learner(backbone, head, config, seed=0, device=device)
-    pixels = (batch, 3, backbone.image_size, backbone.image_size)
-    images = torch.randint(0, 256, pixels, dtype=torch.uint8).to(device)
-    images = TaskImages(images, torch.randint(0, CLASSES, (batch,)).to(device), 0)
-    task = Task(1, "task", tuple(range(CLASSES)), None, None)
+    """A search between two models, ready to step."""
+    learner, task, images = start(model, batch, device, *flags)
     method = TRM(learner)
     method.begin(task)
     learner.theta.add_(0.01 * learner.theta * torch.randn_like(learner.theta))
@@ -43,11 +25,7 @@ def search(model: str, batch: int, device: torch.device, *flags: str):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_search(bench, model, request, device):
-    if model != "tiny" and device.type == "cpu" and model not in request.config.getoption("--sizes").split(","):
-        pytest.skip("not among --sizes")
-    if model != "tiny" and request.config.getoption("--quick"):
-        pytest.skip("--quick")
-    batch = 128 if device.type == "cuda" else 32 if model == "tiny" else 4
+    batch = chosen(model, request, device)
     flags = {"difference": ["--trm.curvature=difference"], "exact": [], "none": ["--trm.lambda2=0"]}
     searches = {name: search(model, batch, device, *flag) for name, flag in flags.items()}
     steps = {name: (lambda s=s: s.step(0)) for name, s in searches.items()}
