@@ -71,7 +71,7 @@ class ModelSettings:
 @dataclass
 class TrainingSettings:
     method: tuple[str, ...] = ("trm", "finetune")
-    """One or more of: trm, cmm; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock,
+    """One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock,
     slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean.
     NAME:SETTING=VALUE,... runs a method with settings of its own, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false."""
     protocol: tuple[Literal["full", "running", "strict"], ...] = ("strict",)
@@ -92,6 +92,9 @@ class TrainingSettings:
     """Images per step. Default: 128 (TRM); 64 with the tiny model."""
     lr: float | None = None
     """Peak learning rate of AdamW, cosine to zero. Default: 1e-5 (TRM); 6e-4 with the tiny model."""
+    lora_rank: int = 0
+    """Train LoRA of this rank on the key and value projections, folded into the model after every task; 0: all weights. For
+    every method that trains as usual; P&M has --pam.rank."""
     warmup_steps: int = 0
     """Steps of linear warm-up in every task. 500 in the released code of MagMax and CMM, where most tasks are shorter."""
     head_lr: float = 1e-2
@@ -234,6 +237,24 @@ class CMMSettings:
 
 
 @dataclass
+class PAMSettings:
+    rank: int = 10
+    """Rank of LoRA on the key and value projections (paper); 0 trains and merges all weights."""
+    lr: float | None = None
+    """Peak learning rate of LoRA. Default: 1e-3 (paper); 1e-2 with the tiny model."""
+    epsilon: float = 0.5
+    """Size of the perturbation in units of the task vector (paper)."""
+    p0: float = 1 / 3
+    """Probability of no perturbation; the two signs share the rest (paper)."""
+    perturb: Literal["task", "gauss", "none"] = "task"
+    """Along the task vector, Gaussian noise of the same norm (Table 4), or none (LoRA-M)."""
+    merge: bool = True
+    """Merge by the closed form; otherwise alpha is 1 (LoRA)."""
+    labels: Literal["data", "model"] = "data"
+    """Labels of the Fisher: those of the data (eq. 9), or drawn from the model's prediction."""
+
+
+@dataclass
 class EWCSettings:
     lam: float = 1000.0
     """Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 is the Laplace approximation
@@ -260,6 +281,7 @@ class Config:
     run: tyro.conf.OmitArgPrefixes[RunSettings] = field(default_factory=RunSettings)
     trm: TRMSettings = field(default_factory=TRMSettings)
     cmm: CMMSettings = field(default_factory=CMMSettings)
+    pam: PAMSettings = field(default_factory=PAMSettings)
     task_arithmetic: TaskArithmeticSettings = field(default_factory=TaskArithmeticSettings)
     ties: TiesSettings = field(default_factory=TiesSettings)
     dare: DareSettings = field(default_factory=DareSettings)
@@ -373,6 +395,8 @@ def resolve(config: Config) -> Config:
     for name, paper, small in (("epochs", 15, 3), ("merge_epochs", 5, 1), ("batch_size", 128, 64), ("lr", 1e-5, 6e-4)):
         if getattr(c.training, name) is None:
             setattr(c.training, name, small if tiny else paper)
+    if c.pam.lr is None:
+        c.pam.lr = 1e-2 if tiny else 1e-3
     if c.cmm.align_lr is None:
         c.cmm.align_lr = 1e-3 if tiny else 1e-7
     if c.scenario.tasks is None and c.scenario.scenario == "cil":
@@ -418,6 +442,11 @@ def resolve(config: Config) -> Config:
         ),
         ("--warmup-steps", c.training.warmup_steps, c.training.warmup_steps >= 0, "0 or more"),
         ("--validation", c.scenario.validation, 0 <= c.scenario.validation < 1, "at least 0, below 1"),
+        ("--lora-rank", c.training.lora_rank, c.training.lora_rank >= 0, "0 (all weights) or more"),
+        ("--pam.rank", c.pam.rank, c.pam.rank >= 0, "0 (all weights) or more"),
+        ("--pam.lr", c.pam.lr, c.pam.lr >= 0, "0 or more"),
+        ("--pam.epsilon", c.pam.epsilon, 0 <= c.pam.epsilon <= 1, "between 0 and 1 (eq. 13)"),
+        ("--pam.p0", c.pam.p0, 0 <= c.pam.p0 <= 1, "between 0 and 1"),
         ("--cmm.lam", c.cmm.lam, 0 <= c.cmm.lam <= 1, "between 0 and 1"),
         ("--cmm.align-epochs", c.cmm.align_epochs, c.cmm.align_epochs >= 0, "0 or more"),
         ("--cmm.align-lr", c.cmm.align_lr, c.cmm.align_lr >= 0, "0 or more"),

@@ -154,7 +154,8 @@ class Console:
             seconds, count = self.work.seconds.get(name, (0.0, 0))
             self._text = (
                 f"{self._where(task)} · {name} epoch {i // batches.per_epoch + 1}/{max(1, phase.steps // batches.per_epoch)}"
-                f" · loss {float(terms['loss']):.3f} · {count / seconds if seconds else 0:.0f} images/s"
+                f"{''.join(f' · loss {float(v):.3f}' for k, v in terms.items() if k == 'loss')}"
+                f" · {count / seconds if seconds else 0:.0f} images/s"
             )
         self._advance(name, images, self._text)
 

@@ -9,6 +9,7 @@ Images are not augmented and the candidates are the task's own classes, as in tr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import fastmerge_kernels as fk
 import torch
@@ -25,40 +26,54 @@ ROOM = 1 << 28  # bytes of per-image gradients held at once
 
 
 class FisherPass:
-    """One pass over a task's images in steps, at a theta that stays. `finish()` returns the Fisher `[n]` fp32."""
+    """One pass over a task's images in steps, at a theta that stays. `finish()` returns the Fisher `[n]` fp32.
 
-    def __init__(self, learner: Learner, task: Task, images: TaskImages):
+    labels: other than the settings say. weights `[m]`, named: the Fisher of these alone; `named(weights)` are all parameters.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        task: Task,
+        images: TaskImages,
+        *,
+        labels: str | None = None,
+        weights: Tensor | None = None,
+        named: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    ):
         self.learner, self.task, self.images = learner, task, images
         self.settings = learner.config.fisher
+        self.labels = labels or self.settings.labels
+        self.weights, self.named = (learner.theta, learner.flat.as_dict) if weights is None else (weights, named)
         self.batches = Batches(learner, task, images, "fisher", epochs=1)
         self.total = min(len(images), self.settings.images or len(images))
         self.steps = math.ceil(self.total / learner.config.training.batch_size)
         self.classes = torch.tensor(task.classes, device=learner.device)
-        self.fisher = torch.zeros_like(learner.theta)
+        self.fisher = torch.zeros_like(self.weights)
 
+    @torch.no_grad()  # what grad differentiates by it marks itself; a head's rows need none
     def step(self, i: int) -> dict[str, Tensor]:
         learner, size = self.learner, self.learner.config.training.batch_size
         rows = self.batches.rows(i)[: self.total - i * size]
         pixels, labels = self.images.batch(rows)
         images = learner.plain(pixels)
-        targets = positions(labels, self.classes) if self.settings.labels == "data" else self.drawn(images, i)
+        targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(images, i)
         if self.settings.per == "batch":
-            gradient, loss = grad_and_value(self.loss)(learner.theta, images, targets)
+            gradient, loss = grad_and_value(self.loss)(self.weights, images, targets)
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
             return {"loss": loss}
         losses, chunk = [], max(1, ROOM // self.fisher.nbytes)
         with differentiable_attention():  # fused attention has no rule for vmap
             for part in zip(images[:, None].split(chunk), targets[:, None].split(chunk), strict=True):
-                gradients, values = vmap(grad_and_value(self.loss), in_dims=(None, 0, 0))(learner.theta, *part)
+                gradients, values = vmap(grad_and_value(self.loss), in_dims=(None, 0, 0))(self.weights, *part)
                 for gradient in gradients:
                     fk.fisher_accumulate_(self.fisher, gradient, 1 / self.total)
                 losses.append(values)
         return {"loss": torch.cat(losses).mean()}
 
-    def loss(self, theta: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean -log p over a batch at `theta` `[n]`; targets: columns of the task's classes `[b]`."""
-        flat = self.learner.flat
-        features = functional_call(flat.module, flat.as_dict(theta), (images,))
+    def loss(self, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean -log p over a batch; targets: columns of the task's classes `[b]`."""
+        features = functional_call(self.learner.flat.module, self.named(weights), (images,))
         return F.cross_entropy(self.learner.head(features, self.classes), targets)
 
     @torch.no_grad()

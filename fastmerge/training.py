@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from fastmerge.config import Config
 from fastmerge.data.augment import normalise, random_resized_crop, to_float
@@ -23,6 +24,7 @@ from fastmerge.data.scenario import Task
 from fastmerge.flat import FlatModel
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
+from fastmerge.models.lora import FullRank, LowRank
 
 
 class Phase(Protocol):
@@ -81,6 +83,12 @@ class Learner:
         """uint8 `[b, 3, s, s]` -> the backbone's input, randomly cropped (and flipped)."""
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
+
+    def adapter(self, rank: int, what: tuple[str | int, ...] = ()) -> LowRank | FullRank:
+        """What training moves: LoRA of this rank on key and value projections, drawn for `what`, or with 0 all weights."""
+        if not rank:
+            return FullRank(self.flat)
+        return LowRank(self.flat, rank, ("key", "value"), self.generator(*what))
 
     def grow_head(self, task: Task, images: TaskImages) -> None:
         """Give the head what it needs to know of a new task: rows, or the class means of the starting model."""
@@ -141,22 +149,36 @@ class Train:
 
     name = "train"
 
-    def __init__(self, learner: Learner, task: Task, images: TaskImages):
+    def __init__(
+        self, learner: Learner, task: Task, images: TaskImages, *, rank: int | None = None, lr: float | None = None
+    ):
         self.learner, self.task, self.images = learner, task, images
         settings = learner.config.training
         self.batches = Batches(learner, task, images, self.name, settings.epochs)
         self.steps = self.batches.steps
         self.classes = torch.tensor(task.classes, device=learner.device)
-        groups = [{"params": [learner.flat.theta], "peak": settings.lr}]
+        self.rank = settings.lora_rank if rank is None else rank
+        self.adapter = learner.adapter(self.rank, ("lora", task.index))
+        groups = [{"params": [self.adapter.theta], "peak": settings.lr if lr is None else lr}]
         if head := learner.head.trainable():
             # no decay: it would wear away the rows of classes that this task does not train
             groups.append({"params": head, "peak": settings.head_lr, "weight_decay": 0.0})
         fused = learner.device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
 
+    def weights(self) -> Tensor | None:
+        """The adapted weights `[m]` that a step's forward sees; None: those of the model."""
+        return self.adapter.base + self.adapter.shift() if self.rank else None
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: images normalised floats `[b, 3, s, s]`, labels `[b]` class indices."""
-        return self.task_loss(self.learner.features(images), labels)
+        return self.task_loss(self.features(images), labels)
+
+    def features(self, images: Tensor) -> Tensor:
+        weights = self.weights()
+        if weights is None:
+            return self.learner.features(images)
+        return functional_call(self.learner.flat.module, self.adapter.named(weights), (images,))
 
     def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
@@ -169,7 +191,7 @@ class Train:
         pixels, labels = self.images.batch(rows)
         images = learner.augmented(pixels, learner.generator("augment", self.task.index, i))
         loss = self.loss(images, labels)
-        learner.flat.zero_grad()
+        self.adapter.theta.grad.zero_()
         for p in learner.head.trainable():
             p.grad = None
         loss.backward()
@@ -177,19 +199,26 @@ class Train:
         if clip := learner.config.training.clip:
             norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], clip)
         else:
-            norm = learner.flat.gradient.norm()
+            norm = self.adapter.theta.grad.norm()
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(group["peak"], i, self.steps, learner.config.training.warmup_steps)
         self.optimiser.step()
         return {"loss": loss.detach(), "gradient_norm": norm.detach()}
 
     def finish(self) -> None:
+        if self.rank:  # fold the adapter in
+            self.adapter.scatter(self.adapter.base + self.adapter.shift().detach(), self.learner.theta)
         self.learner.flat.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        return optimiser_tensors(self.optimiser)
+        own = (
+            {"adapter": self.adapter.theta.detach()} if self.rank else {}
+        )  # else it is the model, which is saved anyway
+        return own | optimiser_tensors(self.optimiser)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        if self.rank:
+            self.adapter.theta.data.copy_(tensors["adapter"])
         load_optimiser(self.optimiser, tensors)
 
 

@@ -151,6 +151,7 @@ OTHERS = {  # a post-hoc rule whose training is shared, one with a Fisher, and t
     "fisher-strict": ("--method fisher", [("step", "merge", 1, 1), ("step", "train", 2, 1)]),
     "ewc": ("--method ewc", [("step", "merge", 0, 1), ("step", "train", 1, 2)]),
     "cmm": ("--method cmm --cmm.align-lr 1e-2", [("step", "train", 1, 1), ("step", "merge", 1, 1)]),
+    "pam": ("--method pam", [("step", "train", 1, 2), ("step", "merge", 1, 1)]),
     "lwf": ("--method lwf", [("step", "train", 1, 2), ("evaluate", 2)]),
 }
 

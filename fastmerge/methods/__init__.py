@@ -29,6 +29,7 @@ from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
 from fastmerge.methods.lwf import LwF
 from fastmerge.methods.nearest_mean import NearestMean
+from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import PostHoc
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.methods.trm import TRM
@@ -50,6 +51,7 @@ class Method(Protocol):
 METHODS = {
     "trm": TRM,
     "cmm": CMM,
+    "pam": PAM,
     "finetune": Finetune,
     "joint": Joint,
     "lwf": LwF,
@@ -93,6 +95,8 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
     known = [*METHODS, *RULES]
     if name not in known:
         raise UserError(f"unknown method {name!r}.{nearest(name, known)} There are: {', '.join(known)}.")
+    if config.training.lora_rank and name in ("ewc", "cmm"):
+        raise UserError(f"--lora-rank: {name} works on all weights; leave it out, or leave {name} out of --method")
     changes: dict[str, dict[str, str]] = {}
     for pair in filter(None, rest.split(",")):
         setting, equals, value = pair.partition("=")
@@ -119,7 +123,7 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
                 shared = config.training.init if protocol == "full" else shared
                 train = 0 if name == "nearest-mean" or shared in trained else config.training.epochs
                 fisher = name == "ewc" or (name in RULES and RULES[name][0].needs_fisher)
-                searches = {"trm": config.training.merge_epochs, "cmm": its.cmm.align_epochs}
+                searches = {"trm": config.training.merge_epochs, "cmm": its.cmm.align_epochs, "pam": int(its.pam.merge)}
                 epochs = {"train": train, "merge": searches.get(name, int(fisher))}
                 trained |= {shared} - {None}
                 label = "-".join(filter(None, (name, protocol))) + (

@@ -70,6 +70,6 @@ class Distil(Train):
         with torch.no_grad():
             features = functional_call(learner.flat.module, learner.flat.as_dict(method.teacher), (images,))
             wanted = method.teacher_head(features, self.known)
-        features, t = learner.features(images), method.settings.temperature
+        features, t = self.features(images), method.settings.temperature
         kept = F.cross_entropy(learner.head(features, self.known) / t, (wanted / t).softmax(1))
         return self.task_loss(features, labels) + method.settings.lam * kept

@@ -1,0 +1,126 @@
+"""LoRA (Hu et al. 2022) on chosen projections of the attention layers, as a function of the weights: W + (1 + c) B A.
+
+The model is not rebuilt: a forward puts the sums in the place of the weights (`functional_call`), so fused qkv matrices of
+timm and open_clip are served as well as separate ones, and folding the adapter in is one addition. peft cannot adapt a row
+block of a fused matrix; on separate projections the two agree (tests/test_method_pam.py).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastmerge.errors import UserError
+from fastmerge.flat import FlatModel
+
+ORDER = ("query", "key", "value")  # row blocks of a fused matrix, in timm and in torch's MultiheadAttention
+FUSED = re.compile(r"attn\.(qkv\.weight|in_proj_weight)$")
+SEPARATE = {name: re.compile(rf"\b({name[0]}|{name[0]}_proj|{name})(_weight|\.weight)$") for name in ORDER}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `first` to `first + rows` of a weight matrix with `columns` columns; place: where they lie in the flat vector."""
+
+    name: str
+    first: int
+    rows: int
+    columns: int
+    place: int
+
+
+def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
+    """The weights of these projections (of `ORDER`) in all attention layers.
+
+    Raises:
+        UserError: the model has none.
+    """
+    found = []
+    for name, shape, offset in zip(flat.names, flat.shapes, flat.offsets, strict=False):
+        if len(shape) != 2:
+            continue
+        if FUSED.search(name):
+            rows = shape[0] // 3
+            for target in sorted(targets, key=ORDER.index):
+                first = ORDER.index(target) * rows
+                found.append(Block(name, first, rows, shape[1], offset + first * shape[1]))
+        elif any(SEPARATE[target].search(name) for target in targets):
+            found.append(Block(name, 0, *shape, offset))
+    if not found:
+        raise UserError(
+            f"the model has no {' or '.join(targets)} projection that LoRA could adapt: choose a ViT, or train all parameters"
+        )
+    return found
+
+
+class LowRank:
+    """An adapter of rank r on `targets`.
+
+    theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]` (zero) of
+    every block. `base` `[m]`: the adapted weights at the start, every block flattened; they are vectors to merge.
+    """
+
+    def __init__(self, flat: FlatModel, rank: int, targets: Sequence[str], generator: torch.Generator):
+        self.flat, self.rank, self.blocks = flat, rank, find_blocks(flat, targets)
+        parts = []
+        for block in self.blocks:
+            a = torch.empty(rank, block.columns).uniform_(-1, 1, generator=generator) / math.sqrt(block.columns)
+            parts += [a.flatten(), torch.zeros(block.rows * rank)]
+        device = flat.theta.device
+        self.theta = nn.Parameter(torch.cat(parts).to(device))
+        self.theta.grad = torch.zeros_like(self.theta)
+        self.base = self.gather(flat.theta.detach())
+
+    def gather(self, theta: Tensor) -> Tensor:
+        """The adapted weights out of `theta` `[n]`: `[m]`, new."""
+        return torch.cat([theta[b.place : b.place + b.rows * b.columns] for b in self.blocks])
+
+    def scatter(self, weights: Tensor, theta: Tensor) -> None:
+        """Write `weights` `[m]` to their places in `theta` `[n]`."""
+        for block, part in zip(self.blocks, weights.split([b.rows * b.columns for b in self.blocks]), strict=True):
+            theta[block.place : block.place + len(part)] = part
+
+    def shift(self) -> Tensor:
+        """B A of every block, `[m]`; differentiable by `theta`."""
+        sizes = [size for b in self.blocks for size in (self.rank * b.columns, b.rows * self.rank)]
+        pieces = self.theta.split(sizes)
+        products = [
+            b_part.view(b.rows, self.rank) @ a_part.view(self.rank, b.columns)
+            for b, a_part, b_part in zip(self.blocks, pieces[::2], pieces[1::2], strict=True)
+        ]
+        return torch.cat([p.flatten() for p in products])
+
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        """All parameters for `functional_call`, with `weights` `[m]` in the places of the adapted ones; differentiable."""
+        named = self.flat.as_dict(self.flat.theta.detach())
+        parts = weights.split([b.rows * b.columns for b in self.blocks])
+        for block, part in zip(self.blocks, parts, strict=True):
+            whole = named[block.name]
+            rows = (whole[: block.first], part.view(block.rows, block.columns), whole[block.first + block.rows :])
+            named[block.name] = torch.cat(rows)
+        return named
+
+
+class FullRank:
+    """The same interface without an adapter: `theta` is the model's own vector. base: what `shift` is measured from."""
+
+    def __init__(self, flat: FlatModel):
+        self.flat, self.theta = flat, flat.theta
+        self.base: Tensor | None = None
+
+    def gather(self, theta: Tensor) -> Tensor:
+        return theta.clone()
+
+    def scatter(self, weights: Tensor, theta: Tensor) -> None:
+        theta.copy_(weights)
+
+    def shift(self) -> Tensor:
+        return self.theta - self.base
+
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        return self.flat.as_dict(weights)
