@@ -156,7 +156,10 @@ OTHERS = {  # a post-hoc rule whose training is shared, one with a Fisher, and t
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+OFTEN = ("magmax-full", "pam")  # each takes ten seconds and more
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in OTHERS])
 def test_other_methods_are_killed_too(name, data, tmp_path):
     method, places = OTHERS[name]
     flags = [*FLAGS, *method.split(), "--data-root", str(data)]
