@@ -74,7 +74,8 @@ def run(config: Any) -> int:
     starting: dict[str, Any] | None = None
     previous = {s: signal.signal(s, request_stop(console)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        console.start(runs)
+        records = [folder.record(run.label, run.seed, config.run.save_every) for run in runs]
+        console.start(runs, [n for n, record in enumerate(records) if record.finished() is not None])
         if setup.head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
             learner = setup.learner(seeds[0])
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
@@ -83,7 +84,7 @@ def run(config: Any) -> int:
             starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
             del learner
         for number, run in enumerate(runs):
-            record = folder.record(run.label, run.seed, config.run.save_every)
+            record = records[number]
             console.next_run(number)
             result = record.finished()
             if result is None:
@@ -115,7 +116,6 @@ def run(config: Any) -> int:
                 record.finish(result, names, model_tensors(backbone=learner.backbone, head=learner.head), recipe)
                 del learner, method
             else:
-                console.skip(number)
                 console.line(f"{run.label} seed {run.seed}: finished before, kept")
             results[run.label][str(run.seed)] = result
     except Interrupted:

@@ -99,9 +99,11 @@ class Console:
             self._printed = time.monotonic()
             self.line(f"text head: {done} of {prompts} prompts encoded")
 
-    def start(self, runs: Sequence[Run]) -> None:
-        """Begin the progress of a command with these runs."""
+    def start(self, runs: Sequence[Run], finished: Sequence[int] = ()) -> None:
+        """Begin the progress of a command with these runs; finished: those that ended before."""
         self.work, self.runs, self.run = Work(runs), runs, -1
+        for number in finished:
+            self.work.remaining[number] = dict.fromkeys(GUESS, 0)
         self._printed = time.monotonic()
         if not self.quiet and self.rich.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[eta]} left"))
@@ -113,11 +115,6 @@ class Console:
         if self.live:
             self.live.stop()
             self.live = None
-
-    def skip(self, run: int) -> None:
-        """This run is finished already."""
-        self.run = run
-        self.work.remaining[run] = dict.fromkeys(GUESS, 0)
 
     def next_run(self, run: int) -> None:
         self.run = run
