@@ -68,7 +68,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
         x = range(1, len(mean) + 1)
         style = {"linestyle": "--", "color": "grey"} if name == "zero-shot" else {"marker": "o", "markersize": 3}
         (line,) = axes.plot(x, mean, label=name, **style)
-        if len(runs) > 1:
+        if len(runs) > 1 and not many:
             spread = [statistics.stdev(s) for s in steps]
             low, high = ([m + sign * d for m, d in zip(mean, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
