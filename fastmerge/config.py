@@ -229,7 +229,7 @@ class CMMSettings:
     align_epochs: int = 1
     """Epochs of representation alignment ("Bias" in Table 4); 1 in the released code, 0 switches it off."""
     align_lr: float | None = None
-    """AdamW step of the last projection. Default: 1e-7 (released script); 1e-3 with the tiny model."""
+    """AdamW step of the last projection. Default: 1e-7 (released script); 1e-4 with the tiny model."""
     align_loss: Literal["l1", "l2"] = "l2"
     """Mean absolute or mean squared difference of the features (l2 in the released script)."""
     inference: Literal["linearised", "plain"] = "linearised"
@@ -398,7 +398,7 @@ def resolve(config: Config) -> Config:
     if c.pam.lr is None:
         c.pam.lr = 1e-2 if tiny else 1e-3
     if c.cmm.align_lr is None:
-        c.cmm.align_lr = 1e-3 if tiny else 1e-7
+        c.cmm.align_lr = 1e-4 if tiny else 1e-7
     if c.scenario.tasks is None and c.scenario.scenario == "cil":
         c.scenario.tasks = 5 if c.data.dataset == "glyphs" else 10
     if c.scenario.scenario == "dil" and c.scenario.class_order == ScenarioSettings.class_order:
