@@ -28,6 +28,8 @@ class Fisher(Rule):
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         if fisher is None:
             raise ValueError("fisher: this rule needs the diagonal Fisher of every model, update(theta, fisher)")
+        if self.empty and self.count > 1:
+            raise ValueError("the merged model was forgotten: call restart(theta) before update()")
         merged, kept = self.zeros("merged", "fisher")
         s = self.settings
         lam = 1.0 if self.count == 1 else 1 / self.count if s.accumulate == "sum" else s.lam
@@ -37,6 +39,10 @@ class Fisher(Rule):
 
     def _write(self, out: Tensor) -> Tensor:
         return out.copy_(self.kept["merged"])
+
+    @property
+    def empty(self) -> bool:
+        return "merged" not in self.kept
 
     def restart(self, theta: Tensor) -> None:
         self.kept["merged"] = theta.clone()

@@ -58,7 +58,11 @@ class Rule:
     def update(self, theta: Tensor, fisher: Tensor | None = None) -> None:
         """Take in one more model `[n]`; neither it nor `fisher` `[n]` is changed or held."""
         self.count, self.fed = self.count + 1, self.fed + 1
-        self._take(theta, fisher)
+        try:
+            self._take(theta, fisher)
+        except BaseException:  # a refused model does not count
+            self.count, self.fed = self.count - 1, self.fed - 1
+            raise
 
     def merged(self, out: Tensor) -> Tensor:
         """Write the merge of the models so far into `out` `[n]` (none of the models) and return it.
@@ -66,9 +70,14 @@ class Rule:
         Raises:
             ValueError: there was no model yet.
         """
-        if not self.count:
+        if self.empty:
             raise ValueError(f"{type(self).__name__}: no model to merge yet; call update() first")
         return self._write(out)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to merge."""
+        return not self.count
 
     def restart(self, theta: Tensor) -> None:
         """Begin anew with `theta` as the only model: the merge of all tasks so far stands in for them."""
@@ -96,7 +105,9 @@ class Rule:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         self.count, self.fed = int(tensors["count"]), int(tensors["fed"])
-        self.kept = {k: v.to(self.base.theta.device) for k, v in tensors.items() if k not in ("count", "fed")}
+        self.kept = {
+            k: v.to(self.base.theta.device, copy=True) for k, v in tensors.items() if k not in ("count", "fed")
+        }
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         raise TypeError(f"{type(self).__name__} does not say how it takes in a model")
