@@ -126,18 +126,21 @@ def undisturbed(data, tmp_path_factory):
 
 
 PLACES = [
-    ("step", "train", 0, 0),
     ("step", "train", 1, 3),
     ("step", "merge", 1, 2),
-    ("step", "merge", 2, 3),
     ("evaluate", 2),
-    ("checkpoint", 1),
     ("checkpoint", 9),
+]
+MORE_PLACES = [  # the same in other tasks and files: slow tests
+    ("step", "train", 0, 0),
+    ("step", "merge", 2, 3),
+    ("checkpoint", 1),
     ("end",),
 ]
+EVERYWHERE = [*PLACES, *(pytest.param(place, marks=pytest.mark.slow) for place in MORE_PLACES)]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda p: "-".join(map(str, p)))
+@pytest.mark.parametrize("place", EVERYWHERE, ids=lambda p: "-".join(map(str, p)))
 def test_killed_at(place, data, undisturbed, tmp_path):
     flags = [*FLAGS, "--data-root", str(data), "--run-dir", str(tmp_path / "run")]
     assert finish(flags, place) == -signal.SIGKILL
@@ -156,7 +159,7 @@ OTHERS = {  # a post-hoc rule whose training is shared, one with a Fisher, and t
 }
 
 
-OFTEN = ("magmax-full", "pam")  # each takes ten seconds and more
+OFTEN = ("magmax-full",)  # each takes ten seconds and more
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in OTHERS])
