@@ -82,7 +82,7 @@ class Perturbed(Train):
         self.draw, chance = i, torch.rand((), generator=generator).item()
         sign = 0 if chance < settings.p0 else 1 if chance < (1 + settings.p0) / 2 else -1
         self.scale = 0.0 if settings.perturb == "none" else sign * settings.epsilon
-        return super().step(i) | {"perturbation": torch.tensor(self.scale)}
+        return super().step(i) | {"perturbation": torch.full((), self.scale, device=self.learner.device)}
 
     def weights(self) -> Tensor:
         shift = self.adapter.shift()
