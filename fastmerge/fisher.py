@@ -1,15 +1,15 @@
 """The diagonal Fisher of the model on a task: the mean over its images of the squared gradient of -log p(label | image).
 
-Per image, by `torch.func.vmap` of `grad`, with labels drawn from the model's own prediction: the Fisher information
-(Martens 2020). `--fisher.labels data` takes the true labels, the "empirical Fisher" of CoFiMA and P&M; `--fisher.per batch`
-squares the mean gradient of a batch, as released code often does, which is smaller by up to the batch size (van de Ven 2025).
+Per image, by `torch.func.vmap` of `grad` (projections that LoRA adapts: by `models/per_image.py`), with labels drawn from
+the model's own prediction: the Fisher information (Martens 2020). `--fisher.labels data` takes the true labels, the
+"empirical Fisher" of CoFiMA and P&M; `--fisher.per batch` squares the mean gradient of a batch, as released code often does,
+which is smaller by up to the batch size (van de Ven 2025).
 Images are not augmented and the candidates are the task's own classes, as in training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import fastmerge_kernels as fk
 import torch
@@ -20,15 +20,15 @@ from torch.func import functional_call, grad_and_value, vmap
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.models.backbone import differentiable_attention
+from fastmerge.models.lora import FullRank, LowRank
+from fastmerge.models.per_image import ROOM, SquaredGradients, served
 from fastmerge.training import Batches, Learner, positions
-
-ROOM = 1 << 28  # bytes of per-image gradients held at once
 
 
 class FisherPass:
     """One pass over a task's images in steps, at a theta that stays. `finish()` returns the Fisher `[n]` fp32.
 
-    labels: other than the settings say. weights `[m]`, named: the Fisher of these alone; `named(weights)` are all parameters.
+    labels: other than the settings say. adapter: the Fisher of the weights that this LoRA adapts alone, `[m]`.
     """
 
     def __init__(
@@ -38,18 +38,19 @@ class FisherPass:
         images: TaskImages,
         *,
         labels: str | None = None,
-        weights: Tensor | None = None,
-        named: Callable[[Tensor], dict[str, Tensor]] | None = None,
+        adapter: LowRank | FullRank | None = None,
     ):
         self.learner, self.task, self.images = learner, task, images
         self.settings = learner.config.fisher
         self.labels = labels or self.settings.labels
-        self.weights, self.named = (learner.theta, learner.flat.as_dict) if weights is None else (weights, named)
+        self.adapter = adapter or FullRank(learner.flat)
+        self.weights = self.adapter.gather(learner.theta) if isinstance(adapter, LowRank) else learner.theta
         self.batches = Batches(learner, task, images, "fisher", epochs=1)
         self.total = min(len(images), self.settings.images or len(images))
         self.steps = math.ceil(self.total / learner.config.training.batch_size)
         self.classes = torch.tensor(task.classes, device=learner.device)
         self.fisher = torch.zeros_like(self.weights)
+        self._served: bool | None = None
 
     @torch.no_grad()  # what grad differentiates by it marks itself; a head's rows need none
     def step(self, i: int) -> dict[str, Tensor]:
@@ -62,6 +63,10 @@ class FisherPass:
             gradient, loss = grad_and_value(self.loss)(self.weights, images, targets)
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
             return {"loss": loss}
+        return {"loss": (self.projections if self.served(images[:1]) else self.per_image)(images, targets)}
+
+    def per_image(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Add the squares of a batch, by vmap; returns the mean loss."""
         losses, chunk = [], max(1, ROOM // self.fisher.nbytes)
         with differentiable_attention():  # fused attention has no rule for vmap
             for part in zip(images[:, None].split(chunk), targets[:, None].split(chunk), strict=True):
@@ -69,11 +74,30 @@ class FisherPass:
                 for gradient in gradients:
                     fk.fisher_accumulate_(self.fisher, gradient, 1 / self.total)
                 losses.append(values)
-        return {"loss": torch.cat(losses).mean()}
+        return torch.cat(losses).mean()
+
+    def served(self, image: Tensor) -> bool:
+        """Whether `projections` can be used: only adapted weights, each in one linear map. Asked once."""
+        if self._served is None:
+            named = self.learner.flat.as_dict(self.learner.theta)
+            module = self.learner.flat.module
+            self._served = isinstance(self.adapter, LowRank) and served(module, named, self.adapter.blocks, image)
+        return self._served
+
+    @torch.enable_grad()
+    def projections(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The same as `per_image` for adapted projections, in one backward pass of the batch."""
+        named, squares = self.learner.flat.as_dict(self.learner.theta), torch.zeros_like(self.fisher)
+        with SquaredGradients(named, self.adapter.blocks, squares) as mode:
+            features = functional_call(self.learner.flat.module, named, (images,))
+        loss = F.cross_entropy(self.learner.head(features, self.classes), targets, reduction="sum")
+        mode.backward(loss)
+        self.fisher.add_(squares, alpha=1 / self.total)
+        return loss.detach() / len(images)
 
     def loss(self, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """Mean -log p over a batch; targets: columns of the task's classes `[b]`."""
-        features = functional_call(self.learner.flat.module, self.named(weights), (images,))
+        features = functional_call(self.learner.flat.module, self.adapter.named(weights), (images,))
         return F.cross_entropy(self.learner.head(features, self.classes), targets)
 
     @torch.no_grad()

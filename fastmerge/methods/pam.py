@@ -104,9 +104,8 @@ class Coefficient(FisherPass):
 
     def __init__(self, method: PAM, task: Task, images: TaskImages):
         adapter = method.learner.adapter(method.settings.rank)
-        here = {"weights": method.trained, "named": adapter.named}
-        super().__init__(method.learner, task, images, labels=method.settings.labels, **here)
-        self.method, self.adapter = method, adapter
+        super().__init__(method.learner, task, images, labels=method.settings.labels, adapter=adapter)
+        self.method = method
         self.steps += 1
 
     def step(self, i: int) -> dict[str, Tensor]:
