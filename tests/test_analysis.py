@@ -1,10 +1,12 @@
 """The analyses on a small folder: what they write, and that the ends of a curve are the models themselves."""
 
 import csv
+import json
 
 import pytest
 from image_trees import image_folder
 
+from fastmerge.__main__ import main as train
 from fastmerge.analysis.__main__ import main
 
 FLAGS = (
@@ -48,10 +50,68 @@ def test_embeddings(data, tmp_path):
     assert far["previous"] == 0 < far["aligned"] < far["merged"]
 
 
+def test_landscape_holds_the_run_itself(data, tmp_path):
+    """Its ends are the two models, and the chosen point is the model that a run ends with."""
+    flags = ["--data-root", str(data), *FLAGS, "--head", "linear", "--lr", "1e-2", "--pam.lr", "3e-2"]
+    assert main(["landscape", "--points", "6", "--out", str(tmp_path), *flags]) == 0
+    rows = [{k: v if k == "part" else float(v) for k, v in r.items()} for r in read(tmp_path / "landscape.csv")]
+    assert [r["part"] for r in rows] == ["plane"] * 36 + ["path"] * 6 + ["chosen"]
+    plane = {(r["alpha"], r["beta"]): r for r in rows if r["part"] == "plane"}
+    path = {r["alpha"]: r for r in rows if r["part"] == "path"}
+    for end in (0.0, 1.0):
+        for column in ("loss", "loss_own", "accuracy"):
+            assert plane[end, 1 - end][column] == pytest.approx(path[end][column], rel=1e-5)
+    assert all(r["loss_own"] < r["loss"] for r in rows)  # fewer classes to take for the right one
+    chosen = rows[-1]
+    assert 0 <= chosen["alpha"] <= 1 and chosen["alpha"] + chosen["beta"] == pytest.approx(1)
+    assert train([*flags, "--method", "pam", "--run-dir", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "pam-seed0" / "result.json").read_text())
+    assert chosen["accuracy"] == pytest.approx(result["final_accuracy"], abs=1e-3)
+    with open(tmp_path / "run" / "pam-seed0" / "metrics.jsonl") as file:
+        alphas = [line["alpha"] for line in map(json.loads, file) if "alpha" in line]
+    assert chosen["alpha"] == pytest.approx(alphas[-1], rel=1e-5)
+
+
+def test_bars_of_finished_runs(tmp_path):
+    def result(final, forgetting, plasticity):
+        return {"final_accuracy": final, "forgetting": forgetting, "plasticity": plasticity}
+
+    for name, methods in {
+        "a": {
+            "pam": {"0": result(80.0, 2.0, 90.0), "1": result(84.0, 4.0, 90.0)},
+            "joint": {"0": result(95.0, None, 95.0)},
+        },
+        "b": {"pam": {"0": result(50.0, 1.0, 60.0)}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"methods": methods}))
+    runs = [str(tmp_path / "a"), str(tmp_path / "b" / "results.json")]
+    assert main(["bars", *runs, "--out", str(tmp_path / "out")]) == 0
+    rows = {(r["run"], r["method"], r["metric"]): r for r in read(tmp_path / "out" / "bars.csv")}
+    assert len(rows) == 8 and ("a", "joint", "forgetting") not in rows
+    first = rows["a", "pam", "final_accuracy"]
+    assert (float(first["mean"]), first["seeds"]) == (82.0, "2")
+    assert float(first["deviation"]) == pytest.approx(8**0.5, rel=1e-5)
+    assert float(rows["b", "pam", "plasticity"]["deviation"]) == 0
+    assert (tmp_path / "out" / "bars.png").stat().st_size > 1000
+
+
+def test_bars_of_something_else(tmp_path, capsys):
+    assert main(["bars", str(tmp_path)]) == 2 and "results.json of a finished run" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text("[]")
+    assert main(["bars", str(tmp_path)]) == 2
+    (tmp_path / "results.json").write_text('{"methods": {}}')
+    assert main(["bars", str(tmp_path)]) == 2 and "no finished method" in capsys.readouterr().err
+    assert main(["bars", str(tmp_path), "--tasks", "2"]) == 2 and "not --tasks 2" in capsys.readouterr().err
+
+
 def test_bad_input(data, tmp_path, capsys):
     assert main(["interpolate", "--data-root", str(data), *FLAGS, "--tasks", "1"]) == 2
     assert "choose at least 2" in capsys.readouterr().err
     assert main(["interpolate", "--points", "1", "--data-root", str(data), *FLAGS]) == 2
+    for wrong in ("--after 3", "--after 1", "--pam.no-merge"):
+        assert main(["landscape", "--data-root", str(data), *FLAGS, *wrong.split()]) == 2
+        assert wrong in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["interpolate", "--out", str(tmp_path / "file" / "x"), "--data-root", str(data), *FLAGS]) == 2
     assert "cannot write there" in capsys.readouterr().err

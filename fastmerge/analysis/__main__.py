@@ -13,38 +13,32 @@ from fastmerge.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one analysis; returns the exit code (2: bad input)."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNG and the CSV (figures)")
     parser = argparse.ArgumentParser(
         prog="fastmerge.analysis",
         description=analysis.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=("interpolate", "embeddings"))
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNG and the CSV (figures)")
-    parser.add_argument("--points", type=int, default=11, help="interpolate: how many weights from 0 to 1 (11)")
-    parser.add_argument("--classes", type=int, default=3, help="embeddings: how many classes of the first task (3)")
+    kinds = parser.add_subparsers(dest="what", required=True)
+
+    def kind(name: str, text: str) -> argparse.ArgumentParser:
+        more = None if name == "bars" else "All settings of the trainer apply too: python -m fastmerge --help."
+        return kinds.add_parser(name, parents=[common], description=text, help=text, epilog=more, allow_abbrev=False)
+
+    one = kind("interpolate", "accuracy and loss between the models of two tasks")
+    one.add_argument("--points", type=int, default=11, help="how many weights from 0 to 1 (11)")
+    one = kind("embeddings", "features of old classes before and after alignment")
+    one.add_argument("--classes", type=int, default=3, help="how many classes of the first task (3)")
+    one = kind("landscape", "the loss over the plane of P&M's old and new model")
+    one.add_argument("--points", type=int, default=11, help="how many weights per axis (11)")
+    one.add_argument("--after", type=int, help="the task whose merge is looked at, from 2 on (the last one)")
+    one = kind("bars", "accuracy, forgetting and plasticity of finished runs")
+    one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
     own, rest = parser.parse_known_args(argv)
     try:
-        from fastmerge.config import parse
-        from fastmerge.setup import Setup
-
-        if own.points < 2 or own.classes < 1:
-            raise UserError(f"--points {own.points} --classes {own.classes}: expected at least 2 points and 1 class")
-        setup = Setup(parse(rest))
-        if len(setup.scenario.tasks) < 2:
-            raise UserError("--tasks 1: an analysis compares the models of two tasks; choose at least 2")
-        try:
-            own.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {own.out}: cannot write there ({error}); choose another folder") from None
-        if own.what == "interpolate":
-            from fastmerge.analysis.interpolate import interpolate
-
-            paths = interpolate(setup, own.points, own.out)
-        else:
-            from fastmerge.analysis.embeddings import embeddings
-
-            paths = embeddings(setup, own.classes, own.out)
+        paths = run(own, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,6 +48,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in paths:
         print(path)
     return 0
+
+
+def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
+    """own: the settings of the analysis; rest: those of the trainer."""
+    if own.what == "bars":
+        if rest:
+            raise UserError(f"bars takes run folders and --out, not {' '.join(rest)}")
+        from fastmerge.analysis.bars import bars
+
+        return bars(own.runs, folder(own.out))
+    for name, least in (("points", 2), ("classes", 1), ("after", 2)):
+        value = getattr(own, name, None)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: expected {least} or more")
+
+    from fastmerge.config import parse
+    from fastmerge.setup import Setup
+
+    setup = Setup(parse(rest))
+    tasks = len(setup.scenario.tasks)
+    if tasks < 2:
+        raise UserError("--tasks 1: an analysis compares the models of two tasks; choose at least 2")
+    out = folder(own.out)
+    if own.what == "interpolate":
+        from fastmerge.analysis.interpolate import interpolate
+
+        return interpolate(setup, own.points, out)
+    if own.what == "landscape":
+        from fastmerge.analysis.landscape import landscape
+
+        after = own.after or tasks
+        if after > tasks:
+            raise UserError(f"--after {after}: the scenario has {tasks} tasks")
+        return landscape(setup, after, own.points, out)
+    from fastmerge.analysis.embeddings import embeddings
+
+    return embeddings(setup, own.classes, out)
+
+
+def folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error}); choose another folder") from None
+    return out
 
 
 if __name__ == "__main__":

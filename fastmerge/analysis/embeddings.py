@@ -7,15 +7,15 @@ scikit-learn). t-SNE distorts distances, so the CSV also has the distance of eve
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastmerge.analysis.two_tasks import TwoTasks, work
-from fastmerge.checkpoint import write_atomically
+from fastmerge.analysis.figure import save
+from fastmerge.analysis.stages import Stages, work
 from fastmerge.errors import UserError
+from fastmerge.methods.cmm import CMM
 from fastmerge.setup import Setup
 
 MODELS = ("previous", "merged", "aligned")
@@ -28,7 +28,7 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
         from sklearn.manifold import TSNE
     except ImportError:
         raise UserError("embeddings needs scikit-learn: pip install scikit-learn") from None
-    two = TwoTasks(setup)
+    two = Stages(setup, CMM, 2)
     two.train(0)
     work(two.method.merge(two.tasks[0], two.images.train(two.tasks[0])))
     chosen = two.tasks[0].classes[:classes]
@@ -55,19 +55,11 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
             x, y = places[number * len(rows) + k].tolist()
             table.append((name, row, model, x, y, far[k]))
 
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows([[f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in table])
-
-    write_atomically(out / "embeddings.csv", write)
-    write_atomically(out / "embeddings.png", lambda path: draw(path, table))
-    return [out / "embeddings.csv", out / "embeddings.png"]
+    return save(out, "embeddings", COLUMNS, table, lambda figure: draw(figure, table), (9, 4))
 
 
 @torch.no_grad()
-def embed(two: TwoTasks, rows: list[int]) -> Tensor:
+def embed(two: Stages, rows: list[int]) -> Tensor:
     """Features `[k, d]` of these test images of task 1, on the CPU, at the present weights, as they were trained."""
     parts = []
     for part in torch.tensor(rows).split(two.learner.config.training.batch_size):
@@ -76,12 +68,7 @@ def embed(two: TwoTasks, rows: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def draw(path: Path, table: list[tuple]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(figure, table: list[tuple]) -> None:
     names = list(dict.fromkeys(line[0] for line in table))
     for axes, model in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("merged", "aligned"), strict=True):
         for number, name in enumerate(names):
@@ -94,4 +81,3 @@ def draw(path: Path, table: list[tuple]) -> None:
         far = [line[5] for line in table if line[2] == model]
         axes.set(title=f"{model} (triangles): mean distance {sum(far) / len(far):.2f}", xticks=[], yticks=[])
     axes.legend(fontsize=8)
-    figure.savefig(path, format="png", dpi=120)

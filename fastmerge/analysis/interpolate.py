@@ -7,20 +7,17 @@ are classified among the classes of both.
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import fastmerge_kernels as fk
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from fastmerge.analysis.two_tasks import TwoTasks
-from fastmerge.checkpoint import write_atomically
-from fastmerge.evaluate import batches
+from fastmerge.analysis.figure import save
+from fastmerge.analysis.stages import Stages
+from fastmerge.methods.cmm import CMM
 from fastmerge.setup import Setup
-from fastmerge.training import positions
 
 COLUMNS = ("training", "merge", "lambda", "accuracy_task1", "accuracy_task2", "accuracy", "loss")
 
@@ -28,21 +25,13 @@ COLUMNS = ("training", "merge", "lambda", "accuracy_task1", "accuracy_task2", "a
 def interpolate(setup: Setup, points: int, out: Path) -> list[Path]:
     """Write `interpolate.csv` (COLUMNS; accuracies in percent, loss in nats per image) and `interpolate.png` into `out`."""
     rows = [row for tangent in (False, True) for row in curves(setup, tangent, points)]
-
-    def table(path: Path) -> None:
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows([[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows])
-
-    write_atomically(out / "interpolate.csv", table)
-    write_atomically(out / "interpolate.png", lambda path: draw(path, rows))
-    return [out / "interpolate.csv", out / "interpolate.png"]
+    return save(out, "interpolate", COLUMNS, rows, lambda figure: draw(figure, rows), (9, 3.6))
 
 
 def curves(setup: Setup, tangent: bool, points: int) -> Iterator[tuple]:
     """Rows of COLUMNS for one way of training."""
-    two = TwoTasks(setup, tangent)
+    config = dataclasses.replace(setup.config, cmm=dataclasses.replace(setup.config.cmm, tangent=tangent))
+    two = Stages(setup, CMM, 2, config)
     found = []
     for number in range(2):
         two.train(number)
@@ -56,32 +45,11 @@ def curves(setup: Setup, tangent: bool, points: int) -> Iterator[tuple]:
             else:
                 theta.copy_(theta1)
                 fk.fisher_merge_(theta, fisher1.clone(), theta2, fisher2, lam)
-            accuracy, loss = score(two)
-            both = sum(a * len(t) for a, t in zip(accuracy, two.tests, strict=True)) / sum(map(len, two.tests))
-            yield "tangent" if tangent else "normal", merge, lam, *accuracy, both, loss
+            score = two.score()
+            yield "tangent" if tangent else "normal", merge, lam, *score.accuracies, score.accuracy, score.loss
 
 
-@torch.no_grad()
-def score(two: TwoTasks) -> tuple[list[float], float]:
-    """Accuracy on each task's test images in percent, and the mean cross-entropy over all, at the present weights."""
-    learner, candidates = two.learner, torch.tensor(two.classes, device=two.learner.device)
-    correct = torch.zeros(2, dtype=torch.int64, device=learner.device)
-    loss = torch.zeros((), dtype=torch.float64, device=learner.device)
-    for pixels, labels, test in batches(two.tests, learner.config.training.batch_size):
-        logits: Tensor = learner.head(learner.features(learner.plain(pixels)), candidates)
-        truth = positions(labels, candidates)
-        correct.index_add_(0, test, (logits.argmax(1) == truth).long())
-        loss += F.cross_entropy(logits, truth, reduction="sum")
-    counts = [len(t) for t in two.tests]
-    return [100.0 * c / n for c, n in zip(correct.tolist(), counts, strict=True)], float(loss) / sum(counts)
-
-
-def draw(path: Path, rows: list[tuple]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(figure, rows: list[tuple]) -> None:
     for axes, column, title in zip(figure.subplots(1, 2), (5, 6), ("accuracy (%)", "loss"), strict=True):
         for training, style in (("normal", "--"), ("tangent", "-")):
             for merge, colour in (("average", "C0"), ("fisher", "C1")):
@@ -90,4 +58,3 @@ def draw(path: Path, rows: list[tuple]) -> None:
         axes.set(xlabel="weight of the second task's model", ylabel=title)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, format="png", dpi=120)

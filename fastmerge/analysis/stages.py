@@ -1,0 +1,77 @@
+"""The first tasks of a scenario learned by a method, stage by stage, and how good any weights are on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmerge.config import Config
+from fastmerge.data.cache import TaskImages
+from fastmerge.evaluate import batches, micro
+from fastmerge.loop import Images
+from fastmerge.setup import Setup
+from fastmerge.training import Learner, Phase, positions
+
+
+class Score(NamedTuple):
+    """accuracies: per task, percent, among the classes of all tasks; accuracy: over all images. loss, loss_own: mean over the
+    tasks of the cross-entropy in nats, among the classes of all tasks, and among the task's own (as in training)."""
+
+    accuracies: list[float]
+    accuracy: float
+    loss: float
+    loss_own: float
+
+
+class Stages:
+    """A learner with a method, and the first `count` tasks of the scenario. config: other settings than the command's."""
+
+    def __init__(self, setup: Setup, method: Callable[[Learner], object], count: int, config: Config | None = None):
+        self.learner = setup.learner(setup.config.training.seeds[0], config=config)
+        self.method = method(self.learner)
+        self.images = Images(setup.scenario, setup.cache)
+        self.tasks = setup.scenario.tasks[:count]
+        self.tests: list[TaskImages] = [setup.cache.get(setup.dataset.test, t.test, keep=True) for t in self.tasks]
+        self.classes = setup.scenario.seen(count - 1)
+
+    def train(self, number: int) -> TaskImages:
+        """Begin task `number` and train it; returns its images."""
+        task = self.tasks[number]
+        images = self.images.train(task)
+        self.learner.grow_head(task, images)
+        self.method.begin(task)
+        work(self.method.train(task, images))
+        return images
+
+    @torch.no_grad()
+    def score(self) -> Score:
+        """On the test images of all tasks, at the present weights."""
+        learner, classes = self.learner, torch.tensor(self.classes, device=self.learner.device)
+        own = torch.stack([torch.isin(classes.cpu(), torch.tensor(t.classes)) for t in self.tasks]).to(learner.device)
+        counts = [len(t) for t in self.tests]
+        sums = torch.zeros(
+            len(counts), 3, dtype=torch.float64, device=learner.device
+        )  # correct, loss, loss among its own
+        for pixels, labels, test in batches(self.tests, learner.config.training.batch_size):
+            logits: Tensor = learner.head(learner.features(learner.plain(pixels)), classes)
+            truth = positions(labels, classes)
+            right = (logits.argmax(1) == truth).double()
+            loss = F.cross_entropy(logits, truth, reduction="none")
+            narrow = F.cross_entropy(logits.masked_fill(~own[test], -torch.inf), truth, reduction="none")
+            sums.index_add_(0, test, torch.stack([right, loss.double(), narrow.double()], 1))
+        means = (sums.cpu() / torch.tensor(counts)[:, None]).T.tolist()
+        accuracies = [100 * r for r in means[0]]
+        return Score(accuracies, micro(accuracies, counts), *(sum(x) / len(counts) for x in means[1:]))
+
+
+def work(phase: Phase) -> dict[str, Tensor]:
+    """All steps of a phase; returns the terms of the last one."""
+    terms: dict[str, Tensor] = {}
+    for i in range(phase.steps):
+        terms = phase.step(i)
+    phase.finish()
+    return terms
