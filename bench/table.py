@@ -26,6 +26,10 @@ COLUMNS = (
     ("fisher", "speedup_fisher"),
     ("tangent memory", "memory_tangent"),
     ("fisher memory", "memory_fisher"),
+    ("images/s", "images/s"),
+    ("vmap", "speedup_vmap"),
+    ("loop", "speedup_loop"),
+    ("lora step", "speedup_lora"),
 )
 
 

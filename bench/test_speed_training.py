@@ -1,18 +1,24 @@
-"""A training step as usual, against one in the tangent space (CMM) and one of the per-image Fisher pass.
+"""A training step as usual, against one in the tangent space (CMM) and one of the per-image Fisher pass; P&M's Fisher.
 
-speedup_tangent, speedup_fisher say how many times longer those take than the usual step; memory_tangent, memory_fisher how
-many times more memory they take beyond the model (peak growth in a step; meaningless for tiny on a CPU).
+test_training: speedup_tangent, speedup_fisher say how many times longer those take than the usual step; memory_tangent,
+memory_fisher how many times more memory they take beyond the model (peak growth in a step; meaningless for tiny on a CPU).
+test_fisher: a step of the Fisher pass over LoRA's projections; speedup_vmap, speedup_loop, speedup_lora say how many times
+longer the same by vmap, the same by one backward pass per image, and a training step of LoRA take; memory_fisher is the
+pass's memory over that of such a training step.
 """
 
 from __future__ import annotations
 
+import fastmerge_kernels as fk
 import pytest
+import torch
 from measure import Case, Clock
 from models import MODELS, chosen, start
 
 from fastmerge.fisher import FisherPass
 from fastmerge.methods.cmm import CMM
-from fastmerge.training import Train
+from fastmerge.methods.pam import PAM
+from fastmerge.training import Train, positions
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -34,3 +40,34 @@ def test_training(bench, model, request, device):
     for name in steps:
         known = growth["usual"] and growth[name] is not None
         info[f"memory_{name}"] = round(growth[name] / growth["usual"], 2) if known else None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fisher(bench, model, request, device):
+    batch = chosen(model, request, device)
+    learner, task, images = start(model, batch, device)
+    method = PAM(learner)
+    method.begin(task)
+    lora = method.train(task, images)
+    one, other = (FisherPass(learner, task, images, labels="data", adapter=lora.adapter) for _ in range(2))
+    assert one.served(learner.plain(images.images[:1]))
+    other._served = False
+    pixels, labels = images.batch(torch.arange(batch))
+    batch_of_one = list(zip(learner.plain(pixels).split(1), positions(labels, one.classes).split(1), strict=True))
+
+    def loop():
+        weights, total = one.weights.clone().requires_grad_(), torch.zeros_like(one.weights)
+        for image, label in batch_of_one:
+            (gradient,) = torch.autograd.grad(one.loss(weights, image, label), weights)
+            fk.fisher_accumulate_(total, gradient, 1 / batch)
+        return total
+
+    one.step(0), other.step(0)
+    for found in (other.fisher, loop()):
+        assert (found - one.fisher).norm() < 1e-3 * one.fisher.norm()
+    rivals = {"vmap": lambda: other.step(0), "loop": loop, "lora": lambda: lora.step(0)}
+    lora.step(0)  # the optimiser's state
+    growth = [Clock(device).extra_bytes(lambda p=p: p.step(0)) for p in (one, lora)]
+    info = bench.row(Case(lambda: one.step(0), peers=rivals))
+    info |= {"model": model, "batch": batch, "images/s": round(1e3 * batch / info["ms"], 1)}
+    info["memory_fisher"] = round(growth[0] / growth[1], 2) if all(growth) else None

@@ -240,8 +240,8 @@ class CMMSettings:
 class PAMSettings:
     rank: int = 10
     """Rank of LoRA on the key and value projections (paper); 0 trains and merges all weights."""
-    lr: float | None = None
-    """Peak learning rate of LoRA. Default: 1e-3 (paper); 1e-2 with the tiny model."""
+    lr: float = 1e-3
+    """Peak learning rate of LoRA (paper)."""
     epsilon: float = 0.5
     """Size of the perturbation in units of the task vector (paper)."""
     p0: float = 1 / 3
@@ -395,8 +395,6 @@ def resolve(config: Config) -> Config:
     for name, paper, small in (("epochs", 15, 3), ("merge_epochs", 5, 1), ("batch_size", 128, 64), ("lr", 1e-5, 6e-4)):
         if getattr(c.training, name) is None:
             setattr(c.training, name, small if tiny else paper)
-    if c.pam.lr is None:
-        c.pam.lr = 1e-2 if tiny else 1e-3
     if c.cmm.align_lr is None:
         c.cmm.align_lr = 1e-4 if tiny else 1e-7
     if c.scenario.tasks is None and c.scenario.scenario == "cil":
