@@ -13,20 +13,21 @@ _ZERO, _ONE, _SIGN = np.float32(0.0), np.float32(1.0), np.uint32(0x7FFFFFFF)
 
 
 @inline
+def _kept(value, limit):
+    """value where the bits of its magnitude are above `limit`, else 0."""
+    return value if np.int32(bits(value) & _SIGN) > limit else _ZERO
+
+
+@inline
 def _trim(d, x, i, count, threshold, before):
     """d = x - i where its magnitude is above the threshold, or equal to it and its index < before; else 0."""
-    before = min(max(before, 0), count)
+    before, equal = min(max(before, 0), count), np.int32(threshold - np.int32(1))
     for j in range(before):
-        value = x[j] - i[j]
-        d[j] = value if (bits(value) & _SIGN) >= threshold else _ZERO
-    d, x, i = (
-        d[before:count],
-        x[before:count],
-        i[before:count],
-    )  # an index that begins elsewhere than 0 is not vectorised
+        d[j] = _kept(x[j] - i[j], equal)
+    # an index that begins elsewhere than 0 is not vectorised
+    d, x, i = d[before:count], x[before:count], i[before:count]
     for j in range(d.size):
-        value = x[j] - i[j]
-        d[j] = value if (bits(value) & _SIGN) > threshold else _ZERO
+        d[j] = _kept(x[j] - i[j], threshold)
 
 
 @loop
@@ -34,7 +35,7 @@ def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, 
     scratch, d = np.empty((7, BLOCK), np.float32), np.empty(BLOCK, np.float32)
     new, zero = np.empty((5, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
     for row in range(start, stop):
-        lo, hi, threshold, cut = table[row, 0], table[row, 1], np.uint32(thresholds[table[row, 2]]), cuts[table[row, 2]]
+        lo, hi, threshold, cut = table[row, 0], table[row, 1], np.int32(thresholds[table[row, 2]]), cuts[table[row, 2]]
         for first in range(lo, hi, BLOCK):
             count = min(BLOCK, hi - first)
             x = fetch(theta, first, count, scratch[0])
@@ -104,33 +105,99 @@ def finalize(positive, negative, more, less, mass, initial, zero, scale, out, no
 WIDE = 4096  # entries of a block in `merge`: as few pages as leave the sums in the cache
 
 
+@inline
+def _up(value):
+    return (value > _ZERO) | (value != value)  # a NaN is not lost
+
+
+@inline
+def _add(total, a, use_a, b, use_b, c, use_c, d, use_d):
+    total += a if use_a else _ZERO
+    total += b if use_b else _ZERO
+    total += c if use_c else _ZERO
+    return total + (d if use_d else _ZERO)
+
+
+@inline
+def _vote(sums, at, x, base, limit, w, unit, unweighted):
+    """Add one model to `sums` [5, n] from `at` on: positive, negative, their counts, unweighted mass."""
+    # slices of rows: those of the matrix are not known to be contiguous, and the loop would not be vectorised
+    p, q, m, n, mass = sums[0][at:], sums[1][at:], sums[2][at:], sums[3][at:], sums[4][at:]
+    for j in range(base.size):
+        d = _kept(x[j] - base[j], limit)
+        step, up, down = w * d, _up(d), d < _ZERO
+        p[j] += step if up else _ZERO
+        q[j] += step if down else _ZERO
+        m[j] += unit if up else _ZERO
+        n[j] += unit if down else _ZERO
+    if unweighted:
+        for j in range(base.size):
+            mass[j] += _kept(x[j] - base[j], limit)
+
+
+@inline
+def _vote4(sums, x, y, z, v, base, limits, weights, units, unweighted):
+    """`_vote` of four models, one after the other for every entry, so that the sums are read and written once for all."""
+    p, q, m, n, mass = sums[0], sums[1], sums[2], sums[3], sums[4]
+    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    u0, u1, u2, u3 = units[0], units[1], units[2], units[3]
+    for j in range(base.size):
+        i = base[j]
+        a, b, c, d = _kept(x[j] - i, l0), _kept(y[j] - i, l1), _kept(z[j] - i, l2), _kept(v[j] - i, l3)
+        e, f, g, h = _up(a), _up(b), _up(c), _up(d)
+        p[j] = _add(p[j], w0 * a, e, w1 * b, f, w2 * c, g, w3 * d, h)
+        m[j] = _add(m[j], u0, e, u1, f, u2, g, u3, h)
+        e, f, g, h = a < _ZERO, b < _ZERO, c < _ZERO, d < _ZERO
+        q[j] = _add(q[j], w0 * a, e, w1 * b, f, w2 * c, g, w3 * d, h)
+        n[j] = _add(n[j], u0, e, u1, f, u2, g, u3, h)
+    if unweighted:
+        for j in range(base.size):
+            i = base[j]
+            a, b, c, d = _kept(x[j] - i, l0), _kept(y[j] - i, l1), _kept(z[j] - i, l2), _kept(v[j] - i, l3)
+            mass[j] = (((mass[j] + a) + b) + c) + d
+
+
 @loop
 def _merge(
     start, stop, rows, models, initial, thresholds, cuts, weights, units, unweighted, out, zero, scale, write, verdict
 ):
     """verdict [rows, 2]: sum of the elected signs, and how many entries `zero` decides."""
-    scratch, d, bad = np.empty((2, WIDE), np.float32), np.empty(WIDE, np.float32), 0
-    sums = np.empty((5, WIDE), np.float32)
+    scratch, d, bad = np.empty((5, WIDE), np.float32), np.empty(WIDE, np.float32), 0
+    limits, sums, T = np.empty(models.codes.size, np.int32), np.empty((5, WIDE), np.float32), models.codes.size
     p, q, m, n, mass = sums[0], sums[1], sums[2], sums[3], sums[4]
     for row in range(start, stop):
         segment = rows[row, 2]
         for first in range(rows[row, 0], rows[row, 1], WIDE):
             count = min(WIDE, rows[row, 1] - first)
-            i = fetch(initial, first, count, scratch[1])
+            i = fetch(initial, first, count, scratch[4])
             sums[:] = _ZERO
-            for t in range(models.codes.size):
-                x, w, unit = fetch_at(models, t, first, count, scratch[0]), weights[t], units[t]
-                _trim(d, x, i, count, np.uint32(thresholds[t, segment]), cuts[t, segment] + 1 - first)
-                for j in range(count):
-                    step = w * d[j]
-                    up, down = (d[j] > _ZERO) | (d[j] != d[j]), d[j] < _ZERO
-                    p[j] += step if up else _ZERO
-                    q[j] += step if down else _ZERO
-                    m[j] += unit if up else _ZERO
-                    n[j] += unit if down else _ZERO
-                if unweighted:
-                    for j in range(count):
-                        mass[j] += d[j]
+            t = 0
+            while t < T:
+                cut, last = False, min(t + 4, T)
+                for k in range(t, last):  # entries before cut + 1 are kept if their magnitude equals the threshold
+                    before = cuts[k, segment] + 1 - first
+                    limits[k] = np.int32(thresholds[k, segment]) - np.int32(before >= count)
+                    cut |= 0 < before < count
+                if last == t + 4 and not cut:
+                    x, y = (
+                        fetch_at(models, t, first, count, scratch[0]),
+                        fetch_at(models, t + 1, first, count, scratch[1]),
+                    )
+                    z, v = (
+                        fetch_at(models, t + 2, first, count, scratch[2]),
+                        fetch_at(models, t + 3, first, count, scratch[3]),
+                    )
+                    _vote4(sums, x, y, z, v, i, limits[t:last], weights[t:last], units[t:last], unweighted)
+                else:
+                    for k in range(t, last):
+                        x, w, unit = fetch_at(models, k, first, count, scratch[0]), weights[k], units[k]
+                        here = cuts[k, segment] + 1 - first
+                        here = here if 0 < here < count else 0
+                        equal = np.int32(limits[k] - np.int32(1))
+                        _vote(sums, 0, x[:here], i[:here], equal, w, unit, unweighted)
+                        _vote(sums, here, x[here:], i[here:], limits[k], w, unit, unweighted)
+                t = last
             if not unweighted:
                 for j in range(count):
                     mass[j] = p[j] + q[j]
