@@ -76,6 +76,7 @@ def loop(function: Callable) -> Callable:
     return dispatcher
 
 
+part = numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)  # called by loops, compiled once
 inline = numba.njit(forceinline=True)  # for parts of a loop: LLVM vectorises only what it inlined
 
 _pool: ThreadPoolExecutor | None = None
@@ -215,7 +216,7 @@ _read16, _write16 = _memory(types.uint16)
 _read32, _write32 = _memory(types.float32)
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def _decode(address, code, first, count, scratch):
     if code == 0:
         for j in range(count):
@@ -228,7 +229,7 @@ def _decode(address, code, first, count, scratch):
             scratch[j] = _from_half(_read16(address, first + j))
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def _store_float(out, values):
     bad = np.int32(0)  # 32 bits like the data, or the loop runs at half speed
     for j in range(out.size):
@@ -237,7 +238,7 @@ def _store_float(out, values):
     return np.int64(bad)
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def _encode(address, code, first, count, values):
     bad = np.int32(0)
     if code == 0:
@@ -314,7 +315,7 @@ def _sum512(typingctx, address):
     return types.float64(types.uint64), codegen
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def add_sums(row, terms, count):
     """row[k] += sum of terms[k, :count], by `_sum512`. terms: [K, a multiple of 512]; entries from `count` on are lost."""
     for k in range(row.size):
@@ -346,7 +347,7 @@ def _pointer(typingctx, address):
     return types.CPointer(types.float32)(types.uint64), codegen
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def fetch_at(models, t, first, count, scratch):
     """`fetch` from the t-th tensor of a `table`."""
     if models.codes[t] == 0:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from .cpu import bits, floating, fma, inline
+from .cpu import bits, floating, fma, inline, part
 from .philox import PURPOSES, TILE, key_words
 
 MASK, NORMAL, MIX, DROP = (np.uint32(PURPOSES[p]) for p in ("mask", "normal", "mix", "drop"))
@@ -30,7 +29,7 @@ def philox(x0, x1, x2, x3, k0, k1):
     return x0, x1, x2, x3
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def words(u, tile, key, purpose):
     """Fill u [512] uint32 with the words of one tile, in the order of its entries."""
     counter = _u64(tile) * _u64(128)
@@ -76,7 +75,7 @@ def box_muller(a, b):
     return radius * floating(_u32(cosine)), radius * floating(_u32(sine))
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def normals(z, u, tile, key):
     """Fill z [512] fp32 with the standard normals of one tile; u [512] uint32 is scratch."""
     words(u, tile, key, NORMAL)
@@ -86,7 +85,7 @@ def normals(z, u, tile, key):
         z[lane + 256], z[lane + 384] = box_muller(u[lane + 256], u[lane + 384])
 
 
-@numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+@part
 def block_words(u, block, key, purpose):
     """Fill u, whole tiles long, with the words of the block-th stretch of that length."""
     tiles = u.size // TILE

@@ -95,7 +95,7 @@ def _bracket(x, initial, start, stop, k, sample):
     step, size, scratch = n // runs, runs * _RUN, np.empty((2, _RUN), np.float32)
     for r in range(runs):  # unevenly spaced: a matrix's rows must not line up with the steps
         first = start + r * step + (r * 2654435761) % (step - _RUN + 1)
-        _magnitudes(x, initial, first, _RUN, scratch, sample[r * _RUN :])
+        _magnitudes(x, initial, first, np.int64(_RUN), scratch, sample[r * _RUN :])
     share = k / n
     middle, slack = share * size, 3.5 * math.sqrt(size * share * (1.0 - share)) + 4.0
     high = _MAX if middle - slack < 1.0 else _kth(sample[:size], np.int64(middle - slack), np.int32(0), _MAX)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu import arrays, bits, fetch, fetch_at, inline, loop, number, run, store, table
+from .cpu import arrays, bits, fetch, fetch_at, inline, loop, number, part, run, store, table
 from .segments import chunks
+from .threshold import NOTHING
 
 BLOCK = 1024
 CHUNK = 1 << 16
-_ZERO, _ONE, _SIGN = np.float32(0.0), np.float32(1.0), np.uint32(0x7FFFFFFF)
+_ZERO, _ONE, _SIGN, _NOTHING = np.float32(0.0), np.float32(1.0), np.uint32(0x7FFFFFFF), np.int32(NOTHING)
 
 
 @inline
@@ -118,27 +119,14 @@ def _add(total, a, use_a, b, use_b, c, use_c, d, use_d):
     return total + (d if use_d else _ZERO)
 
 
-@inline
-def _vote(sums, at, x, base, limit, w, unit, unweighted):
-    """Add one model to `sums` [5, n] from `at` on: positive, negative, their counts, unweighted mass."""
+@part
+def _vote(sums, at, x, y, z, v, base, limits, weights, units):
+    """Add four models to `sums` [5, n] from `at` on: positive, negative, their counts, unweighted mass.
+
+    One after the other for every entry, so that the sums are read and written once for all four.
+    """
     # slices of rows: those of the matrix are not known to be contiguous, and the loop would not be vectorised
     p, q, m, n, mass = sums[0][at:], sums[1][at:], sums[2][at:], sums[3][at:], sums[4][at:]
-    for j in range(base.size):
-        d = _kept(x[j] - base[j], limit)
-        step, up, down = w * d, _up(d), d < _ZERO
-        p[j] += step if up else _ZERO
-        q[j] += step if down else _ZERO
-        m[j] += unit if up else _ZERO
-        n[j] += unit if down else _ZERO
-    if unweighted:
-        for j in range(base.size):
-            mass[j] += _kept(x[j] - base[j], limit)
-
-
-@inline
-def _vote4(sums, x, y, z, v, base, limits, weights, units, unweighted):
-    """`_vote` of four models, one after the other for every entry, so that the sums are read and written once for all."""
-    p, q, m, n, mass = sums[0], sums[1], sums[2], sums[3], sums[4]
     l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
     u0, u1, u2, u3 = units[0], units[1], units[2], units[3]
@@ -151,11 +139,7 @@ def _vote4(sums, x, y, z, v, base, limits, weights, units, unweighted):
         e, f, g, h = a < _ZERO, b < _ZERO, c < _ZERO, d < _ZERO
         q[j] = _add(q[j], w0 * a, e, w1 * b, f, w2 * c, g, w3 * d, h)
         n[j] = _add(n[j], u0, e, u1, f, u2, g, u3, h)
-    if unweighted:
-        for j in range(base.size):
-            i = base[j]
-            a, b, c, d = _kept(x[j] - i, l0), _kept(y[j] - i, l1), _kept(z[j] - i, l2), _kept(v[j] - i, l3)
-            mass[j] = (((mass[j] + a) + b) + c) + d
+        mass[j] = (((mass[j] + a) + b) + c) + d
 
 
 @loop
@@ -164,40 +148,35 @@ def _merge(
 ):
     """verdict [rows, 2]: sum of the elected signs, and how many entries `zero` decides."""
     scratch, d, bad = np.empty((5, WIDE), np.float32), np.empty(WIDE, np.float32), 0
-    limits, sums, T = np.empty(models.codes.size, np.int32), np.empty((5, WIDE), np.float32), models.codes.size
+    sums, T = np.empty((5, WIDE), np.float32), models.codes.size
     p, q, m, n, mass = sums[0], sums[1], sums[2], sums[3], sums[4]
+    limits, w, u = np.empty(4, np.int32), np.zeros(4, np.float32), np.zeros(4, np.float32)
     for row in range(start, stop):
         segment = rows[row, 2]
         for first in range(rows[row, 0], rows[row, 1], WIDE):
             count = min(WIDE, rows[row, 1] - first)
             i = fetch(initial, first, count, scratch[4])
             sums[:] = _ZERO
-            t = 0
-            while t < T:
-                cut, last = False, min(t + 4, T)
-                for k in range(t, last):  # entries before cut + 1 are kept if their magnitude equals the threshold
-                    before = cuts[k, segment] + 1 - first
-                    limits[k] = np.int32(thresholds[k, segment]) - np.int32(before >= count)
-                    cut |= 0 < before < count
-                if last == t + 4 and not cut:
-                    x, y = (
-                        fetch_at(models, t, first, count, scratch[0]),
-                        fetch_at(models, t + 1, first, count, scratch[1]),
-                    )
-                    z, v = (
-                        fetch_at(models, t + 2, first, count, scratch[2]),
-                        fetch_at(models, t + 3, first, count, scratch[3]),
-                    )
-                    _vote4(sums, x, y, z, v, i, limits[t:last], weights[t:last], units[t:last], unweighted)
-                else:
-                    for k in range(t, last):
-                        x, w, unit = fetch_at(models, k, first, count, scratch[0]), weights[k], units[k]
-                        here = cuts[k, segment] + 1 - first
-                        here = here if 0 < here < count else 0
-                        equal = np.int32(limits[k] - np.int32(1))
-                        _vote(sums, 0, x[:here], i[:here], equal, w, unit, unweighted)
-                        _vote(sums, here, x[here:], i[here:], limits[k], w, unit, unweighted)
-                t = last
+            for t in range(0, T, 4):  # missing ones of the last four keep nothing
+                x = fetch_at(models, t, first, count, scratch[0])
+                y = fetch_at(models, t + 1, first, count, scratch[1]) if t + 1 < T else x
+                z = fetch_at(models, t + 2, first, count, scratch[2]) if t + 2 < T else x
+                v = fetch_at(models, t + 3, first, count, scratch[3]) if t + 3 < T else x
+                for k in range(4):
+                    limits[k] = _NOTHING
+                    if t + k < T:
+                        w[k], u[k] = weights[t + k], units[t + k]
+                at = np.int64(0)  # a literal would have `_vote` compiled twice
+                while at < count:  # pieces in which every model has one limit: up to its cut equal magnitudes are kept
+                    end = count
+                    for k in range(t, min(t + 4, T)):
+                        cut = cuts[k, segment] + 1 - first
+                        end = cut if at < cut < end else end
+                    for k in range(t, min(t + 4, T)):
+                        equal = cuts[k, segment] + 1 - first >= end
+                        limits[k - t] = np.int32(thresholds[k, segment]) - np.int32(equal)
+                    _vote(sums, at, x[at:end], y[at:end], z[at:end], v[at:end], i[at:end], limits, w, u)
+                    at = end
             if not unweighted:
                 for j in range(count):
                     mass[j] = p[j] + q[j]
