@@ -14,6 +14,7 @@ from fastmerge.flat import FlatModel
 from fastmerge.loop import kept_bytes
 from fastmerge.methods import read_method
 from fastmerge.methods.pam import PAM
+from fastmerge.methods.posthoc import PostHoc
 from fastmerge.models import load_backbone
 from fastmerge.models.lora import LowRank, find_blocks
 from fastmerge.training import Train
@@ -252,6 +253,33 @@ def test_lora_for_methods_that_train_as_usual(learner):
     assert len(changed) and torch.isin(changed, places).all()
     delta = (run.theta - before)[places[:64]].view(8, 8)
     assert torch.linalg.matrix_rank(delta, tol=1e-5) == 2
+
+
+@pytest.mark.parametrize("rule", ["cofima", "fisher"])
+def test_fisher_rules_on_lora_equal_the_formula_over_all_weights(learner, tmp_path, rule):
+    """Their Fisher is that of the adapted weights alone; the slow one here is of all weights, one image at a time."""
+    run = learner("--lora-rank=2", "--fisher.labels=data", "--epochs=1")
+    method, initial, seen = PostHoc(run, toy.nowhere(tmp_path), rule, "strict"), run.theta.clone(), []
+    for number, (task, images) in enumerate(toy.tasks()):
+        method.begin(task)
+        before = run.theta.double()
+        toy.work(method.train(task, images))
+        trained, fisher = run.theta.double(), torch.zeros_like(before)
+        for k in range(len(images)):
+            pixels, labels = images.batch(torch.tensor([k]))
+            run.flat.zero_grad()
+            logits = run.head(run.backbone(run.plain(pixels)), torch.tensor(task.classes))
+            F.cross_entropy(logits, torch.tensor([task.classes.index(int(labels))])).backward()
+            fisher += run.flat.gradient.double().square() / len(images)
+        run.flat.zero_grad()
+        seen.append(fisher)
+        toy.work(method.merge(task, images))
+        if number:
+            lam = 1 / (number + 1) if rule == "fisher" else getattr(run.config, rule).lam
+            old = torch.stack(seen[:-1]).mean(0) if rule == "fisher" else seen[-2]
+            w = torch.nan_to_num(lam * fisher / ((1 - lam) * old + lam * fisher), nan=lam)
+            torch.testing.assert_close(run.theta.double(), before + w * (trained - before), rtol=1e-4, atol=1e-6)
+    assert (run.theta != initial).any()
 
 
 def test_state_comes_back_in_the_middle_of_a_task(learner):
