@@ -49,7 +49,7 @@ def test_fisher(bench, model, request, device):
     method = PAM(learner)
     method.begin(task)
     lora = method.train(task, images)
-    one, other = (FisherPass(learner, task, images, labels="data", adapter=lora.adapter) for _ in range(2))
+    one, other = (FisherPass(learner, task, images, labels="data", adapted=lora.adapter) for _ in range(2))
     assert one.served(learner.plain(images.images[:1]))
     other._served = False
     pixels, labels = images.batch(torch.arange(batch))

@@ -20,7 +20,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.models.backbone import differentiable_attention
-from fastmerge.models.lora import FullRank, LowRank
+from fastmerge.models.lora import FullRank, Projections
 from fastmerge.models.per_image import ROOM, SquaredGradients, served
 from fastmerge.training import Batches, Learner, positions
 
@@ -28,7 +28,7 @@ from fastmerge.training import Batches, Learner, positions
 class FisherPass:
     """One pass over a task's images in steps, at a theta that stays. `finish()` returns the Fisher `[n]` fp32.
 
-    labels: other than the settings say. adapter: the Fisher of the weights that this LoRA adapts alone, `[m]`.
+    labels: other than the settings say. adapted: the Fisher of these weights alone, `[m]`.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class FisherPass:
         images: TaskImages,
         *,
         labels: str | None = None,
-        adapter: LowRank | FullRank | None = None,
+        adapted: Projections | FullRank | None = None,
     ):
         self.learner, self.task, self.images = learner, task, images
         self.settings = learner.config.fisher
         self.labels = labels or self.settings.labels
-        self.adapter = adapter or FullRank(learner.flat)
-        self.weights = self.adapter.gather(learner.theta) if isinstance(adapter, LowRank) else learner.theta
+        self.adapted = adapted or FullRank(learner.flat)
+        self.weights = self.adapted.gather(learner.theta) if isinstance(adapted, Projections) else learner.theta
         self.batches = Batches(learner, task, images, "fisher", epochs=1)
         self.total = min(len(images), self.settings.images or len(images))
         self.steps = math.ceil(self.total / learner.config.training.batch_size)
@@ -81,14 +81,14 @@ class FisherPass:
         if self._served is None:
             named = self.learner.flat.as_dict(self.learner.theta)
             module = self.learner.flat.module
-            self._served = isinstance(self.adapter, LowRank) and served(module, named, self.adapter.blocks, image)
+            self._served = isinstance(self.adapted, Projections) and served(module, named, self.adapted.blocks, image)
         return self._served
 
     @torch.enable_grad()
     def projections(self, images: Tensor, targets: Tensor) -> Tensor:
         """The same as `per_image` for adapted projections, in one backward pass of the batch."""
         named, squares = self.learner.flat.as_dict(self.learner.theta), torch.zeros_like(self.fisher)
-        with SquaredGradients(named, self.adapter.blocks, squares) as mode:
+        with SquaredGradients(named, self.adapted.blocks, squares) as mode:
             features = functional_call(self.learner.flat.module, named, (images,))
         loss = F.cross_entropy(self.learner.head(features, self.classes), targets, reduction="sum")
         mode.backward(loss)
@@ -97,7 +97,7 @@ class FisherPass:
 
     def loss(self, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """Mean -log p over a batch; targets: columns of the task's classes `[b]`."""
-        features = functional_call(self.learner.flat.module, self.adapter.named(weights), (images,))
+        features = functional_call(self.learner.flat.module, self.adapted.named(weights), (images,))
         return F.cross_entropy(self.learner.head(features, self.classes), targets)
 
     @torch.no_grad()

@@ -24,7 +24,9 @@ from fastmerge.data.scenario import Task
 from fastmerge.flat import FlatModel
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
-from fastmerge.models.lora import FullRank, LowRank
+from fastmerge.models.lora import FullRank, LowRank, Projections
+
+ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
 
 
 class Phase(Protocol):
@@ -84,11 +86,13 @@ class Learner:
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
-    def adapter(self, rank: int, what: tuple[str | int, ...] = ()) -> LowRank | FullRank:
-        """What training moves: LoRA of this rank on key and value projections, drawn for `what`, or with 0 all weights."""
-        if not rank:
-            return FullRank(self.flat)
-        return LowRank(self.flat, rank, ("key", "value"), self.generator(*what))
+    def adapted(self, rank: int) -> Projections | FullRank:
+        """The weights that training with LoRA of this rank moves: key and value projections; 0: all."""
+        return Projections(self.flat, ADAPTED) if rank else FullRank(self.flat)
+
+    def adapter(self, rank: int, *what: str | int) -> LowRank | FullRank:
+        """What moves them: an adapter drawn for `what`, or the weights themselves."""
+        return LowRank(self.flat, rank, ADAPTED, self.generator(*what)) if rank else FullRank(self.flat)
 
     def grow_head(self, task: Task, images: TaskImages) -> None:
         """Give the head what it needs to know of a new task: rows, or the class means of the starting model."""
@@ -158,7 +162,7 @@ class Train:
         self.steps = self.batches.steps
         self.classes = torch.tensor(task.classes, device=learner.device)
         self.rank = settings.lora_rank if rank is None else rank
-        self.adapter = learner.adapter(self.rank, ("lora", task.index))
+        self.adapter = learner.adapter(self.rank, "lora", task.index)
         groups = [{"params": [self.adapter.theta], "peak": settings.lr if lr is None else lr}]
         if head := learner.head.trainable():
             # no decay: it would wear away the rows of classes that this task does not train

@@ -10,7 +10,6 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.fisher import FisherPass
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import LinearHead
-from fastmerge.models.lora import LowRank
 from fastmerge.training import Learner
 
 
@@ -37,7 +36,7 @@ class Odd(toy.Backbone):
         return self.outer((k.softmax(-1) * v).sum(0 if self.how == "tokens first" else 1))
 
 
-def by_hand(learner, adapter, task, images):
+def by_hand(learner, adapted, task, images):
     """One forward and one backward for every image, by autograd, through the model's own parameters."""
     total = torch.zeros_like(learner.theta)
     for k in range(len(images)):
@@ -47,17 +46,16 @@ def by_hand(learner, adapter, task, images):
         F.cross_entropy(logits, torch.tensor([task.classes.index(int(labels))])).backward()
         total += learner.flat.gradient.square() / len(images)
     learner.flat.zero_grad()
-    return adapter.gather(total)
+    return adapted.gather(total)
 
 
 def run(learner, task, images, served):
-    adapter = learner.adapter(2)
-    assert isinstance(adapter, LowRank)
-    passed = FisherPass(learner, task, images, labels="data", adapter=adapter)
+    adapted = learner.adapted(2)
+    passed = FisherPass(learner, task, images, labels="data", adapted=adapted)
     for i in range(passed.steps):
         passed.step(i)
     assert passed._served is served
-    return adapter, passed.finish()
+    return adapted, passed.finish()
 
 
 @pytest.mark.parametrize("how", ["as usual", "class token", "tokens first", "twice", "no linear map"])
@@ -65,8 +63,8 @@ def test_every_use_of_a_projection(monkeypatch, how):
     monkeypatch.setattr(toy, "Backbone", lambda: Odd(how))
     learner = toy.learner("--clip=0")
     task, images = toy.tasks()[0]
-    adapter, found = run(learner, task, images, served=how in ("as usual", "class token"))
-    want = by_hand(learner, adapter, task, images)
+    adapted, found = run(learner, task, images, served=how in ("as usual", "class token"))
+    want = by_hand(learner, adapted, task, images)
     assert want.min() >= 0 and want.max() > 0
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-9)
 
@@ -86,6 +84,6 @@ def test_fused_projections_of_both_families(monkeypatch, name, weights, room):
     pixels = torch.randint(0, 256, (8, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8)
     images = TaskImages(pixels, few.labels[:8], 0)
     before = learner.theta.clone()
-    adapter, found = run(learner, task, images, served=True)
-    torch.testing.assert_close(found, by_hand(learner, adapter, task, images), rtol=1e-3, atol=1e-9)
+    adapted, found = run(learner, task, images, served=True)
+    torch.testing.assert_close(found, by_hand(learner, adapted, task, images), rtol=1e-3, atol=1e-9)
     assert torch.equal(learner.theta, before) and not learner.flat.gradient.any()

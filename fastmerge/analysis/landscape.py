@@ -36,11 +36,11 @@ def landscape(setup: Setup, after: int, points: int, out: Path) -> list[Path]:
         images = stages.train(number)
         previous, trained = method.previous, method.trained
         alpha = float(work(method.merge(task, images))["alpha"])
-    adapter = stages.learner.adapter(setup.config.pam.rank)
+    adapted = stages.learner.adapted(setup.config.pam.rank)
 
     def row(part: str, alpha: float, beta: float) -> tuple:
         weights = method.initial + beta * (previous - method.initial) + alpha * (trained - method.initial)
-        adapter.scatter(weights, stages.learner.theta)
+        adapted.scatter(weights, stages.learner.theta)
         score = stages.score()
         return part, alpha, beta, score.loss, score.loss_own, score.accuracy
 

@@ -45,7 +45,7 @@ class PAM:
 
     def adapted(self) -> Tensor:
         """The adapted weights as they are, `[m]`, new."""
-        return self.learner.adapter(self.settings.rank).gather(self.learner.theta)
+        return self.learner.adapted(self.settings.rank).gather(self.learner.theta)
 
     def begin(self, task: Task) -> None:
         self.previous = self.adapted()
@@ -103,8 +103,8 @@ class Coefficient(FisherPass):
     name = "merge"
 
     def __init__(self, method: PAM, task: Task, images: TaskImages):
-        adapter = method.learner.adapter(method.settings.rank)
-        super().__init__(method.learner, task, images, labels=method.settings.labels, adapter=adapter)
+        adapted = method.learner.adapted(method.settings.rank)
+        super().__init__(method.learner, task, images, labels=method.settings.labels, adapted=adapted)
         self.method = method
         self.steps += 1
 
@@ -120,7 +120,7 @@ class Coefficient(FisherPass):
         alpha = -first / second if known else 1 / (self.task.index + 1)
         clamped = min(1.0, max(0.0, alpha))
         merged = fk.lerp(method.previous, method.trained, clamped)
-        self.adapter.scatter(merged, self.learner.theta)
+        self.adapted.scatter(merged, self.learner.theta)
         return {"alpha": torch.tensor(clamped), "alpha_formula": torch.tensor(alpha)}
 
     def finish(self) -> None:

@@ -85,13 +85,13 @@ class Merge:
 
     def __init__(self, method: PostHoc, task: Task, images: TaskImages):
         self.method, self.task = method, task
-        self.adapter = self.fisher = None
+        self.adapted = self.fisher = None
         if method.rule.needs_fisher:
             learner, rank = method.learner, method.learner.config.training.lora_rank
-            self.adapter = (
-                learner.adapter(rank) if rank else None
+            self.adapted = (
+                learner.adapted(rank) if rank else None
             )  # elsewhere the models are equal, whatever the Fisher
-            self.fisher = FisherPass(learner, task, images, adapter=self.adapter)
+            self.fisher = FisherPass(learner, task, images, adapted=self.adapted)
         self.steps = self.fisher.steps if self.fisher else 0
         self.batches = self.fisher.batches if self.fisher else None
 
@@ -102,9 +102,9 @@ class Merge:
     def finish(self) -> None:
         method, rule, theta = self.method, self.method.rule, self.method.learner.theta
         fisher = self.fisher.finish() if self.fisher else None
-        if self.adapter:
-            adapted, fisher = fisher, torch.zeros_like(theta)
-            self.adapter.scatter(adapted, fisher)
+        if self.adapted:
+            part, fisher = fisher, torch.zeros_like(theta)
+            self.adapted.scatter(part, fisher)
         if method.previous is not None:
             rule.restart(method.previous)
             method.previous = None

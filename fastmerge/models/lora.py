@@ -58,16 +58,42 @@ def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
     return found
 
 
-class LowRank:
-    """An adapter of rank r on `targets`.
+class Projections:
+    """The weights of `targets` in all attention layers as one vector `[m]`, block after block; no copy of them."""
+
+    def __init__(self, flat: FlatModel, targets: Sequence[str]):
+        self.flat, self.blocks = flat, find_blocks(flat, targets)
+        self.sizes = [b.rows * b.columns for b in self.blocks]
+
+    def gather(self, theta: Tensor) -> Tensor:
+        """These weights out of `theta` `[n]`: `[m]`, new."""
+        return torch.cat([theta[b.place : b.place + size] for b, size in zip(self.blocks, self.sizes, strict=True)])
+
+    def scatter(self, weights: Tensor, theta: Tensor) -> None:
+        """Write `weights` `[m]` to their places in `theta` `[n]`."""
+        for block, part in zip(self.blocks, weights.split(self.sizes), strict=True):
+            theta[block.place : block.place + len(part)] = part
+
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        """All parameters for `functional_call`, with `weights` `[m]` in the places of these; differentiable."""
+        named = self.flat.as_dict(self.flat.theta.detach())
+        for block, part in zip(self.blocks, weights.split(self.sizes), strict=True):
+            whole = named[block.name]
+            rows = (whole[: block.first], part.view(block.rows, block.columns), whole[block.first + block.rows :])
+            named[block.name] = torch.cat(rows)
+        return named
+
+
+class LowRank(Projections):
+    """An adapter of rank r on them.
 
     theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]` (zero) of
-    every block. `base` `[m]`: the adapted weights at the start, every block flattened; they are vectors to merge.
+    every block. `base` `[m]`: the adapted weights at the start; they are vectors to merge.
     """
 
     def __init__(self, flat: FlatModel, rank: int, targets: Sequence[str], generator: torch.Generator):
-        self.flat, self.rank, self.blocks = flat, rank, find_blocks(flat, targets)
-        parts = []
+        super().__init__(flat, targets)
+        self.rank, parts = rank, []
         for block in self.blocks:
             a = torch.empty(rank, block.columns).uniform_(-1, 1, generator=generator) / math.sqrt(block.columns)
             parts += [a.flatten(), torch.zeros(block.rows * rank)]
@@ -75,15 +101,6 @@ class LowRank:
         self.theta = nn.Parameter(torch.cat(parts).to(device))
         self.theta.grad = torch.zeros_like(self.theta)
         self.base = self.gather(flat.theta.detach())
-
-    def gather(self, theta: Tensor) -> Tensor:
-        """The adapted weights out of `theta` `[n]`: `[m]`, new."""
-        return torch.cat([theta[b.place : b.place + b.rows * b.columns] for b in self.blocks])
-
-    def scatter(self, weights: Tensor, theta: Tensor) -> None:
-        """Write `weights` `[m]` to their places in `theta` `[n]`."""
-        for block, part in zip(self.blocks, weights.split([b.rows * b.columns for b in self.blocks]), strict=True):
-            theta[block.place : block.place + len(part)] = part
 
     def shift(self) -> Tensor:
         """B A of every block, `[m]`; differentiable by `theta`."""
@@ -95,19 +112,9 @@ class LowRank:
         ]
         return torch.cat([p.flatten() for p in products])
 
-    def named(self, weights: Tensor) -> dict[str, Tensor]:
-        """All parameters for `functional_call`, with `weights` `[m]` in the places of the adapted ones; differentiable."""
-        named = self.flat.as_dict(self.flat.theta.detach())
-        parts = weights.split([b.rows * b.columns for b in self.blocks])
-        for block, part in zip(self.blocks, parts, strict=True):
-            whole = named[block.name]
-            rows = (whole[: block.first], part.view(block.rows, block.columns), whole[block.first + block.rows :])
-            named[block.name] = torch.cat(rows)
-        return named
-
 
 class FullRank:
-    """The same interface without an adapter: `theta` is the model's own vector. base: what `shift` is measured from."""
+    """The same interfaces for all weights: `theta` is the model's own vector. base: what `shift` is measured from."""
 
     def __init__(self, flat: FlatModel):
         self.flat, self.theta = flat, flat.theta
