@@ -26,6 +26,7 @@ COLUMNS = (
     ("fisher", "speedup_fisher"),
     ("tangent memory", "memory_tangent"),
     ("fisher memory", "memory_fisher"),
+    ("one thread", "speedup_one"),
     ("images/s", "images/s"),
     ("vmap", "speedup_vmap"),
     ("loop", "speedup_loop"),
