@@ -20,33 +20,27 @@ def _kept(value, limit):
 
 
 @inline
-def _trim(d, x, i, count, threshold, before):
-    """d = x - i where its magnitude is above the threshold, or equal to it and its index < before; else 0."""
-    before, equal = min(max(before, 0), count), np.int32(threshold - np.int32(1))
-    for j in range(before):
-        d[j] = _kept(x[j] - i[j], equal)
-    # an index that begins elsewhere than 0 is not vectorised
-    d, x, i = d[before:count], x[before:count], i[before:count]
-    for j in range(d.size):
-        d[j] = _kept(x[j] - i[j], threshold)
+def _up(value):
+    return (value > _ZERO) | (value != value)  # a NaN is not lost
 
 
 @loop
 def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, positive, negative, more, less, mass):
-    scratch, d = np.empty((7, BLOCK), np.float32), np.empty(BLOCK, np.float32)
-    new, zero = np.empty((5, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
+    scratch, new = np.empty((7, BLOCK), np.float32), np.empty((4, BLOCK), np.float32)
+    zero = np.zeros(BLOCK, np.float32)
     for row in range(start, stop):
-        lo, hi, threshold, cut = table[row, 0], table[row, 1], np.int32(thresholds[table[row, 2]]), cuts[table[row, 2]]
-        for first in range(lo, hi, BLOCK):
-            count = min(BLOCK, hi - first)
+        first, hi, threshold, cut = table[row, 0], table[row, 1], thresholds[table[row, 2]], cuts[table[row, 2]]
+        while first < hi:  # up to the cut equal magnitudes are kept: a block ends there
+            end = min(first + BLOCK, hi)
+            end = cut + 1 if first <= cut < end else end
+            count, limit = end - first, np.int32(np.int32(threshold) - np.int32(first <= cut))
             x = fetch(theta, first, count, scratch[0])
             i = zero if initial is None else fetch(initial, first, count, scratch[1])
-            _trim(d, x, i, count, threshold, cut + 1 - first)
             p, q = fetch(positive, first, count, scratch[2]), fetch(negative, first, count, scratch[3])
             m, n = fetch(more, first, count, scratch[4]), fetch(less, first, count, scratch[5])
             for j in range(count):
-                step = weight * d[j]
-                up, down = (d[j] > _ZERO) | (d[j] != d[j]), d[j] < _ZERO
+                d = _kept(x[j] - i[j], limit)
+                step, up, down = weight * d, _up(d), d < _ZERO
                 new[0, j] = p[j] + (step if up else _ZERO)
                 new[1, j] = q[j] + (step if down else _ZERO)
                 new[2, j] = m[j] + (unit if up else _ZERO)
@@ -58,8 +52,9 @@ def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, 
             if mass is not None:
                 s = fetch(mass, first, count, scratch[6])
                 for j in range(count):
-                    new[4, j] = s[j] + d[j]
-                store(mass, first, count, new[4])
+                    new[0, j] = s[j] + _kept(x[j] - i[j], limit)
+                store(mass, first, count, new[0])
+            first = end
 
 
 def update(theta, initial, threshold, cut, bounds, weight, unit, *state):
@@ -104,11 +99,6 @@ def finalize(positive, negative, more, less, mass, initial, zero, scale, out, no
 
 
 WIDE = 4096  # entries of a block in `merge`: as few pages as leave the sums in the cache
-
-
-@inline
-def _up(value):
-    return (value > _ZERO) | (value != value)  # a NaN is not lost
 
 
 @inline
