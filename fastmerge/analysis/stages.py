@@ -53,9 +53,8 @@ class Stages:
         learner, classes = self.learner, torch.tensor(self.classes, device=self.learner.device)
         own = torch.stack([torch.isin(classes.cpu(), torch.tensor(t.classes)) for t in self.tasks]).to(learner.device)
         counts = [len(t) for t in self.tests]
-        sums = torch.zeros(
-            len(counts), 3, dtype=torch.float64, device=learner.device
-        )  # correct, loss, loss among its own
+        # per task: correct, loss, loss among its own
+        sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=learner.device)
         for pixels, labels, test in batches(self.tests, learner.config.training.batch_size):
             logits: Tensor = learner.head(learner.features(learner.plain(pixels)), classes)
             truth = positions(labels, classes)

@@ -88,9 +88,8 @@ class Merge:
         self.adapted = self.fisher = None
         if method.rule.needs_fisher:
             learner, rank = method.learner, method.learner.config.training.lora_rank
-            self.adapted = (
-                learner.adapted(rank) if rank else None
-            )  # elsewhere the models are equal, whatever the Fisher
+            # of LoRA's weights alone: elsewhere the models are equal, whatever the Fisher
+            self.adapted = learner.adapted(rank) if rank else None
             self.fisher = FisherPass(learner, task, images, adapted=self.adapted)
         self.steps = self.fisher.steps if self.fisher else 0
         self.batches = self.fisher.batches if self.fisher else None

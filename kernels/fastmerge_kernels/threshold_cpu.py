@@ -11,14 +11,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu import arrays, bits, fetch, loop, run
+from .cpu import arrays, bits, fetch, inline, loop, run
 from .threshold import NOTHING
 
 BLOCK = 1024
+WIDE = 1 << 16
 WHOLE = 4096  # a segment of this length is collected whole
 LARGE = 1 << 21  # a segment of this length is shared by the threads
 _SAMPLE = 1 << 17  # entries of the largest sample
 _RUN = 16  # of them lie side by side
+_COARSE = 10  # bits of a magnitude that a bracket need not know
 _MAX, _SIGN = np.int32(NOTHING), np.uint32(0x7FFFFFFF)
 
 
@@ -56,7 +58,7 @@ def _lowest(typingctx, word):
     return types.uint64(types.uint64), codegen
 
 
-@loop
+@inline  # or a sample's cache misses follow one another
 def _magnitudes(x, initial, first, count, scratch, out):
     """out[:count] = the 31 bits of |x - initial|."""
     values = fetch(x, first, count, scratch[0])
@@ -70,17 +72,30 @@ def _magnitudes(x, initial, first, count, scratch, out):
 
 
 @loop
-def _kth(values, k, low, high):
-    """The k-th largest of int32 values, known to lie in low..high: bit by bit, in passes over the cache."""
+def _larger(values, limit):
+    """How many of int32 values are above the limit."""
+    total = 0
+    for first in range(0, values.size, WIDE):
+        piece, count = values[first : first + WIDE], np.int32(0)
+        for j in range(piece.size):
+            count = np.int32(count + np.int32(piece[j] > limit))  # numba's sum of two int32 is int64, at half the speed
+        total += np.int64(count)
+    return total
+
+
+@loop
+def _kth(values, k, low, high, last):
+    """The k-th largest of int32 values, known to lie in low..high: bit by bit, in passes over the cache.
+
+    Bits below `last` are not looked for: 0, or those of `low`.
+    """
     open_bits = 0
     while (low ^ high) >> open_bits:
         open_bits += 1
     found = np.int32(low >> open_bits << open_bits)
-    for bit in range(open_bits - 1, -1, -1):
-        candidate, count = np.int32(found | np.int32(1 << bit)), np.int32(0)
-        for j in range(values.size):
-            count += np.int32(values[j] >= candidate)
-        if count >= k:
+    for bit in range(open_bits - 1, last - 1, -1):
+        candidate = np.int32(found | np.int32(1 << bit))
+        if _larger(values, np.int32(candidate - 1)) >= k:
             found = candidate
     return found
 
@@ -96,12 +111,13 @@ def _bracket(x, initial, start, stop, k, sample):
     for r in range(runs):  # unevenly spaced: a matrix's rows must not line up with the steps
         first = start + r * step + (r * 2654435761) % (step - _RUN + 1)
         _magnitudes(x, initial, first, np.int64(_RUN), scratch, sample[r * _RUN :])
-    share = k / n
+    sample, share, low, high = sample[:size], k / n, np.int32(0), _MAX
     middle, slack = share * size, 3.5 * math.sqrt(size * share * (1.0 - share)) + 4.0
-    high = _MAX if middle - slack < 1.0 else _kth(sample[:size], np.int64(middle - slack), np.int32(0), _MAX)
-    if middle + slack >= size:
-        return np.int32(0), high
-    return _kth(sample[:size], np.int64(middle + slack) + 1, np.int32(0), high), high
+    if middle - slack >= 1.0:
+        high = np.int32(_kth(sample, np.int64(middle - slack), low, high, _COARSE) | np.int32((1 << _COARSE) - 1))
+    if middle + slack < size:
+        low = _kth(sample, np.int64(middle + slack) + 1, low, high, _COARSE)
+    return low, high
 
 
 @loop
@@ -141,11 +157,9 @@ def _finish(found, low, high, above, k):
     rank = k - above
     if rank < 1 or rank > found.size:
         return np.int32(-1), 0, 0
-    threshold, equal = _kth(found, rank, low, high), 0
-    for j in range(found.size):
-        rank -= np.int64(found[j] > threshold)
-        equal += np.int64(found[j] == threshold)
-    return threshold, rank, equal
+    threshold = _kth(found, rank, low, high, 0)
+    above = _larger(found, threshold)
+    return threshold, rank - above, _larger(found, np.int32(threshold - 1)) - above
 
 
 @loop
@@ -157,7 +171,7 @@ def _find(x, initial, start, stop, threshold, rank):
         _magnitudes(x, initial, first, count, scratch, b)
         here = np.int32(0)
         for j in range(count):
-            here += np.int32(b[j] == threshold)
+            here = np.int32(here + np.int32(b[j] == threshold))
         if here < rank:
             rank -= here
             continue

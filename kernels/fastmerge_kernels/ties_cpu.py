@@ -172,8 +172,8 @@ def _merge(
                     mass[j] = p[j] + q[j]
             signs, open_ = np.int32(0), np.int32(0)
             for j in range(count):
-                signs += np.int32(mass[j] > _ZERO) - np.int32(mass[j] < _ZERO)
-                open_ += np.int32((mass[j] == _ZERO) & ((p[j] != _ZERO) | (q[j] != _ZERO)))
+                signs = np.int32(signs + np.int32(mass[j] > _ZERO) - np.int32(mass[j] < _ZERO))
+                open_ = np.int32(open_ + np.int32((mass[j] == _ZERO) & ((p[j] != _ZERO) | (q[j] != _ZERO))))
             verdict[row, 0], verdict[row, 1] = verdict[row, 0] + signs, verdict[row, 1] + open_
             if write:
                 for j in range(count):
