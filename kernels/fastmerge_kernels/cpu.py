@@ -291,6 +291,17 @@ def _store(out, first, count, values):
     return lambda out, first, count, values: _encode(out[0], out[1], first, count, values)
 
 
+def put_back(x, first, count, values):
+    """`store` for values that were fetched from there and changed in their place: fp32 is there already (loops only)."""
+
+
+@overload(put_back, jit_options={"forceinline": True})
+def _put_back(x, first, count, values):
+    if isinstance(x, types.Array):
+        return lambda x, first, count, values: None
+    return lambda x, first, count, values: _encode(x[0], x[1], first, count, values)
+
+
 @intrinsic
 def _sum512(typingctx, address):
     """Sum of the 512 fp32 at an address: folded in halves down to 16 in fp32, those in float64."""

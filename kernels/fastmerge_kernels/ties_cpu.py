@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu import arrays, bits, fetch, fetch_at, inline, loop, number, part, run, store, table
+from .cpu import arrays, bits, fetch, fetch_at, inline, loop, number, part, put_back, run, store, table
 from .segments import chunks
 from .threshold import NOTHING
 
@@ -26,8 +26,7 @@ def _up(value):
 
 @loop
 def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, positive, negative, more, less, mass):
-    scratch, new = np.empty((7, BLOCK), np.float32), np.empty((4, BLOCK), np.float32)
-    zero = np.zeros(BLOCK, np.float32)
+    scratch, zero = np.empty((7, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
     for row in range(start, stop):
         first, hi, threshold, cut = table[row, 0], table[row, 1], thresholds[table[row, 2]], cuts[table[row, 2]]
         while first < hi:  # up to the cut equal magnitudes are kept: a block ends there
@@ -38,22 +37,26 @@ def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, 
             i = zero if initial is None else fetch(initial, first, count, scratch[1])
             p, q = fetch(positive, first, count, scratch[2]), fetch(negative, first, count, scratch[3])
             m, n = fetch(more, first, count, scratch[4]), fetch(less, first, count, scratch[5])
+            # two at a time: LLVM gives up on more than eight pairs of vectors that might overlap
             for j in range(count):
                 d = _kept(x[j] - i[j], limit)
-                step, up, down = weight * d, _up(d), d < _ZERO
-                new[0, j] = p[j] + (step if up else _ZERO)
-                new[1, j] = q[j] + (step if down else _ZERO)
-                new[2, j] = m[j] + (unit if up else _ZERO)
-                new[3, j] = n[j] + (unit if down else _ZERO)
-            store(positive, first, count, new[0])
-            store(negative, first, count, new[1])
-            store(more, first, count, new[2])
-            store(less, first, count, new[3])
+                up = _up(d)
+                p[j] = p[j] + (weight * d if up else _ZERO)
+                m[j] = m[j] + (unit if up else _ZERO)
+            for j in range(count):
+                d = _kept(x[j] - i[j], limit)
+                down = d < _ZERO
+                q[j] = q[j] + (weight * d if down else _ZERO)
+                n[j] = n[j] + (unit if down else _ZERO)
+            put_back(positive, first, count, p)
+            put_back(negative, first, count, q)
+            put_back(more, first, count, m)
+            put_back(less, first, count, n)
             if mass is not None:
                 s = fetch(mass, first, count, scratch[6])
                 for j in range(count):
-                    new[0, j] = s[j] + _kept(x[j] - i[j], limit)
-                store(mass, first, count, new[0])
+                    s[j] = s[j] + _kept(x[j] - i[j], limit)
+                put_back(mass, first, count, s)
             first = end
 
 
