@@ -11,11 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu import arrays, bits, fetch, inline, loop, run
+from .cpu import arrays, bits, fetch, inline, loop, part, run
 from .threshold import NOTHING
 
 BLOCK = 1024
-WIDE = 1 << 16
 WHOLE = 4096  # a segment of this length is collected whole
 LARGE = 1 << 21  # a segment of this length is shared by the threads
 _SAMPLE = 1 << 17  # entries of the largest sample
@@ -58,7 +57,7 @@ def _lowest(typingctx, word):
     return types.uint64(types.uint64), codegen
 
 
-@inline  # or a sample's cache misses follow one another
+@inline  # called, a sample's cache misses would follow one another
 def _magnitudes(x, initial, first, count, scratch, out):
     """out[:count] = the 31 bits of |x - initial|."""
     values = fetch(x, first, count, scratch[0])
@@ -71,29 +70,23 @@ def _magnitudes(x, initial, first, count, scratch, out):
             out[j] = np.int32(bits(values[j] - base[j]) & _SIGN)
 
 
-@loop
+@part
 def _larger(values, limit):
     """How many of int32 values are above the limit."""
-    total = 0
-    for first in range(0, values.size, WIDE):
-        piece, count = values[first : first + WIDE], np.int32(0)
-        for j in range(piece.size):
-            count = np.int32(count + np.int32(piece[j] > limit))  # numba's sum of two int32 is int64, at half the speed
-        total += np.int64(count)
-    return total
+    count = np.int32(0)  # a bracket holds an eighth of a segment at most; int64 would halve the speed
+    for j in range(values.size):
+        count = np.int32(count + np.int32(values[j] > limit))  # numba's sum of two int32 is int64
+    return np.int64(count)
 
 
-@loop
-def _kth(values, k, low, high, last):
-    """The k-th largest of int32 values, known to lie in low..high: bit by bit, in passes over the cache.
-
-    Bits below `last` are not looked for: 0, or those of `low`.
-    """
+@part
+def _kth(values, k, low, high):
+    """The k-th largest of int32 values, known to lie in low..high: bit by bit, in passes over the cache."""
     open_bits = 0
     while (low ^ high) >> open_bits:
         open_bits += 1
     found = np.int32(low >> open_bits << open_bits)
-    for bit in range(open_bits - 1, last - 1, -1):
+    for bit in range(open_bits - 1, -1, -1):
         candidate = np.int32(found | np.int32(1 << bit))
         if _larger(values, np.int32(candidate - 1)) >= k:
             found = candidate
@@ -111,13 +104,15 @@ def _bracket(x, initial, start, stop, k, sample):
     for r in range(runs):  # unevenly spaced: a matrix's rows must not line up with the steps
         first = start + r * step + (r * 2654435761) % (step - _RUN + 1)
         _magnitudes(x, initial, first, np.int64(_RUN), scratch, sample[r * _RUN :])
-    sample, share, low, high = sample[:size], k / n, np.int32(0), _MAX
+    sample, share, low, high = sample[:size], k / n, np.int32(0), np.int32(_MAX >> _COARSE)
+    for j in range(size):
+        sample[j] = np.int32(sample[j] >> _COARSE)
     middle, slack = share * size, 3.5 * math.sqrt(size * share * (1.0 - share)) + 4.0
     if middle - slack >= 1.0:
-        high = np.int32(_kth(sample, np.int64(middle - slack), low, high, _COARSE) | np.int32((1 << _COARSE) - 1))
+        high = _kth(sample, np.int64(middle - slack), low, high)
     if middle + slack < size:
-        low = _kth(sample, np.int64(middle + slack) + 1, low, high, _COARSE)
-    return low, high
+        low = _kth(sample, np.int64(middle + slack) + 1, low, high)
+    return np.int32(low << _COARSE), np.int32(high << _COARSE | (1 << _COARSE) - 1)
 
 
 @loop
@@ -157,7 +152,7 @@ def _finish(found, low, high, above, k):
     rank = k - above
     if rank < 1 or rank > found.size:
         return np.int32(-1), 0, 0
-    threshold = _kth(found, rank, low, high, 0)
+    threshold = _kth(found, rank, low, high)
     above = _larger(found, threshold)
     return threshold, rank - above, _larger(found, np.int32(threshold - 1)) - above
 
@@ -205,13 +200,13 @@ def _shared(vectors, start, stop, k):
     low, high = _bracket(*vectors, start, stop, k, np.empty(_SAMPLE, np.int32))
     parts, lock = [], threading.Lock()
 
-    def part(first, last):
+    def collect(first, last):
         found = np.empty((last - first) // 8 + 2 * BLOCK, np.int32)
         above, size = _collect(*vectors, start + first, start + last, low, high, found)
         with lock:
             parts.append((above, size, found[: max(size, 0)].copy()))
 
-    run(part, stop - start)
+    run(collect, stop - start)
     if any(size < 0 for _, size, _ in parts):
         return -1, 0, 0
     return _finish(np.concatenate([found for _, _, found in parts]), low, high, sum(above for above, _, _ in parts), k)
@@ -234,13 +229,13 @@ def _count(start, stop, x, initial, prefix, known, width, counts):
 def _histogram(vectors, start, stop, prefix, known, width):
     counts, lock = np.zeros(1 << width, np.int64), threading.Lock()
 
-    def part(first, last):
+    def add(first, last):
         mine = np.zeros_like(counts)
         _count(start + first, start + last, *vectors, np.uint32(prefix), known, width, mine)
         with lock:
             np.add(counts, mine, out=counts)
 
-    run(part, stop - start)
+    run(add, stop - start)
     return counts
 
 
