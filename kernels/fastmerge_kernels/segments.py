@@ -13,12 +13,7 @@ from torch import Tensor
 def boundaries(segments: Sequence[int] | None, length: int) -> tuple[int, ...]:
     """(0, ..., length) as a tuple; None is one segment. Raises ValueError unless the boundaries ascend from 0 to length."""
     bounds = (0, length) if segments is None else tuple(int(x) for x in segments)
-    if (
-        len(bounds) < 2
-        or bounds[0] != 0
-        or bounds[-1] != length
-        or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
-    ):
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or list(bounds) != sorted(bounds):
         raise ValueError(f"segments: expected ascending boundaries 0, ..., {length}, got {_short(bounds)}")
     return bounds
 

@@ -125,7 +125,7 @@ def magnitude_threshold(
     counts = [int(k)] * (len(bounds) - 1) if isinstance(k, int) else [int(c) for c in k]
     if len(counts) != len(bounds) - 1:
         raise ValueError(f"k: expected one number or {len(bounds) - 1}, one per segment, got {len(counts)}")
-    for count, start, stop in zip(counts, bounds, bounds[1:], strict=False):
+    for count, start, stop in zip(counts, bounds[:-1], bounds[1:], strict=True):
         if not 0 <= count <= stop - start:
             raise ValueError(f"k: expected 0 <= k <= {stop - start}, the length of its segment, got {count}")
     bits, cut = _threshold(x, initial, counts, list(bounds), keep == "exactly")

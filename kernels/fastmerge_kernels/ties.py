@@ -246,7 +246,7 @@ def ties_merge(
     if len(weights) != len(models) or not all(0 < w < float("inf") for w in weights):
         raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {weights}")
     smallest = rule["smallest"] if density else 0
-    counts = [min(b - a, max(smallest, int(density * (b - a)))) for a, b in zip(bounds, bounds[1:], strict=False)]
+    counts = [min(b - a, max(smallest, int(density * (b - a)))) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     trims = [magnitude_threshold(m, counts, initial=initial, segments=bounds, keep=keep) for m in models]
     threshold, cut = (torch.stack(part) for part in zip(*trims, strict=True))
     weights = torch.tensor(weights, dtype=torch.float32).to(initial.device)

@@ -5,13 +5,21 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 from oracle import INTERPRET
+
+
+def since(package: str, minor: tuple[int, int]) -> bool:
+    return tuple(int(part) for part in version(package).split(".")[:2]) >= minor
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the interpreted run")
 def test_interpreted_kernels_pass(interpreted_run):
     pytest.importorskip("triton")
+    if since("numpy", (2, 4)) and not since("triton", (3, 7)):
+        pytest.skip("before 3.7 Triton's interpreter needs numpy < 2.4: it makes ints of arrays with one entry")
     process, log = interpreted_run
     code = process.wait()
     log.seek(0)
