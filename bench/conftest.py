@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import DTYPES, WIDTHS, measure, segments  # noqa: E402
 
+MISSING = [name for name in ("tyro", "open_clip") if importlib.util.find_spec(name) is None]  # the trainer needs them
+collect_ignore = ["test_speed_training.py", "test_speed_search.py"] if MISSING else []
 MEMORY = 6 << 30  # bytes of models held at once on the CPU: beyond that the same few stand in for T
 
 
@@ -25,6 +28,10 @@ def pytest_addoption(parser):
     group.addoption("--tasks", default="2,8,20,100", help="numbers of models T for the streaming rules")
     group.addoption("--rounds", type=int, default=7)
     group.addoption("--compile", action="store_true", help="also time torch.compile of the formula (slow to compile)")
+
+
+def pytest_report_header():
+    return f"bench: {', '.join(MISSING)} missing, so no training and search rows" if MISSING else None
 
 
 def _list(config, option: str, quick: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,8 +16,10 @@ from fastmerge.data.scenario import build_scenario
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
-from fastmerge.models.openclip import TextEncoder
 from fastmerge.training import Learner
+
+if TYPE_CHECKING:
+    from fastmerge.models.openclip import TextEncoder
 
 
 class Setup:

@@ -16,6 +16,7 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError, nearest
 from fastmerge.models.backbone import Backbone, hash_tensors
-from fastmerge.models.openclip import TextEncoder
+
+if TYPE_CHECKING:
+    from fastmerge.models.openclip import TextEncoder
 
 KINDS = ("text", "linear", "prototype")
 
