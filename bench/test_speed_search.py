@@ -18,9 +18,9 @@ def search(model: str, batch: int, device: torch.device, *flags: str):
     """A search between two models, ready to step."""
     learner, task, images = start(model, batch, device, *flags)
     method = TRM(learner)
-    method.begin(task)
+    during = method.begin(task)
     learner.theta.add_(0.01 * learner.theta * torch.randn_like(learner.theta))
-    return method.merge(task, images)
+    return method.merge(task, images, during)
 
 
 @pytest.mark.parametrize("model", MODELS)

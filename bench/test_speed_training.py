@@ -15,7 +15,7 @@ import torch
 from measure import Case, Clock
 from models import MODELS, chosen, start
 
-from fastmerge.fisher import FisherPass
+from fastmerge.fisher_pass import FisherPass
 from fastmerge.methods.cmm import CMM
 from fastmerge.methods.pam import PAM
 from fastmerge.training import Train, positions
@@ -27,8 +27,8 @@ def test_training(bench, model, request, device):
     phases = {"usual": Train(*start(model, batch, device))}
     learner, task, images = start(model, batch, device)
     method = CMM(learner)
-    method.begin(task)
-    phases["tangent"] = method.train(task, images)
+    during = method.begin(task)
+    phases["tangent"] = method.train(task, images, during)
     phases["fisher"] = FisherPass(*start(model, batch, device))
     steps = {name: (lambda p=p: p.step(0)) for name, p in phases.items()}
     growth = {}
@@ -47,9 +47,9 @@ def test_fisher(bench, model, request, device):
     batch = chosen(model, request, device)
     learner, task, images = start(model, batch, device)
     method = PAM(learner)
-    method.begin(task)
-    lora = method.train(task, images)
-    one, other = (FisherPass(learner, task, images, labels="data", adapted=lora.adapter) for _ in range(2))
+    during = method.begin(task)
+    lora = method.train(task, images, during)
+    one, other = (FisherPass(learner, task, images, labels="data", adapted=lora.trainable) for _ in range(2))
     assert one.served(learner.plain(images.images[:1]))
     other._served = False
     pixels, labels = images.batch(torch.arange(batch))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -40,14 +39,24 @@ def run(config: Any) -> int:
     # here, so that --help and wrong flags answer at once
     from fastmerge.checkpoint import save_json, write_atomically
     from fastmerge.config import to_dict
-    from fastmerge.console import Console, results_markdown, results_rows, results_table
+    from fastmerge.console import Console
     from fastmerge.evaluate import metrics, zero_shot
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import environment
-    from fastmerge.methods import METHODS, build_method, plan, read_method, shared_trainings
+    from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
     from fastmerge.models.saved import model_tensors
+    from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
+    from fastmerge.report import (
+        comparison,
+        header,
+        results_markdown,
+        results_rows,
+        results_table,
+        summary,
+        warmup_warning,
+    )
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
 
@@ -94,8 +103,9 @@ def run(config: Any) -> int:
             console.next_run(number)
             result = record.finished()
             if result is None:
-                learner = setup.learner(run.seed, getattr(METHODS.get(run.method), "head", None), run.config)
-                method = build_method(run, learner, trajectories[run.seed])
+                kind = METHODS[run.method]
+                learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
+                method = kind.build(learner, trajectories[run.seed], run.protocol)
                 state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
@@ -116,10 +126,11 @@ def run(config: Any) -> int:
                     "config": to_dict(run.config),
                     "class_names": setup.dataset.class_names,
                     "head": learner.head.kind,
+                    "features": method.features().kind,
                     "final_accuracy": result["final_accuracy"],
                 }
                 names = [task.name for task in run.scenario.tasks]
-                record.finish(result, names, model_tensors(backbone=learner.backbone, head=learner.head), recipe)
+                record.finish(result, names, model_tensors(learner.backbone, learner.head, method.features()), recipe)
                 del learner, method
             else:
                 console.line(f"{run.label} seed {run.seed}: finished before, kept")
@@ -165,71 +176,6 @@ def request_stop(console: Any) -> Any:
         console.line("stopping after this step (again: at once, back to the last checkpoint)")
 
     return handler
-
-
-def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
-    """What is about to run, in a few lines."""
-    scenario, backbone = setup.scenario, setup.backbone
-    dataset = scenario.dataset
-    sizes = [len(task.classes) for task in scenario.tasks]
-    shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
-    kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
-    return [
-        f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
-        f"{kind}, {len(sizes)} tasks with {shown} classes, order {manifest['order_sha256']}",
-        f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
-        f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
-        f"results go to {folder.path}",
-    ]
-
-
-def warmup_warning(scenario: Any, training: Any) -> str | None:
-    """Where the warm-up never ends: the highest learning rate that the shortest task reaches."""
-    steps = training.epochs * -(-min(len(task.train) for task in scenario.tasks) // training.batch_size)
-    if steps >= training.warmup_steps:
-        return None
-    highest = training.lr * steps / training.warmup_steps
-    return (
-        f"--warmup-steps {training.warmup_steps}: the shortest task has {steps} steps, so its learning rate "
-        f"only rises, to {highest:.2g} instead of {training.lr:.2g}"
-    )
-
-
-def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample deviation over the seeds of every metric, per method; the deviation is None with one seed."""
-    table: dict[str, Any] = {}
-    for method, seeds in results.items():
-        table[method] = {}
-        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
-            values = [r[name] for r in seeds.values() if r[name] is not None]
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}
-    return table
-
-
-def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> str:
-    """One sentence: how far each method ends above the starting model and above plain fine-tuning."""
-    final = {m: statistics.mean(r["final_accuracy"] for r in seeds.values()) for m, seeds in results.items()}
-    several = len(final) > 4
-    base = {"zero-shot": starting["final_accuracy"]} if starting else {}
-    if "finetune" in final:
-        base["plain fine-tuning"] = final["finetune"]
-    lines = []
-    best = max(
-        (m for m in final if m not in ("joint", "finetune")), key=final.get, default=None
-    )  # of many, only this one
-    for method, accuracy in final.items():
-        if several and method != best:
-            continue
-        against = [
-            f"{accuracy - b:+.1f} against {name}"
-            for name, b in base.items()
-            if (method, name) != ("finetune", "plain fine-tuning")
-        ]
-        lines.append(
-            f"{'best: ' * several}{method} ends at {accuracy:.1f} %" + (f" ({', '.join(against)})" if against else "")
-        )
-    return "; ".join(lines)
 
 
 if __name__ == "__main__":

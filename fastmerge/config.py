@@ -72,7 +72,8 @@ class ModelSettings:
 class TrainingSettings:
     method: tuple[str, ...] = ("trm", "finetune")
     """One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock,
-    slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, nearest-mean.
+    slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter,
+    nearest-mean.
     NAME:SETTING=VALUE,... runs a method with settings of its own, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false."""
     protocol: tuple[Literal["full", "running", "strict"], ...] = ("strict",)
     """What a merge rule may keep. full: all models, trained without regard to merging. running: the un-merged model to train
@@ -255,6 +256,16 @@ class PAMSettings:
 
 
 @dataclass
+class CLIPAdapterSettings:
+    ratio: float = 0.2
+    """Share of the adapter's output in the features; the rest is the frozen feature (paper)."""
+    reduction: int = 4
+    """The bottleneck is this many times narrower than the features (released code)."""
+    lr: float | None = None
+    """Peak learning rate of Adam. Default: 1e-5 (paper); 1e-2 with the tiny model."""
+
+
+@dataclass
 class EWCSettings:
     lam: float = 1000.0
     """Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 is the Laplace approximation
@@ -290,6 +301,7 @@ class Config:
     cofima: CofimaSettings = field(default_factory=CofimaSettings)
     coma: ComaSettings = field(default_factory=ComaSettings)
     wise_ft: WiseFTSettings = field(default_factory=WiseFTSettings)
+    clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)
 
@@ -397,6 +409,8 @@ def resolve(config: Config) -> Config:
             setattr(c.training, name, small if tiny else paper)
     if c.cmm.align_lr is None:
         c.cmm.align_lr = 1e-4 if tiny else 1e-7
+    if c.clip_adapter.lr is None:
+        c.clip_adapter.lr = 1e-2 if tiny else 1e-5
     if c.scenario.tasks is None and c.scenario.scenario == "cil":
         c.scenario.tasks = 5 if c.data.dataset == "glyphs" else 10
     if c.scenario.scenario == "dil" and c.scenario.class_order == ScenarioSettings.class_order:
@@ -460,6 +474,9 @@ def resolve(config: Config) -> Config:
         ("--cofima.lam", c.cofima.lam, 0 <= c.cofima.lam <= 1, "between 0 and 1"),
         ("--coma.lam", c.coma.lam, 0 <= c.coma.lam <= 1, "between 0 and 1"),
         ("--wise-ft.alpha", c.wise_ft.alpha, 0 <= c.wise_ft.alpha <= 1, "between 0 and 1"),
+        ("--clip-adapter.ratio", c.clip_adapter.ratio, 0 <= c.clip_adapter.ratio <= 1, "between 0 and 1"),
+        ("--clip-adapter.reduction", c.clip_adapter.reduction, c.clip_adapter.reduction >= 1, "at least 1"),
+        ("--clip-adapter.lr", c.clip_adapter.lr, c.clip_adapter.lr >= 0, "0 or more"),
         ("--ewc.lam", c.ewc.lam, c.ewc.lam >= 0, "0 or more"),
         ("--ewc.decay", c.ewc.decay, 0 <= c.ewc.decay <= 1, "between 0 and 1"),
         ("--lwf.lam", c.lwf.lam, c.lwf.lam >= 0, "0 or more"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,12 +9,12 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from fastmerge.data.scenario import Task
-from fastmerge.methods import Run
+from fastmerge.plan import Run
+from fastmerge.report import clock
 from fastmerge.runfolder import State
-from fastmerge.training import Phase
+from fastmerge.training import PHASES, Phase
 
 PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
 GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}  # cost of an image relative to training, until it is measured
@@ -36,7 +35,7 @@ class Work:
         tests, rows = [len(task.test) for task in run.scenario.tasks], []
         for task in run.scenario.tasks:
             seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
-            rows.append({kind: run.epochs[kind] * len(task.train) for kind in ("train", "merge")} | {"evaluate": seen})
+            rows.append({kind: run.epochs[kind] * len(task.train) for kind in PHASES} | {"evaluate": seen})
         return rows
 
     def of(self, run: int, task: int, phase: int = 0) -> dict[str, int]:
@@ -67,14 +66,6 @@ class Work:
             return None
         unit = statistics.median(c / GUESS[kind] for kind, c in cost.items())
         return sum(n * cost.get(kind, GUESS[kind] * unit) for left in self.remaining for kind, n in left.items())
-
-
-def clock(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "--:--"
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
 
 
 class Console:
@@ -145,6 +136,7 @@ class Console:
 
     def step(self, task: Task, name: str, i: int, phase: Phase, terms: dict[str, Any]) -> None:
         batches = phase.batches
+        assert batches is not None  # a phase with steps has batches
         images = len(batches.rows(i))
         show = self.live is not None or time.monotonic() - self._printed >= PLAIN_SECONDS
         if show and (i % 10 == 0 or self.live is None):  # reading the loss waits for the device
@@ -168,61 +160,3 @@ class Console:
             f"{self._where(task)} · {task.name}: accuracy on seen {seen:.1f}, on this task {own:.1f} · "
             f"so far {clock(sum(state.seconds.values()))}, {clock(self.work.seconds_left())} left"
         )
-
-
-def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
-    """The comparison table, its header first: mean ± standard deviation over the seeds (sample deviation, from two on)."""
-    columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
-    rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
-    if zero_shot:
-        shown = {"final_accuracy", "aaa"}
-        values = [number([zero_shot[key] if key in shown else None]) for key in columns.values()]
-        rows.append(["zero-shot", "", *values, *[""] * 5])
-    for method, seeds in methods.items():
-        results = list(seeds.values())
-        rows.append(
-            [
-                method,
-                str(len(results)),
-                *(number([r[key] for r in results]) for key in columns.values()),
-                *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
-                f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
-                f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
-                growth(results[0]["kept_bytes"]),
-            ]
-        )
-        for name in results[0].get("also", {}):  # the same weights used in another way
-            values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
-            rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
-    return rows
-
-
-def results_table(rows: list[list[str]]) -> Table:
-    """For the terminal."""
-    table = Table()
-    for number, title in enumerate(rows[0]):
-        table.add_column(title, justify="right" if number else "left")
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table
-
-
-def results_markdown(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] + ["--:"] * (len(rows[0]) - 1), *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def growth(kept_bytes: Sequence[int]) -> str:
-    """Θ(T) where a task adds at least a hundredth of what was kept after the first one (a head's new rows are less)."""
-    if len(kept_bytes) < 2:
-        return "–"
-    slope = (kept_bytes[-1] - kept_bytes[0]) / (len(kept_bytes) - 1)
-    return "Θ(T)" if slope >= 0.01 * kept_bytes[0] else "Θ(1)"
-
-
-def number(values: Sequence[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return "–"
-    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{spread}"

@@ -48,10 +48,10 @@ def accuracies(
 ) -> list[float | None]:
     """Accuracy in percent on each of `tests` with `classes` (natural indices) as candidates; one row of the matrix.
 
-    `tick(n)` is called after every batch of n images. features: instead of the learner's. A test set without images gives
-    None.
+    `tick(n)` is called after every batch of n images. features: from normalised images, default the backbone. A test set
+    without images gives None.
     """
-    features = features or learner.features
+    features = features or learner.backbone
     candidates = torch.tensor(classes, device=learner.device)
     correct = torch.zeros(len(tests), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
@@ -127,7 +127,7 @@ def zero_shot(
     hits = torch.zeros(len(candidates), len(tests), dtype=torch.int64, device=learner.device)
     inside = torch.zeros_like(hits)  # test images whose class is a candidate
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits = learner.head(learner.features(learner.plain(pixels)), everything)
+        logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
         truth = positions(labels, everything)
         for t, mask in enumerate(masks):
             hits[t].index_add_(0, test, (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).long())

@@ -1,8 +1,8 @@
 """THE loop: for every task train, merge, evaluate, record, save. Everything else in this package serves these lines.
 
-A run can be stopped at any step and goes on from its checkpoint with the same bits: a checkpoint holds what the method, the
-learner's head and the current phase say they hold, and where the run stood; every random choice is a function of the
-seed and the step.
+A run can be stopped at any step and continues from its checkpoint with the same bits. A checkpoint holds the state of the
+learner, of the method and of the current phase, the tensors of the current task, and the position in the run. Every random
+choice is a function of the seed and the step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fastmerge.data.cache import ImageCache, TaskImages
 from fastmerge.data.scenario import Scenario, Task
 from fastmerge.evaluate import accuracies, micro
 from fastmerge.machine import PeakMemory
-from fastmerge.methods import Method
+from fastmerge.methods.method import Method, Tensors
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
-from fastmerge.training import Learner
+from fastmerge.training import PHASES, Learner
 
 
 class Images:
@@ -45,21 +45,24 @@ class Images:
 def learn(
     learner: Learner, method: Method, scenario: Scenario, images: Images, record: Record, console: Console
 ) -> State:
-    """Learn all tasks of the scenario, from wherever `record` says that the run stood. Returns the final state.
+    """Learn all tasks of the scenario, from the position that `record` holds. Returns the final state.
 
     Raises:
         Interrupted: a signal came; the run is saved.
         UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is good.
     """
     state, saved = record.open()
+    during: Tensors = {}  # tensors of the current task
     if saved:
+        during = {name: tensor.to(learner.device) for name, tensor in select(saved, "during").items()}
         learner.load_state_dict(select(saved, "learner"))
         method.load_state_dict(select(saved, "method"))
     memory = PeakMemory(learner.device)
     console.begin(state)
 
     def save(phase_tensors: dict[str, torch.Tensor]) -> None:
-        parts = {"learner": learner.state_dict(), "method": method.state_dict(), "phase": phase_tensors}
+        parts = {"learner": learner.state_dict(), "method": method.state_dict()}
+        parts |= {"during": during, "phase": phase_tensors}
         record.save(state, joined(**parts))
 
     def stop_if_asked() -> None:
@@ -75,14 +78,14 @@ def learn(
         train_images = images.train(task) if state.phase < 2 else None
         if (state.phase, state.step) == (0, 0):
             learner.grow_head(task, train_images)
-            method.begin(task)
+            during = method.begin(task)
             state.bad_images += train_images.skipped
 
-        for number, (name, make) in enumerate((("train", method.train), ("merge", method.merge))):
+        for number, (name, make) in enumerate(zip(PHASES, (method.train, method.merge), strict=True)):
             if number < state.phase:
                 continue
             start = time.perf_counter()
-            phase = make(task, train_images)
+            phase = make(task, train_images, during)
             if phase is not None:
                 if state.step:
                     phase.load(select(saved, "phase"))
@@ -97,20 +100,23 @@ def learn(
                         save(phase.tensors())
                         stop_if_asked()
                 phase.finish()
-                state.seconds[name] += getattr(phase, "seconds_elsewhere", 0.0)  # training shared with another method
+                state.seconds[name] += phase.seconds_elsewhere
             state.seconds[name] += time.perf_counter() - start
-            state.phase, state.step, saved = number + 1, 0, {}
+            if number == len(PHASES) - 1:
+                during.clear()
+            phase, saved = None, {}
+            state.phase, state.step = number + 1, 0
             save({})
             stop_if_asked()
 
         start = time.perf_counter()
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
-        row = accuracies(learner, tests, classes, tick)
+        row = accuracies(learner, tests, classes, tick, method.features())
         unseen = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
-        for name, features in getattr(method, "also_evaluated", {}).items():
-            other = accuracies(learner, tests, classes, tick, features=features)
+        for name, features in method.also_evaluated().items():
+            other = accuracies(learner, tests, classes, tick, features)
             state.also.setdefault(name, []).append(other + unseen)
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
@@ -137,5 +143,5 @@ def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
 
 
 def kept_bytes(learner: Learner, method: Method) -> int:
-    """What lives on from task to task: the method's state, which includes the model, and a prototype head's theta_init."""
-    return resident(method.state_dict()) + (0 if learner.initial is None else resident({"initial": learner.initial}))
+    """What lives on from task to task: the learner's model and head, and what the method keeps besides."""
+    return resident(learner.state_dict()) + resident(method.state_dict())

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastmerge.checkpoint import load_tensors, save_json, save_tensors, write_atomically
 from fastmerge.config import Config, differences, to_dict
 from fastmerge.errors import UserError
+from fastmerge.training import PHASES
 
 FLUSH_STEPS = 20  # steps between host reads of the losses: a read per step would stall a GPU
 
@@ -105,7 +106,7 @@ class RunFolder:
 
 @dataclass
 class State:
-    """Where a run stands, besides its tensors. phase: 0 train, 1 merge, 2 evaluate."""
+    """The position in a run, besides its tensors. phase: index into PHASES, len(PHASES) is evaluation."""
 
     task: int = 0
     phase: int = 0
@@ -116,7 +117,7 @@ class State:
     test_counts: list[int] = field(default_factory=list)  # test images of every task evaluated
     also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of other ways to use the weights
     bad_images: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "evaluate"), 0.0))
     log_bytes: int = 0  # length of metrics.jsonl at this state: what a stopped process wrote beyond it is cut off
 
 

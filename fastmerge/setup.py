@@ -71,11 +71,13 @@ class Setup:
             progress=self.progress,
         )
 
-    def learner(self, seed: int, head: str | None = None, config: Config | None = None) -> Learner:
+    def learner(
+        self, seed: int, head: str | None = None, config: Config | None = None, frozen: bool = False
+    ) -> Learner:
         """The starting model for one run. head: another kind than the command's, one that needs no text tower. config: with
-        other settings of a method."""
+        other settings of a method. frozen: the method does not move the backbone."""
         if self.random_weights and seed != self._seed:
             self._prepare(seed)
         made = self._head(head) if head else copy.deepcopy(self.head)
         config = config or self.config
-        return Learner(copy.deepcopy(self.backbone), made, config, seed, self.device, self.dataset.flip)
+        return Learner(copy.deepcopy(self.backbone), made, config, seed, self.device, self.dataset.flip, frozen)

@@ -1,21 +1,19 @@
-"""The learner (model, head, seeds: what a method acts on) and the training phase that most methods share.
+"""The learner (model, head, seeds) that a method acts on, the contract of a phase, and the training phase that most share.
 
-A *phase* is a numbered sequence of steps: `steps`, `step(i) -> {name: 0-d tensor}`, `finish()`, and
-`tensors()` / `load(tensors)` for its own state. Every random choice of step i is a function of (seed, task, phase, i), so
-a phase that goes on at step i in another process takes the same decisions.
+Every random choice of step i is a function of (seed, task, phase, i), so a phase that continues at step i in another process
+takes the same decisions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from fastmerge.config import Config
 from fastmerge.data.augment import normalise, random_resized_crop, to_float
@@ -24,23 +22,40 @@ from fastmerge.data.scenario import Task
 from fastmerge.flat import FlatModel
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
-from fastmerge.models.lora import FullRank, LowRank, Projections
+from fastmerge.models.lora import LowRank, Projections
+from fastmerge.models.trainable import AllWeights, Trainable
 
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
 
 
-class Phase(Protocol):
+PHASES = ("train", "merge")  # of every task, in this order
+
+
+class Phase(ABC):
+    """A numbered sequence of steps of one task.
+
+    name: one of PHASES. steps: how many. batches: which images step i takes, None where there are no steps.
+    seconds_elsewhere: time that the work of this phase took in another run, which counts for this one too.
+    """
+
     name: str
     steps: int
-    batches: Batches
+    batches: Batches | None
+    seconds_elsewhere: float = 0.0
 
-    def step(self, i: int) -> dict[str, Tensor]: ...
+    @abstractmethod
+    def step(self, i: int) -> dict[str, Tensor]:
+        """Do step i; returns 0-d tensors by name for the log."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """After the last step, also where there were none."""
 
-    def tensors(self) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint between two steps needs besides the learner, the method and the task's tensors."""
+        return {}
 
-    def load(self, tensors: dict[str, Tensor]) -> None: ...
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `tensors`."""
 
 
 class Learner:
@@ -48,19 +63,27 @@ class Learner:
 
     Attributes:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
-        features: images -> features, what is trained and evaluated: the backbone, unless a method sees it in another way.
-        initial: `[n]` copy of the starting weights, kept only where the head needs them (prototypes), else None.
+        initial: `[n]` copy of the starting weights, kept only where the head needs them (prototypes) and the backbone
+            moves; else None.
+
+    frozen: the method never moves the backbone.
     """
 
     def __init__(
-        self, backbone: Backbone, head: Head, config: Config, seed: int, device: torch.device, flip: bool = False
+        self,
+        backbone: Backbone,
+        head: Head,
+        config: Config,
+        seed: int,
+        device: torch.device,
+        flip: bool = False,
+        frozen: bool = False,
     ):
         self.flat = FlatModel(backbone.eval()).to(device)  # eval: no dropout, so that a step is a function of its seed
         self.backbone, self.head = backbone, head.to(device)
-        self.features: Callable[[Tensor], Tensor] = backbone
         self.config, self.seed, self.device = config, seed, device
         self.flip = flip if config.data.flip is None else config.data.flip
-        self.initial = self.theta.clone() if head.needs_initial_features else None
+        self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property
     def theta(self) -> Tensor:
@@ -86,32 +109,36 @@ class Learner:
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
-    def adapted(self, rank: int) -> Projections | FullRank:
-        """The weights that training with LoRA of this rank moves: key and value projections; 0: all."""
-        return Projections(self.flat, ADAPTED) if rank else FullRank(self.flat)
+    def adapted(self, rank: int) -> Projections | AllWeights:
+        """The weights that training with LoRA of this rank moves: the key and value projections; 0: all weights."""
+        return Projections(self.flat, ADAPTED) if rank else AllWeights(self.flat)
 
-    def adapter(self, rank: int, *what: str | int) -> LowRank | FullRank:
-        """What moves them: an adapter drawn for `what`, or the weights themselves."""
-        return LowRank(self.flat, rank, ADAPTED, self.generator(*what)) if rank else FullRank(self.flat)
+    def trainable(self, rank: int, *what: str | int) -> LowRank | AllWeights:
+        """What training moves: LoRA of this rank, drawn for `what`; 0: all weights."""
+        return LowRank(self.flat, rank, ADAPTED, self.generator(*what)) if rank else AllWeights(self.flat)
 
     def grow_head(self, task: Task, images: TaskImages) -> None:
         """Give the head what it needs to know of a new task: rows, or the class means of the starting model."""
         self.head.grow(task.classes, self.generator("head", task.index))
-        if self.initial is None:
+        if not self.head.needs_initial_features:
             return
-        current = self.theta.clone()
-        self.theta.copy_(self.initial)
+        current = self.theta.clone() if self.initial is not None else None
+        if self.initial is not None:
+            self.theta.copy_(self.initial)
         with torch.no_grad():
             for rows in torch.arange(len(images)).split(self.config.training.batch_size):
                 pixels, labels = images.batch(rows)
                 self.head.observe(self.backbone(self.plain(pixels)), labels)
-        self.theta.copy_(current)
+        if current is not None:
+            self.theta.copy_(current)
 
     def state_dict(self) -> dict[str, Tensor]:
-        kept = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        """The model, the head, and `initial` if it is kept; without copies."""
+        kept = {"theta": self.theta} | {f"head.{k}": v for k, v in self.head.state_dict().items()}
         return kept if self.initial is None else kept | {"initial": self.initial}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        self.theta.copy_(tensors["theta"])
         self.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
         self.head.to(self.device)
         if self.initial is not None:
@@ -145,44 +172,52 @@ def learning_rate(peak: float, i: int, steps: int, warmup: int = 0) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup)))
 
 
-class Train:
+class Train(Phase):
     """Cross-entropy over the task's own classes, AdamW, cosine (TRM, Implementation Details; MagMax trains alike).
 
-    The logits of earlier classes take no part, as in the released code of MagMax and CMM.
+    The logits of earlier classes take no part, as in the released code of MagMax and CMM. trainable: what is trained,
+    `--lora-rank` decides if it is not given. lr: peak learning rate in place of `--lr`. A subclass may choose another
+    `optimiser_for` and `rate`.
     """
 
     name = "train"
 
     def __init__(
-        self, learner: Learner, task: Task, images: TaskImages, *, rank: int | None = None, lr: float | None = None
+        self,
+        learner: Learner,
+        task: Task,
+        images: TaskImages,
+        *,
+        trainable: Trainable | None = None,
+        lr: float | None = None,
     ):
         self.learner, self.task, self.images = learner, task, images
         settings = learner.config.training
         self.batches = Batches(learner, task, images, self.name, settings.epochs)
         self.steps = self.batches.steps
         self.classes = torch.tensor(task.classes, device=learner.device)
-        self.rank = settings.lora_rank if rank is None else rank
-        self.adapter = learner.adapter(self.rank, "lora", task.index)
-        groups = [{"params": [self.adapter.theta], "peak": settings.lr if lr is None else lr}]
+        self.trainable = trainable or learner.trainable(settings.lora_rank, "lora", task.index)
+        groups: list[dict[str, Any]] = [{"params": [self.trainable.theta], "peak": settings.lr if lr is None else lr}]
         if head := learner.head.trainable():
             # no decay: it would wear away the rows of classes that this task does not train
             groups.append({"params": head, "peak": settings.head_lr, "weight_decay": 0.0})
-        fused = learner.device.type in ("cpu", "cuda")
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=fused)
+        self.optimiser = self.optimiser_for(groups)
 
-    def weights(self) -> Tensor | None:
-        """The adapted weights `[m]` that a step's forward sees; None: those of the model."""
-        return self.adapter.base + self.adapter.shift() if self.rank else None
+    def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """groups: parameter groups, each with its peak learning rate as `peak`."""
+        fused = self.learner.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(groups, weight_decay=self.learner.config.training.weight_decay, fused=fused)
+
+    def rate(self, peak: float, i: int) -> float:
+        """The learning rate of step i."""
+        return learning_rate(peak, i, self.steps, self.learner.config.training.warmup_steps)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: images normalised floats `[b, 3, s, s]`, labels `[b]` class indices."""
         return self.task_loss(self.features(images), labels)
 
     def features(self, images: Tensor) -> Tensor:
-        weights = self.weights()
-        if weights is None:
-            return self.learner.features(images)
-        return functional_call(self.learner.flat.module, self.adapter.named(weights), (images,))
+        return self.trainable.features(images)
 
     def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
@@ -195,7 +230,7 @@ class Train:
         pixels, labels = self.images.batch(rows)
         images = learner.augmented(pixels, learner.generator("augment", self.task.index, i))
         loss = self.loss(images, labels)
-        self.adapter.theta.grad.zero_()
+        self.gradient.zero_()
         for p in learner.head.trainable():
             p.grad = None
         loss.backward()
@@ -203,26 +238,28 @@ class Train:
         if clip := learner.config.training.clip:
             norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], clip)
         else:
-            norm = self.adapter.theta.grad.norm()
+            norm = self.gradient.norm()
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(group["peak"], i, self.steps, learner.config.training.warmup_steps)
+            group["lr"] = self.rate(group["peak"], i)
         self.optimiser.step()
         return {"loss": loss.detach(), "gradient_norm": norm.detach()}
 
+    @property
+    def gradient(self) -> Tensor:
+        """Of what is trained, `[p]`."""
+        gradient = self.trainable.theta.grad
+        assert gradient is not None
+        return gradient
+
     def finish(self) -> None:
-        if self.rank:  # fold the adapter in
-            self.adapter.scatter(self.adapter.base + self.adapter.shift().detach(), self.learner.theta)
+        self.trainable.fold()
         self.learner.flat.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        own = (
-            {"adapter": self.adapter.theta.detach()} if self.rank else {}
-        )  # else it is the model, which is saved anyway
-        return own | optimiser_tensors(self.optimiser)
+        return self.trainable.tensors() | optimiser_tensors(self.optimiser)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        if self.rank:
-            self.adapter.theta.data.copy_(tensors["adapter"])
+        self.trainable.load(tensors)
         load_optimiser(self.optimiser, tensors)
 
 

@@ -75,20 +75,25 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert "final acc" in text and "finished before" not in text
 
 
-@pytest.mark.parametrize("head", ["linear", "prototype", "text"])
-def test_the_final_model_can_be_used(data, tmp_path, head):
-    """The loaded model gives the accuracies that the run reported for its last task."""
-    flags = ["--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", "trm", "--quiet", "--head", head]
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [("trm", "linear"), ("trm", "prototype"), ("trm", "text"), ("cmm", "text"), ("clip-adapter", "text")],
+)
+def test_the_final_model_can_be_used(data, tmp_path, method, head):
+    """The loaded model gives the accuracies that the run reported for its last task, also where the method's features
+    need more than the backbone."""
+    flags = ["--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", method, "--quiet", "--head", head]
     assert run(*flags, "--run-dir", tmp_path / "r") == 0
-    backbone, loaded, recipe = load_model(tmp_path / "r" / "trm-seed0" / "model.safetensors")
-    result = json.loads((tmp_path / "r" / "results.json").read_text())["methods"]["trm"]["0"]
+    features, loaded, recipe = load_model(tmp_path / "r" / f"{method}-seed0" / "model.safetensors")
+    result = json.loads((tmp_path / "r" / "results.json").read_text())["methods"][method]["0"]
+    backbone = features.backbone
     correct = total = 0
     for c, name in enumerate(recipe["class_names"]):
         for path in sorted((data / "test" / name.replace(" ", "_")).iterdir()):
             pixels = normalise(
                 to_float(torch.tensor(decode(path, 32)).permute(2, 0, 1)[None]), backbone.mean, backbone.std
             )
-            correct += int(loaded(backbone(pixels), torch.arange(6)).argmax(1)) == c
+            correct += int(loaded(features(pixels), torch.arange(6)).argmax(1)) == c
             total += 1
     assert 100 * correct / total == pytest.approx(result["final_accuracy"])
     with pytest.raises(UserError, match="not a checkpoint"):

@@ -6,8 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from fastmerge.console import Console, Work, clock, growth, number, results_markdown, results_rows, results_table
-from fastmerge.methods import Run
+from fastmerge.console import Console, Work
+from fastmerge.plan import Run
+from fastmerge.report import clock, growth, number, results_markdown, results_rows, results_table
 
 
 def scenario(kind="cil"):

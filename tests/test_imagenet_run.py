@@ -43,7 +43,8 @@ def test_a_hundred_tasks(tmp_path, classes, order_hash, head):
     peaks, kept = result["peak_memory_bytes_per_task"], result["kept_bytes"]
     assert peaks[99] < 1.05 * peaks[9], f"task 10: {peaks[9]}, task 100: {peaks[99]}"
     model = 3_350_528  # bytes of theta of the tiny backbone: 837,632 fp32 entries with padding
-    assert set(kept) == {model}
+    rows = [kept_bytes - model for kept_bytes in kept]  # the head: at most 128 + 1 numbers and an index per class
+    assert all(0 < n <= 4 * classes * 132 for n in rows), rows
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
     assert manifest["order_sha256"] == order_hash  # as PILOT's permutation of seed 1993
     assert all(len(task["classes"]) == classes // 100 for task in manifest["tasks"])

@@ -341,7 +341,7 @@ def test_restart_is_a_merge_of_two(name, groups):
 
 @pytest.mark.parametrize("name", RULES)
 def test_unscaled_inverts_the_scale(name):
-    scaled = [g for g in RULES[name][1] if hasattr(getattr(Config(), g), "scale")]
+    scaled = [g for g in RULES[name].groups if hasattr(getattr(Config(), g), "scale")]
     case, plain = (Case(5, groups={g: {"scale": s} for g in scaled}) for s in (0.3, 1.0))
     back = case.rule(name).unscaled(case.merge(name))
     torch.testing.assert_close(back, plain.merge(name), rtol=0, atol=1e-5)  # the rounding grows by 1 / 0.3

@@ -126,13 +126,13 @@ def two_tasks(*flags):
     start = learner.theta.clone()
     method = CMM(learner)
     (first, its_images), (second, images) = toy.tasks()[:2]
-    method.begin(first)
-    toy.work(method.train(first, its_images))
-    toy.work(method.merge(first, its_images))
+    during = method.begin(first)
+    toy.work(method.train(first, its_images, during))
+    toy.work(method.merge(first, its_images, during))
     previous, fisher = learner.theta.clone(), None if method.fisher is None else method.fisher.clone()
-    method.begin(second)
-    toy.work(method.train(second, images))
-    return learner, method, second, images, start, previous, fisher
+    during = method.begin(second)
+    toy.work(method.train(second, images, during))
+    return learner, method, during, second, images, start, previous, fisher
 
 
 @pytest.mark.parametrize("kind", ["adam", "adam-raw"])
@@ -142,7 +142,8 @@ def test_training_in_the_tangent_space_and_its_fisher(kind):
     start, (task, data) = learner.theta.clone(), toy.tasks()[0]
     theta = start.clone().requires_grad_()
     method = CMM(learner)
-    phase = method.train(task, data)
+    during = method.begin(task)
+    phase = method.train(task, data, during)
     m = v = torch.zeros_like(start)
     for i in range(phase.steps):
         pixels, labels = data.batch(phase.batches.rows(i))
@@ -157,44 +158,44 @@ def test_training_in_the_tangent_space_and_its_fisher(kind):
     toy.work(phase)
     torch.testing.assert_close(learner.theta, theta.detach(), rtol=1e-3, atol=1e-5)
     wanted = v if kind == "adam-raw" else v / (1 - 0.999**phase.steps)
-    torch.testing.assert_close(method.fisher_t, wanted, rtol=1e-2, atol=1e-8)
+    torch.testing.assert_close(during["fisher_t"], wanted, rtol=1e-2, atol=1e-8)
     assert torch.equal(method.initial, start)
 
 
 def test_merge_is_equation_4_and_leaves_theta_0_alone():
-    learner, method, task, images, start, previous, fisher = two_tasks("--cmm.align-epochs=0")
-    new, fisher_t = learner.theta.double(), method.fisher_t.double()
+    learner, method, during, task, images, start, previous, fisher = two_tasks("--cmm.align-epochs=0")
+    new, fisher_t = learner.theta.double(), during["fisher_t"].double()
     fisher_t[:5] = 0
-    method.fisher_t[:5] = 0
+    during["fisher_t"][:5] = 0
     method.fisher[:5] = fisher[:5] = 0  # 0 / 0: plain interpolation, where the released code writes NaN
-    toy.work(method.merge(task, images))
+    toy.work(method.merge(task, images, during))
     total = 0.3 * fisher_t + 0.7 * fisher
     wanted = (0.3 * fisher_t * new + 0.7 * fisher * previous) / total
     wanted = torch.where(total == 0, 0.3 * new + 0.7 * previous, wanted)
     torch.testing.assert_close(learner.theta, wanted.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(method.fisher, total.float())
     assert torch.equal(method.initial, start) and learner.theta.isfinite().all()
-    assert set(method.state_dict()) == {"theta", "initial", "fisher"}  # constant: nothing of the task is left
+    assert set(method.state_dict()) == {"initial", "fisher"}  # constant: nothing of the task is left
 
 
 def test_merge_by_plain_interpolation_or_not_at_all():
     align = "--cmm.align-epochs=0"
-    learner, method, task, images, _, previous, _ = two_tasks("--cmm.merge=average", align)
+    learner, method, during, task, images, _, previous, _ = two_tasks("--cmm.merge=average", align)
     new = learner.theta.clone()
-    toy.work(method.merge(task, images))
+    toy.work(method.merge(task, images, during))
     torch.testing.assert_close(learner.theta, 0.7 * previous + 0.3 * new)
-    learner, method, task, images, _, previous, _ = two_tasks("--cmm.merge=none", align)
+    learner, method, during, task, images, _, previous, _ = two_tasks("--cmm.merge=none", align)
     new = learner.theta.clone()
-    toy.work(method.merge(task, images))
-    assert torch.equal(learner.theta, new) and set(method.state_dict()) == {"theta", "initial"}
+    toy.work(method.merge(task, images, during))
+    assert torch.equal(learner.theta, new) and set(method.state_dict()) == {"initial"}
 
 
 @pytest.mark.parametrize(("loss", "tangent"), [("l1", True), ("l2", True), ("l2", False)])
 def test_alignment_trains_the_projection_alone(loss, tangent):
-    learner, method, task, images, start, previous, _ = two_tasks(
+    learner, method, during, task, images, start, previous, _ = two_tasks(
         f"--cmm.align-loss={loss}", "--cmm.tangent" if tangent else "--cmm.no-tangent"
     )
-    phase = method.merge(task, images)
+    phase = method.merge(task, images, during)
     phase.merge()
     merged = learner.theta.clone()
 
@@ -225,9 +226,9 @@ def test_alignment_trains_the_projection_alone(loss, tangent):
 
 
 def test_alignment_brings_the_features_back():
-    learner, method, task, images, _, previous, _ = two_tasks("--cmm.align-epochs=20")
+    learner, method, during, task, images, _, previous, _ = two_tasks("--cmm.align-epochs=20")
     x = learner.plain(images.images)
-    phase = method.merge(task, images)
+    phase = method.merge(task, images, during)
     first = phase.step(0)["loss"]
     for i in range(1, phase.steps):
         phase.step(i)
@@ -238,11 +239,10 @@ def test_alignment_brings_the_features_back():
 
 
 def test_inference_in_both_ways():
-    learner, method, task, images, _, _, _ = two_tasks("--cmm.inference=plain")
-    assert learner.features is method.trained_as  # still training
-    toy.work(method.merge(task, images))
-    assert learner.features is learner.backbone and list(method.also_evaluated) == ["linearised"]
-    learner, method, task, images, _, _, _ = two_tasks()
-    toy.work(method.merge(task, images))
-    assert learner.features is method.trained_as and list(method.also_evaluated) == ["plain"]
-    assert CMM(toy.learner("--cmm.no-tangent")).also_evaluated == {}
+    learner, method, during, task, images, _, _, _ = two_tasks("--cmm.inference=plain")
+    toy.work(method.merge(task, images, during))
+    assert method.features().kind == "backbone" and list(method.also_evaluated()) == ["linearised"]
+    learner, method, during, task, images, _, _, _ = two_tasks()
+    toy.work(method.merge(task, images, during))
+    assert method.features().function is method.tangent and list(method.also_evaluated()) == ["plain"]
+    assert CMM(toy.learner("--cmm.no-tangent")).also_evaluated() == {}

@@ -12,11 +12,11 @@ from torch.func import functional_call
 from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.loop import kept_bytes
-from fastmerge.methods import read_method
 from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import PostHoc
 from fastmerge.models import load_backbone
 from fastmerge.models.lora import LowRank, find_blocks
+from fastmerge.plan import read_method
 from fastmerge.training import Train
 
 
@@ -124,13 +124,13 @@ def test_perturbed_training_is_equation_15(learner, perturb, rank):
     run = learner(f"--pam.perturb={perturb}", f"--pam.rank={rank}", "--epochs=4")
     method = PAM(run)
     task, images = toy.tasks()[0]
-    method.begin(task)
-    phase = method.train(task, images)
-    phase.adapter.theta.data.add_(0.1 * torch.randn_like(phase.adapter.theta))
-    theta = phase.adapter.theta.detach().clone().requires_grad_()
-    base, draws = method.previous.clone(), []
+    during = method.begin(task)
+    phase = method.train(task, images, during)
+    phase.trainable.theta.data.add_(0.1 * torch.randn_like(phase.trainable.theta))
+    theta = phase.trainable.theta.detach().clone().requires_grad_()
+    base, draws = during["previous"].clone(), []
     for i in range(8):
-        theta.data.copy_(phase.adapter.theta.detach())
+        theta.data.copy_(phase.trainable.theta.detach())
         values = phase.step(i)
         draws.append(float(values["perturbation"]))
         pixels, labels = images.batch(phase.batches.rows(i))
@@ -146,17 +146,17 @@ def test_perturbed_training_is_equation_15(learner, perturb, rank):
             weights = base + shift + c * shift.detach().norm() / noise.norm() * noise
         else:
             weights = base + (1 + c) * shift
-        logits = run.head(functional_call(run.flat.module, phase.adapter.named(weights), (x,)), phase.classes)
+        logits = run.head(functional_call(run.flat.module, phase.trainable.named(weights), (x,)), phase.classes)
         (wanted,) = torch.autograd.grad(F.cross_entropy(logits, labels), theta)
-        torch.testing.assert_close(phase.adapter.theta.grad, wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(phase.trainable.theta.grad, wanted, rtol=1e-4, atol=1e-6)
     assert set(draws) == ({0.0} if perturb == "none" else {-0.5, 0.0, 0.5})
 
 
 def test_the_draws_are_thirds(learner):
     method = PAM(learner("--epochs=1"))
     task, images = toy.tasks()[0]
-    method.begin(task)
-    phase = method.train(task, images)
+    during = method.begin(task)
+    phase = method.train(task, images, during)
     phase.batches.rows = lambda i: torch.arange(2)
     draws = torch.tensor([float(phase.step(0)["perturbation"]) if i == 0 else draw(phase, i) for i in range(900)])
     for value in (-0.5, 0.0, 0.5):
@@ -176,11 +176,11 @@ def test_closed_form_equals_the_papers_sum_over_stored_models(learner, rank):
     for number in range(20):
         task, images = toy.tasks()[number % toy.TASKS]
         task = dataclasses.replace(task, index=number)
-        method.begin(task)
-        before = method.previous.double()
-        toy.work(method.train(task, images))
-        star = method.trained.double()
-        phase = method.merge(task, images)
+        during = method.begin(task)
+        before = during["previous"].double()
+        toy.work(method.train(task, images, during))
+        star = during["trained"].double()
+        phase = method.merge(task, images, during)
         values = [phase.step(i) for i in range(phase.steps)]
         stored.append((star, phase.fisher.double()))
         step = star - before
@@ -194,7 +194,8 @@ def test_closed_form_equals_the_papers_sum_over_stored_models(learner, rank):
         kept.add(kept_bytes(run, method))
         if task.index == 0:
             assert alpha == pytest.approx(1, rel=1e-4)
-    assert kept == {4 * (run.theta.numel() + 3 * len(star))} and alpha < 1
+    head = sum(x.nbytes for x in run.head.state_dict().values())
+    assert kept == {4 * (run.theta.numel() + 3 * len(star)) + head} and alpha < 1
 
 
 def test_twenty_tasks_of_the_closed_form():
@@ -226,20 +227,20 @@ def test_alpha_without_information_and_outside_of_0_and_1(learner):
     run = learner()
     method = PAM(run)
     (first, images), (second, its) = toy.tasks()[:2]
-    method.begin(first)
-    toy.work(method.train(first, images))
-    toy.work(method.merge(first, images))
-    method.begin(second)
-    toy.work(method.train(second, its))
-    phase = method.merge(second, its)
+    during = method.begin(first)
+    toy.work(method.train(first, images, during))
+    toy.work(method.merge(first, images, during))
+    during = method.begin(second)
+    toy.work(method.train(second, its, during))
+    phase = method.merge(second, its, during)
     method.total.zero_(), method.moment.zero_()  # <S D, D> = 0: alpha = 1 / t
     values = phase.step(phase.steps - 1)
     assert float(values["alpha"]) == float(values["alpha_formula"]) == 0.5
     method.total.fill_(1.0)
-    method.moment.copy_(method.trained + 9 * (method.trained - method.previous) - method.initial)
+    method.moment.copy_(during["trained"] + 9 * (during["trained"] - during["previous"]) - method.initial)
     values = phase.step(phase.steps - 1)
     assert float(values["alpha_formula"]) > 5 and float(values["alpha"]) == 1.0
-    assert torch.equal(method.adapted(), method.trained)
+    assert torch.equal(method.adapted(), during["trained"])
 
 
 def test_lora_for_methods_that_train_as_usual(learner):
@@ -249,7 +250,7 @@ def test_lora_for_methods_that_train_as_usual(learner):
     phase = Train(run, task, images)
     toy.work(phase)
     changed = (run.theta != before).nonzero()[:, 0]
-    places = torch.cat([torch.arange(b.place, b.place + b.rows * b.columns) for b in phase.adapter.blocks])
+    places = torch.cat([torch.arange(b.place, b.place + b.rows * b.columns) for b in phase.trainable.blocks])
     assert len(changed) and torch.isin(changed, places).all()
     delta = (run.theta - before)[places[:64]].view(8, 8)
     assert torch.linalg.matrix_rank(delta, tol=1e-5) == 2
@@ -261,9 +262,9 @@ def test_fisher_rules_on_lora_equal_the_formula_over_all_weights(learner, tmp_pa
     run = learner("--lora-rank=2", "--fisher.labels=data", "--epochs=1")
     method, initial, seen = PostHoc(run, toy.nowhere(tmp_path), rule, "strict"), run.theta.clone(), []
     for number, (task, images) in enumerate(toy.tasks()):
-        method.begin(task)
+        during = method.begin(task)
         before = run.theta.double()
-        toy.work(method.train(task, images))
+        toy.work(method.train(task, images, during))
         trained, fisher = run.theta.double(), torch.zeros_like(before)
         for k in range(len(images)):
             pixels, labels = images.batch(torch.tensor([k]))
@@ -273,7 +274,7 @@ def test_fisher_rules_on_lora_equal_the_formula_over_all_weights(learner, tmp_pa
             fisher += run.flat.gradient.double().square() / len(images)
         run.flat.zero_grad()
         seen.append(fisher)
-        toy.work(method.merge(task, images))
+        toy.work(method.merge(task, images, during))
         if number:
             lam = 1 / (number + 1) if rule == "fisher" else getattr(run.config, rule).lam
             old = torch.stack(seen[:-1]).mean(0) if rule == "fisher" else seen[-2]
@@ -286,22 +287,22 @@ def test_state_comes_back_in_the_middle_of_a_task(learner):
     run = learner(head="linear")
     method, (task, images) = PAM(run), toy.tasks()[0]
     run.grow_head(task, images)
-    method.begin(task)
-    phase = method.train(task, images)
+    during = method.begin(task)
+    phase = method.train(task, images, during)
     phase.step(0)
     saved = [{k: v.clone() for k, v in x.items()} for x in (method.state_dict(), run.state_dict(), phase.tensors())]
     for i in range(1, phase.steps):
         phase.step(i)
     phase.finish()
-    toy.work(method.merge(task, images))
+    toy.work(method.merge(task, images, during))
     other = learner(head="linear")
     other.load_state_dict(saved[1])
     again = PAM(other)
     again.load_state_dict(saved[0])
-    resumed = again.train(task, images)
+    resumed = again.train(task, images, during)
     resumed.load(saved[2])
     for i in range(1, resumed.steps):
         resumed.step(i)
     resumed.finish()
-    toy.work(again.merge(task, images))
+    toy.work(again.merge(task, images, during))
     assert torch.equal(other.theta, run.theta)

@@ -73,7 +73,7 @@ class Toy:
         return images
 
     @staticmethod
-    def features(images):
+    def backbone(images):
         return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 6).float()
 
     @staticmethod

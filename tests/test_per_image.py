@@ -7,7 +7,7 @@ import toy
 from torch import nn
 
 from fastmerge.data.cache import TaskImages
-from fastmerge.fisher import FisherPass
+from fastmerge.fisher_pass import FisherPass
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import LinearHead
 from fastmerge.training import Learner
@@ -55,7 +55,7 @@ def run(learner, task, images, served):
     for i in range(passed.steps):
         passed.step(i)
     assert passed._served is served
-    return adapted, passed.finish()
+    return adapted, passed.result()
 
 
 @pytest.mark.parametrize("how", ["as usual", "class token", "tokens first", "twice", "no linear map"])

@@ -5,10 +5,10 @@ import torch
 import toy
 
 from fastmerge.errors import UserError
-from fastmerge.fisher import FisherPass
-from fastmerge.methods import plan, read_method, shared_trainings
+from fastmerge.fisher_pass import FisherPass
 from fastmerge.methods.posthoc import PostHoc
-from fastmerge.methods.trajectory import Recorded, Replay, Trajectory
+from fastmerge.methods.trajectory import Recorded, Reused, Trajectory
+from fastmerge.plan import plan, read_method, shared_trainings
 from fastmerge.training import Train
 
 
@@ -143,10 +143,10 @@ def test_kept_between_tasks(rule, protocol, models, tmp_path):
     method = PostHoc(learner, toy.nowhere(tmp_path), rule, protocol)
     for task, images in toy.tasks():
         learner.grow_head(task, images)
-        method.begin(task)
-        toy.work(method.train(task, images))
-        toy.work(method.merge(task, images))
-        vectors = [t for t in method.state_dict().values() if t.numel() == learner.theta.numel()]
+        during = method.begin(task)
+        toy.work(method.train(task, images, during))
+        toy.work(method.merge(task, images, during))
+        vectors = [t for t in (learner.state_dict() | method.state_dict()).values() if t.shape == learner.theta.shape]
         assert len(vectors) == models
 
 
@@ -176,7 +176,7 @@ def test_only_the_first_of_several_trains(tmp_path):
     assert type(phase) is Recorded
     toy.work(phase)
     again = trajectory.train(learner, task, images)
-    assert type(again) is Replay and again.steps == 0
+    assert type(again) is Reused and again.steps == 0
     again.finish()
     assert again.seconds_elsewhere > 0
     assert type(trajectory.train(learner, task, images, "independent")) is Train  # nobody else asks for it
@@ -243,14 +243,14 @@ def run_pass(*flags):
 
 def test_fisher_is_per_image():
     learner, task, images, passed = run_pass("--fisher.labels=data")
-    torch.testing.assert_close(passed.finish(), fishers(learner, task, images), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(passed.result(), fishers(learner, task, images), rtol=1e-4, atol=1e-7)
 
 
 def test_fisher_of_some_images_with_a_floor():
     learner, task, images, passed = run_pass("--fisher.labels=data", "--fisher.images=11", "--fisher.floor=0.5")
     chosen = torch.cat([passed.batches.rows(i) for i in range(3)])[:11]
     few = type(images)(images.images[chosen], images.labels[chosen], 0)
-    torch.testing.assert_close(passed.finish(), fishers(learner, task, few) + 0.5, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(passed.result(), fishers(learner, task, few) + 0.5, rtol=1e-4, atol=1e-7)
 
 
 def test_fisher_of_the_models_own_labels_is_the_information():
@@ -270,7 +270,7 @@ def test_fisher_of_the_models_own_labels_is_the_information():
         learner.seed = seed
         for i in range(passed.steps):
             passed.step(i)
-        drawn += passed.finish() / 60
+        drawn += passed.result() / 60
     assert (drawn - exact).norm() < 0.2 * exact.norm() < (fishers(learner, task, images) - exact).norm()
     learner.seed = 0
 
@@ -284,4 +284,4 @@ def test_fisher_per_batch_squares_the_mean_gradient():
         logits = learner.head(learner.backbone(learner.plain(pixels)), classes)
         torch.nn.functional.cross_entropy(logits, labels).backward()
         want += len(labels) / len(images) * learner.flat.gradient.square()
-    torch.testing.assert_close(passed.finish(), want, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(passed.result(), want, rtol=1e-4, atol=1e-8)

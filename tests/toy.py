@@ -64,9 +64,9 @@ def drive(learner: Learner, method) -> list[torch.Tensor]:
     after = []
     for task, images in tasks():
         learner.grow_head(task, images)
-        method.begin(task)
-        work(method.train(task, images))
-        work(method.merge(task, images))
+        during = method.begin(task)
+        work(method.train(task, images, during))
+        work(method.merge(task, images, during))
         after.append(learner.theta.clone())
     return after
 

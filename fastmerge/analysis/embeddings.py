@@ -29,16 +29,14 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
     except ImportError:
         raise UserError("embeddings needs scikit-learn: pip install scikit-learn") from None
     two = Stages(setup, CMM, 2)
-    two.train(0)
-    work(two.method.merge(two.tasks[0], two.images.train(two.tasks[0])))
+    work(two.merging(0, two.train(0)))
     chosen = two.tasks[0].classes[:classes]
     labels = two.tests[0].labels.tolist()
     rows = [k for k, label in enumerate(labels) if label in chosen]
     if len(rows) < 2:
         raise UserError(f"the first {len(chosen)} classes have {len(rows)} test images; t-SNE needs at least two")
     features = {"previous": embed(two, rows)}
-    images = two.train(1)
-    phase = two.method.merge(two.tasks[1], images)
+    phase = two.method.merge(two.tasks[1], two.train(1), two.during)
     phase.merge()
     features["merged"] = embed(two, rows)
     work(phase)
@@ -61,10 +59,10 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
 @torch.no_grad()
 def embed(two: Stages, rows: list[int]) -> Tensor:
     """Features `[k, d]` of these test images of task 1, on the CPU, at the present weights, as they were trained."""
-    parts = []
+    parts, features = [], two.method.trained_as()
     for part in torch.tensor(rows).split(two.learner.config.training.batch_size):
         pixels, _ = two.tests[0].batch(part)
-        parts.append(two.method.trained_as(two.learner.plain(pixels)).cpu())
+        parts.append(features(two.learner.plain(pixels)).cpu())
     return torch.cat(parts)
 
 

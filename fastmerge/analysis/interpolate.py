@@ -35,7 +35,7 @@ def curves(setup: Setup, tangent: bool, points: int) -> Iterator[tuple]:
     found = []
     for number in range(2):
         two.train(number)
-        found.append((two.learner.theta.clone(), two.method.fisher_t.clone()))
+        found.append((two.learner.theta.clone(), two.during["fisher_t"].clone()))
     (theta1, fisher1), (theta2, fisher2) = found
     theta = two.learner.theta
     for merge in ("average", "fisher"):

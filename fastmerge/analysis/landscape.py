@@ -32,10 +32,10 @@ def landscape(setup: Setup, after: int, points: int, out: Path) -> list[Path]:
         raise UserError("--pam.no-merge: landscape shows where the merge lands; leave it out")
     stages = Stages(setup, PAM, after)
     method = stages.method
-    for number, task in enumerate(stages.tasks):
+    for number in range(len(stages.tasks)):
         images = stages.train(number)
-        previous, trained = method.previous, method.trained
-        alpha = float(work(method.merge(task, images))["alpha"])
+        previous, trained = stages.during["previous"], stages.during["trained"]
+        alpha = float(work(stages.merging(number, images))["alpha"])
     adapted = stages.learner.adapted(setup.config.pam.rank)
 
     def row(part: str, alpha: float, beta: float) -> tuple:

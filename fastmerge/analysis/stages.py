@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.evaluate import batches, micro
 from fastmerge.loop import Images
+from fastmerge.methods.method import Method, Tensors
 from fastmerge.setup import Setup
 from fastmerge.training import Learner, Phase, positions
 
@@ -27,12 +28,17 @@ class Score(NamedTuple):
     loss_own: float
 
 
-class Stages:
-    """A learner with a method, and the first `count` tasks of the scenario. config: other settings than the command's."""
+M = TypeVar("M", bound=Method)
 
-    def __init__(self, setup: Setup, method: Callable[[Learner], object], count: int, config: Config | None = None):
+
+class Stages(Generic[M]):
+    """A learner with a method, and the first `count` tasks of the scenario. config: other settings than the command's.
+    during: the tensors of the task at hand."""
+
+    def __init__(self, setup: Setup, method: Callable[[Learner], M], count: int, config: Config | None = None):
         self.learner = setup.learner(setup.config.training.seeds[0], config=config)
-        self.method = method(self.learner)
+        self.method: M = method(self.learner)
+        self.during: Tensors = {}
         self.images = Images(setup.scenario, setup.cache)
         self.tasks = setup.scenario.tasks[:count]
         self.tests: list[TaskImages] = [setup.cache.get(setup.dataset.test, t.test, keep=True) for t in self.tasks]
@@ -43,20 +49,25 @@ class Stages:
         task = self.tasks[number]
         images = self.images.train(task)
         self.learner.grow_head(task, images)
-        self.method.begin(task)
-        work(self.method.train(task, images))
+        self.during = self.method.begin(task)
+        work(self.method.train(task, images, self.during))
         return images
+
+    def merging(self, number: int, images: TaskImages) -> Phase | None:
+        """The merging phase of task `number`, after `train`."""
+        return self.method.merge(self.tasks[number], images, self.during)
 
     @torch.no_grad()
     def score(self) -> Score:
         """On the test images of all tasks, at the present weights."""
         learner, classes = self.learner, torch.tensor(self.classes, device=self.learner.device)
+        features = self.method.features()
         own = torch.stack([torch.isin(classes.cpu(), torch.tensor(t.classes)) for t in self.tasks]).to(learner.device)
         counts = [len(t) for t in self.tests]
         # per task: correct, loss, loss among its own
         sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=learner.device)
         for pixels, labels, test in batches(self.tests, learner.config.training.batch_size):
-            logits: Tensor = learner.head(learner.features(learner.plain(pixels)), classes)
+            logits: Tensor = learner.head(features(learner.plain(pixels)), classes)
             truth = positions(labels, classes)
             right = (logits.argmax(1) == truth).double()
             loss = F.cross_entropy(logits, truth, reduction="none")
@@ -67,9 +78,11 @@ class Stages:
         return Score(accuracies, micro(accuracies, counts), *(sum(x) / len(counts) for x in means[1:]))
 
 
-def work(phase: Phase) -> dict[str, Tensor]:
+def work(phase: Phase | None) -> dict[str, Tensor]:
     """All steps of a phase; returns the terms of the last one."""
     terms: dict[str, Tensor] = {}
+    if phase is None:
+        return terms
     for i in range(phase.steps):
         terms = phase.step(i)
     phase.finish()

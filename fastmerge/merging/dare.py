@@ -17,6 +17,8 @@ from fastmerge.merging.ties import Ties
 
 
 class Dare(Rule):
+    groups = ("dare",)
+
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         (total,) = self.zeros("total")
         fk.axpy(total, dropped(self, theta, self.settings.p), 1.0, out=total)
@@ -28,8 +30,9 @@ class Dare(Rule):
 class DareTies(Ties):
     """The thinned task vectors merged by TIES with the settings of `ties`; p is `dare`'s."""
 
-    def __init__(self, base: Base, settings: Any):
-        dare, ties = settings
+    groups = ("dare", "ties")
+
+    def __init__(self, base: Base, dare: Any, ties: Any):
         super().__init__(base, ties)
         self.p = dare.p
 

@@ -22,6 +22,7 @@ from fastmerge.merging.rule import Rule
 class Fisher(Rule):
     """Beside the merged model its Fisher must live on, so `restart` keeps that."""
 
+    groups = ("fisher",)
     needs_base = False
     needs_fisher = True
 
@@ -51,7 +52,14 @@ class Fisher(Rule):
         self.kept.pop("merged", None)
 
 
+class CoFiMA(Fisher):
+    """Fisher merging with the settings of `cofima`."""
+
+    groups = ("cofima",)
+
+
 class CoMA(Rule):
+    groups = ("coma",)
     needs_base = False
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:

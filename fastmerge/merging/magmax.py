@@ -12,6 +12,8 @@ from fastmerge.merging.rule import Rule
 
 
 class MagMax(Rule):
+    groups = ("magmax",)
+
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         (largest,) = self.zeros("largest")
         if self.settings.ties == "later":

@@ -7,7 +7,7 @@ fp32; `Base` says what they have in common: where they started, and where their 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import fastmerge_kernels as fk
 import torch
@@ -47,11 +47,12 @@ class Rule:
     models in the merge, the one at hand included, and `fed`, the number that ever came: the stream of a rule that draws.
     """
 
-    needs_base = True  # whether theta_init must be kept
-    needs_fisher = False  # whether update() takes the model's diagonal Fisher
+    groups: ClassVar[tuple[str, ...]] = ()  # the groups of settings it reads
+    needs_base: ClassVar[bool] = True  # whether theta_init must be kept
+    needs_fisher: ClassVar[bool] = False  # whether update() takes the model's diagonal Fisher
 
-    def __init__(self, base: Base, settings: Any = None):
-        self.base, self.settings = base, settings
+    def __init__(self, base: Base, *settings: Any):
+        self.base, self.settings = base, settings[0] if settings else None
         self.count = self.fed = 0
         self.kept: dict[str, Tensor] = {}
 
@@ -90,7 +91,7 @@ class Rule:
         self.count = 0
 
     def unscaled(self, theta: Tensor) -> Tensor:
-        """theta_init + the merged task vector, of a merge `theta` = theta_init + scale * that task vector; new."""
+        """Undo the rule's scale: return theta_init + (theta - theta_init) / scale as a new tensor."""
         return fk.lerp(self.base.theta, theta, 1 / getattr(self.settings, "scale", 1.0))
 
     def zeros(self, *names: str) -> list[Tensor]:

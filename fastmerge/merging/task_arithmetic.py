@@ -12,6 +12,8 @@ from fastmerge.merging.rule import Rule
 
 
 class TaskArithmetic(Rule):
+    groups = ("task_arithmetic",)
+
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         (total,) = self.zeros("total")
         fk.weighted_sum([theta, self.base.theta, total], [1.0, -1.0, 1.0], out=total)

@@ -17,6 +17,8 @@ ACCUMULATORS = ("positive", "negative", "positive_count", "negative_count")
 
 
 class Ties(Rule):
+    groups = ("ties",)
+
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         self.add(theta, self.base.theta)
 

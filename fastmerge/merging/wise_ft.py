@@ -9,6 +9,8 @@ from fastmerge.merging.rule import Rule
 
 
 class WiseFT(Rule):
+    groups = ("wise_ft",)
+
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         (last,) = self.zeros("last")
         last.copy_(theta)

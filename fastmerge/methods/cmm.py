@@ -17,76 +17,85 @@ gradients are those after clipping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import fastmerge_kernels as fk
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.models.linearised import Linearised, check_linearisable
+from fastmerge.methods.method import Method, Tensors
+from fastmerge.models.features import Features, linearised
+from fastmerge.models.linearised import Linearised, TangentSpace, check_linearisable
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors
 
 
-class CMM:
-    """Between tasks it keeps the merged model, its Fisher, and theta_0 for the tangent space: constant memory."""
+class CMM(Method):
+    """It keeps the Fisher of the merged model, and theta_0 for the tangent space: constant memory.
+
+    During a task: `previous`, the merged model of the tasks before, and, between the two phases, `fisher_t`.
+    """
+
+    groups = ("cmm",)
+    lora = False
 
     def __init__(self, learner: Learner):
-        self.learner, self.settings = learner, learner.config.cmm
+        super().__init__(learner)
+        self.settings = learner.config.cmm
         self.initial: Tensor | None = None
-        self.plain = self.trained_as = learner.features
+        self.tangent: Linearised | None = None
         if self.settings.tangent:
             check_linearisable(learner.flat, learner.backbone.image_size)
             self.initial = learner.theta.clone()
-            self.trained_as = Linearised(learner.flat, self.initial)
+            self.tangent = Linearised(learner.flat, self.initial)
         self.fisher: Tensor | None = None  # F of the tasks before
-        self.fisher_t: Tensor | None = None  # F_t, from the end of training to the merge
-        self.previous: Tensor | None = None  # the merged model of the tasks before, during a task
-        self.infer()
 
-    @property
-    def also_evaluated(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """The other way of using the same weights."""
-        if not self.settings.tangent:
+    @classmethod
+    def merge_epochs(cls, config: Config) -> int:
+        return config.cmm.align_epochs
+
+    def features(self) -> Features:
+        return self.trained_as() if self.settings.inference == "linearised" else super().features()
+
+    def also_evaluated(self) -> dict[str, Features]:
+        if self.tangent is None:
             return {}
-        return {"plain": self.plain} if self.settings.inference == "linearised" else {"linearised": self.trained_as}
+        if self.settings.inference == "linearised":
+            return {"plain": super().features()}
+        return {"linearised": self.trained_as()}
 
-    def infer(self) -> None:
-        """From now on the model is evaluated."""
-        self.learner.features = self.trained_as if self.settings.inference == "linearised" else self.plain
+    def trained_as(self) -> Features:
+        """The function that is trained."""
+        return super().features() if self.tangent is None else linearised(self.learner.backbone, self.tangent)
 
-    def begin(self, task: Task) -> None:
-        if task.index:
-            self.previous = self.learner.theta.clone()
+    def begin(self, task: Task) -> Tensors:
+        return {"previous": self.learner.theta.clone()} if task.index else {}
 
-    def train(self, task: Task, images: TaskImages) -> Phase:
-        self.learner.features = self.trained_as
-        return TrainWithFisher(self, task, images)
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+        return TrainWithFisher(self, task, images, during)
 
-    def merge(self, task: Task, images: TaskImages) -> Phase:
-        return MergeAndAlign(self, task, images)
+    def merge(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+        return MergeAndAlign(self, task, images, during)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        kept = {name: getattr(self, name) for name in ("initial", "fisher", "fisher_t", "previous")}
-        return {"theta": self.learner.theta} | {k: v for k, v in kept.items() if v is not None}
+    def state_dict(self) -> Tensors:
+        kept = {"initial": self.initial, "fisher": self.fisher}
+        return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.learner.theta.copy_(tensors["theta"])
+    def load_state_dict(self, tensors: Tensors) -> None:
         if self.initial is not None:
             self.initial.copy_(tensors["initial"])
-        for name in ("fisher", "fisher_t", "previous"):
-            setattr(self, name, tensors[name].to(self.learner.device) if name in tensors else None)
+        self.fisher = tensors["fisher"].to(self.learner.device) if "fisher" in tensors else None
 
 
 class TrainWithFisher(Train):
     """Step 1, and F_t from the optimiser, which ends here, so its second moment is taken over and not copied."""
 
-    def __init__(self, method: CMM, task: Task, images: TaskImages):
-        super().__init__(method.learner, task, images)
-        self.method = method
+    def __init__(self, method: CMM, task: Task, images: TaskImages, during: Tensors):
+        trainable = TangentSpace(method.learner.flat, method.tangent) if method.tangent else None
+        super().__init__(method.learner, task, images, trainable=trainable)
+        self.method, self.during = method, during
 
     def finish(self) -> None:
         super().finish()
@@ -98,16 +107,16 @@ class TrainWithFisher(Train):
             fisher = torch.zeros_like(self.learner.theta)
         elif self.method.settings.fisher == "adam":
             fisher /= 1 - group["betas"][1] ** float(state["step"])
-        self.method.fisher_t = fisher
+        self.during["fisher_t"] = fisher
 
 
-class MergeAndAlign:
+class MergeAndAlign(Phase):
     """Steps 2 and 3: the merge before the first step, then the projection, step by step."""
 
     name = "merge"
 
-    def __init__(self, method: CMM, task: Task, images: TaskImages):
-        self.method, self.task, self.images = method, task, images
+    def __init__(self, method: CMM, task: Task, images: TaskImages, during: Tensors):
+        self.method, self.task, self.images, self.during = method, task, images, during
         self.learner, self.settings = method.learner, method.settings
         self.batches = Batches(self.learner, task, images, self.name, self.settings.align_epochs if task.index else 0)
         self.steps = self.batches.steps
@@ -126,29 +135,30 @@ class MergeAndAlign:
         self.merged = True
         method, theta, lam = self.method, self.learner.theta, self.settings.lam
         if self.settings.merge == "fisher":
-            if self.task.index:  # written from the side of the new model, in place: theta_t and F_t become theta and F'
-                fk.fisher_merge_(theta, method.fisher_t, method.previous, method.fisher, 1 - lam)
-            method.fisher, method.fisher_t = method.fisher_t, None
+            fisher_t = self.during.pop("fisher_t")
+            if method.fisher is not None:  # theta_t and F_t are overwritten in place, they become theta and F'
+                fk.fisher_merge_(theta, fisher_t, self.during["previous"], method.fisher, 1 - lam)
+            method.fisher = fisher_t
         elif self.settings.merge == "average" and self.task.index:
-            fk.lerp(method.previous, theta, lam, out=theta)
+            fk.lerp(self.during["previous"], theta, lam, out=theta)
 
     def features(self, theta: Tensor, images: Tensor, projection: dict[str, Tensor] | None = None) -> Tensor:
         """At `theta` `[n]`, as the model is trained; `projection` takes the place of its entries there."""
         method, flat = self.method, self.learner.flat
-        if method.initial is None:
+        if method.initial is None or method.tangent is None:
             return functional_call(flat.module, flat.as_dict(theta) | (projection or {}), (images,))
         shift = flat.as_dict(theta - method.initial)
         if projection:
             start = flat.as_dict(method.initial)
             shift |= {name: value - start[name] for name, value in projection.items()}
-        return method.trained_as.at(shift, images)
+        return method.tangent.at(shift, images)
 
     def step(self, i: int) -> dict[str, Tensor]:
         self.merge()
         pixels, _ = self.images.batch(self.batches.rows(i))
         images = self.learner.plain(pixels)
         with torch.no_grad():
-            wanted = self.features(self.method.previous, images)
+            wanted = self.features(self.during["previous"], images)
         found = self.features(self.learner.theta, images, self.projection)
         loss = (F.l1_loss if self.settings.align_loss == "l1" else F.mse_loss)(found, wanted)
         self.optimiser.zero_grad()
@@ -160,8 +170,6 @@ class MergeAndAlign:
 
     def finish(self) -> None:
         self.merge()
-        self.method.previous = None
-        self.method.infer()
 
     def tensors(self) -> dict[str, Tensor]:
         return optimiser_tensors(self.optimiser)

@@ -8,42 +8,37 @@ joint: one task with the images of all, for as many epochs; the upper bound, whi
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.training import Learner, Phase, Train
 
 
-class Joint:
-    """Its scenario has one task. Between tasks a method like this keeps the model, and nothing else."""
+class Joint(Method):
+    """Its scenario has one task."""
 
-    def __init__(self, learner: Learner):
-        self.learner = learner
+    joint = True
 
-    def begin(self, task: Task) -> None:
-        pass
-
-    def train(self, task: Task, images: TaskImages) -> Phase:
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
         return Train(self.learner, task, images)
 
-    def merge(self, task: Task, images: TaskImages) -> None:
-        return None
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"theta": self.learner.theta}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.learner.theta.copy_(tensors["theta"])
-
-
-class Finetune(Joint):
-    """Trained un-merged, so the training is shared with the post-hoc rules that train so."""
+class Finetune(Method):
+    """It shares its training with the post-hoc rules that train without regard to merging."""
 
     def __init__(self, learner: Learner, trajectory: Trajectory):
         super().__init__(learner)
-        self.trajectory = trajectory
+        self.shared = trajectory
 
-    def train(self, task: Task, images: TaskImages) -> Phase:
-        return self.trajectory.train(self.learner, task, images)
+    @classmethod
+    def build(cls, learner: Learner, trajectory: Trajectory, protocol: str | None) -> Finetune:
+        return cls(learner, trajectory)
+
+    @classmethod
+    def trajectory(cls, config: Config, protocol: str | None) -> str:
+        return "sequential"
+
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+        return self.shared.train(self.learner, task, images)

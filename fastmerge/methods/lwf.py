@@ -19,57 +19,57 @@ from torch.func import functional_call
 from fastmerge.checkpoint import joined, select
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.methods.method import Method, Tensors
 from fastmerge.training import Learner, Phase, Train
 
 
-class LwF:
-    """Between tasks it keeps the model, and which classes it knows."""
+class LwF(Method):
+    """It keeps which classes it knows. During a task: `teacher`, theta_{t-1}, and `teacher_head.*`, its head."""
+
+    groups = ("lwf",)
 
     def __init__(self, learner: Learner):
-        self.learner, self.settings = learner, learner.config.lwf
+        super().__init__(learner)
+        self.settings = learner.config.lwf
         self.known = torch.zeros(0, dtype=torch.int64)  # classes of the tasks before
-        self.teacher: Tensor | None = None  # theta_{t-1} and its head, during a task only
-        self.teacher_head = None
 
-    def begin(self, task: Task) -> None:
-        if len(self.known):
-            self.teacher, self.teacher_head = self.learner.theta.clone(), copy.deepcopy(self.learner.head)
+    def begin(self, task: Task) -> Tensors:
+        if not len(self.known):
+            return {}
+        head = {name: tensor.clone() for name, tensor in self.learner.head.state_dict().items()}
+        return {"teacher": self.learner.theta.clone()} | joined(teacher_head=head)
 
-    def train(self, task: Task, images: TaskImages) -> Phase:
-        return Distil(self, task, images)
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+        return Distil(self, task, images, during)
 
-    def merge(self, task: Task, images: TaskImages) -> None:
-        self.teacher = self.teacher_head = None
+    def merge(self, task: Task, images: TaskImages, during: Tensors) -> None:
         self.known = torch.unique(torch.cat([self.known, torch.tensor(task.classes)]))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        own = {"theta": self.learner.theta, "known": self.known}
-        if self.teacher is None:
-            return joined(own=own)
-        return joined(own=own | {"teacher": self.teacher}, teacher_head=self.teacher_head.state_dict())
+    def state_dict(self) -> Tensors:
+        return {"known": self.known}
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        own = select(tensors, "own")
-        self.learner.theta.copy_(own["theta"])
-        self.known = own["known"]
-        if "teacher" in own:
-            self.teacher, self.teacher_head = own["teacher"].to(self.learner.device), copy.deepcopy(self.learner.head)
-            self.teacher_head.load_state_dict(select(tensors, "teacher_head"))
-            self.teacher_head.to(self.learner.device)
+    def load_state_dict(self, tensors: Tensors) -> None:
+        self.known = tensors["known"]
 
 
 class Distil(Train):
-    def __init__(self, method: LwF, task: Task, images: TaskImages):
+    """during: the teacher and its head, empty in the first task."""
+
+    def __init__(self, method: LwF, task: Task, images: TaskImages, during: Tensors):
         super().__init__(method.learner, task, images)
-        self.method, self.known = method, method.known.to(method.learner.device)
+        self.method, self.known, self.teacher = method, method.known.to(method.learner.device), during.get("teacher")
+        if self.teacher is not None:
+            self.teacher_head = copy.deepcopy(self.learner.head)
+            self.teacher_head.load_state_dict(select(during, "teacher_head"))
+            self.teacher_head.to(self.learner.device)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         method, learner = self.method, self.learner
-        if method.teacher is None:
+        if self.teacher is None:
             return super().loss(images, labels)
         with torch.no_grad():
-            features = functional_call(learner.flat.module, learner.flat.as_dict(method.teacher), (images,))
-            wanted = method.teacher_head(features, self.known)
+            features = functional_call(learner.flat.module, learner.flat.as_dict(self.teacher), (images,))
+            wanted = self.teacher_head(features, self.known)
         features, t = self.features(images), method.settings.temperature
         kept = F.cross_entropy(learner.head(features, self.known) / t, (wanted / t).softmax(1))
         return self.task_loss(features, labels) + method.settings.lam * kept

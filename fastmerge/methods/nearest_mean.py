@@ -7,32 +7,17 @@ Mensink et al. 2013; the cosine form of iCaRL's nearest mean of exemplars and of
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.training import Learner
+from fastmerge.methods.method import Method, Tensors
 
 
-class NearestMean:
-    """The class means are the prototype head, and the model is the starting model, which the learner keeps for that head."""
+class NearestMean(Method):
+    """The class means are the prototype head; the backbone stays at the starting weights."""
 
     head = "prototype"
+    frozen = True
+    trains = False
 
-    def __init__(self, learner: Learner):
-        self.learner = learner
-
-    def begin(self, task: Task) -> None:
-        pass
-
-    def train(self, task: Task, images: TaskImages) -> None:
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> None:
         return None
-
-    def merge(self, task: Task, images: TaskImages) -> None:
-        return None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        pass

@@ -25,57 +25,67 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.fisher import FisherPass
+from fastmerge.fisher_pass import FisherPass
+from fastmerge.methods.method import Method, Tensors
+from fastmerge.models.lora import LowRank
+from fastmerge.models.trainable import AllWeights
 from fastmerge.training import Learner, Phase, Train
 
-VECTORS = ("initial", "total", "moment", "previous", "trained")
+KEPT = ("initial", "total", "moment")
 
 
-class PAM:
-    """Between tasks it keeps the model and, of the adapted weights, theta_init, S and M."""
+class PAM(Method):
+    """It keeps theta_init, S and M of the adapted weights.
+
+    During a task: `previous`, the adapted weights of theta_{t-1}, and between the two phases `trained`, those of theta_t*.
+    """
+
+    groups = ("pam", "fisher")
 
     def __init__(self, learner: Learner):
-        self.learner, self.settings = learner, learner.config.pam
+        super().__init__(learner)
+        self.settings = learner.config.pam
         self.initial = self.adapted()
         self.total, self.moment = torch.zeros_like(self.initial), torch.zeros_like(self.initial)
-        self.previous: Tensor | None = None  # theta_{t-1}, during a task
-        self.trained: Tensor | None = None  # theta_t*, from the end of training to the merge
+
+    @classmethod
+    def merge_epochs(cls, config: Config) -> int:
+        return int(config.pam.merge)  # the Fisher pass
 
     def adapted(self) -> Tensor:
         """The adapted weights as they are, `[m]`, new."""
         return self.learner.adapted(self.settings.rank).gather(self.learner.theta)
 
-    def begin(self, task: Task) -> None:
-        self.previous = self.adapted()
+    def begin(self, task: Task) -> Tensors:
+        return {"previous": self.adapted()}
 
-    def train(self, task: Task, images: TaskImages) -> Phase:
-        return Perturbed(self, task, images)
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+        return Perturbed(self, task, images, during)
 
-    def merge(self, task: Task, images: TaskImages) -> Phase | None:
-        if self.settings.merge:
-            return Coefficient(self, task, images)
-        self.previous = self.trained = None
-        return None
+    def merge(self, task: Task, images: TaskImages, during: Tensors) -> Phase | None:
+        return Coefficient(self, task, images, during) if self.settings.merge else None
 
-    def state_dict(self) -> dict[str, Tensor]:
-        kept = {name: getattr(self, name) for name in VECTORS}
-        return {"theta": self.learner.theta} | {k: v for k, v in kept.items() if v is not None}
+    def state_dict(self) -> Tensors:
+        return {name: getattr(self, name) for name in KEPT}
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.learner.theta.copy_(tensors["theta"])
-        for name in VECTORS:
-            setattr(self, name, tensors[name].to(self.learner.device) if name in tensors else None)
+    def load_state_dict(self, tensors: Tensors) -> None:
+        for name in KEPT:
+            getattr(self, name).copy_(tensors[name])
 
 
 class Perturbed(Train):
     """Eq. 15: one draw, one forward, one backward a step."""
 
-    def __init__(self, method: PAM, task: Task, images: TaskImages):
-        super().__init__(method.learner, task, images, rank=method.settings.rank, lr=method.settings.lr)
-        self.method, self.factor = method, 1.0
-        self.adapter.base = method.previous
+    trainable: LowRank | AllWeights
+
+    def __init__(self, method: PAM, task: Task, images: TaskImages, during: Tensors):
+        trainable = method.learner.trainable(method.settings.rank, "lora", task.index)
+        super().__init__(method.learner, task, images, trainable=trainable, lr=method.settings.lr)
+        self.method, self.during = method, during
+        self.trainable.base = during["previous"]
 
     def step(self, i: int) -> dict[str, Tensor]:
         settings, generator = self.method.settings, self.learner.generator("perturb", self.task.index, i)
@@ -85,16 +95,20 @@ class Perturbed(Train):
         return super().step(i) | {"perturbation": torch.full((), self.scale, device=self.learner.device)}
 
     def weights(self) -> Tensor:
-        shift = self.adapter.shift()
+        """The adapted weights `[m]` that this step's forward sees."""
+        shift = self.trainable.shift()
         if self.method.settings.perturb == "gauss" and self.scale:
             generator = self.learner.generator("gauss", self.task.index, self.draw)
             noise = torch.randn(shift.numel(), generator=generator).to(shift)
-            return self.adapter.base + shift + self.scale * shift.detach().norm() / noise.norm() * noise
-        return self.adapter.base + (1 + self.scale) * shift
+            return self.trainable.base + shift + self.scale * shift.detach().norm() / noise.norm() * noise
+        return self.trainable.base + (1 + self.scale) * shift
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.trainable.at(self.weights(), images)
 
     def finish(self) -> None:
         super().finish()
-        self.method.trained = self.method.adapted()
+        self.during["trained"] = self.method.adapted()
 
 
 class Coefficient(FisherPass):
@@ -102,26 +116,21 @@ class Coefficient(FisherPass):
 
     name = "merge"
 
-    def __init__(self, method: PAM, task: Task, images: TaskImages):
+    def __init__(self, method: PAM, task: Task, images: TaskImages, during: Tensors):
         adapted = method.learner.adapted(method.settings.rank)
         super().__init__(method.learner, task, images, labels=method.settings.labels, adapted=adapted)
-        self.method = method
+        self.method, self.during = method, during
         self.steps += 1
 
     def step(self, i: int) -> dict[str, Tensor]:
         if i < self.steps - 1:
             return super().step(i)
-        method = self.method
-        fk.pam_accumulate_(method.total, method.moment, super().finish(), method.trained, method.initial)
-        first, second = fk.pam_coefficient(
-            method.total, method.moment, method.previous, method.trained, method.initial
-        ).tolist()
+        method, previous, trained = self.method, self.during["previous"], self.during["trained"]
+        fk.pam_accumulate_(method.total, method.moment, self.result(), trained, method.initial)
+        first, second = fk.pam_coefficient(method.total, method.moment, previous, trained, method.initial).tolist()
         known = math.isfinite(first) and math.isfinite(second) and second > 0
         alpha = -first / second if known else 1 / (self.task.index + 1)
         clamped = min(1.0, max(0.0, alpha))
-        merged = fk.lerp(method.previous, method.trained, clamped)
+        merged = fk.lerp(previous, trained, clamped)
         self.adapted.scatter(merged, self.learner.theta)
         return {"alpha": torch.tensor(clamped), "alpha_formula": torch.tensor(alpha)}
-
-    def finish(self) -> None:
-        self.method.previous = self.method.trained = None

@@ -15,98 +15,130 @@ either, as sums over them are enough (`fastmerge.merging`): what differs is wher
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from fastmerge.checkpoint import joined, select
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.fisher import FisherPass
+from fastmerge.fisher_pass import FisherPass
 from fastmerge.merging import RULES, build_rule
 from fastmerge.merging.rule import Base
+from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trajectory import Trajectory
+from fastmerge.models.lora import Projections
+from fastmerge.models.trainable import AllWeights
 from fastmerge.training import Learner, Phase, Train
 
 
-class PostHoc:
-    """Between tasks it keeps the merged model (theta) and, as rule and protocol need them, theta_init (`initial`), the
-    un-merged model (`trained`), and the rule's state. `previous`: the merged model during a task."""
+class PostHoc(Method):
+    """It keeps what rule and protocol need: theta_init (`initial`), the un-merged model (`trained`), and the rule's state.
+    During a task: `previous`, the merged model of the tasks before. `method_of(rule)` is the method of one rule."""
+
+    rule_name: ClassVar[str]
 
     def __init__(self, learner: Learner, trajectory: Trajectory, rule: str, protocol: str):
-        self.learner, self.trajectory, self.protocol = learner, trajectory, protocol
+        super().__init__(learner)
+        self.shared, self.protocol = trajectory, protocol
         self.init = learner.config.training.init if protocol == "full" else "sequential"
         base = Base.of(learner.flat, learner.seed_for("rule", rule))
-        self.initial = base.theta if RULES[rule][0].needs_base or self.init == "independent" else None
+        self.initial = base.theta if RULES[rule].needs_base or self.init == "independent" else None
         if self.initial is None:
             base.theta = learner.theta  # the rule reads its shape only
         self.rule = build_rule(rule, base, learner.config)
         self.trained: Tensor | None = None
-        self.previous: Tensor | None = None
 
-    def begin(self, task: Task) -> None:
-        theta = self.learner.theta
+    @classmethod
+    def build(cls, learner: Learner, trajectory: Trajectory, protocol: str | None) -> PostHoc:
+        assert protocol is not None
+        return cls(learner, trajectory, cls.rule_name, protocol)
+
+    @classmethod
+    def protocols(cls, config: Config) -> tuple[str | None, ...]:
+        return config.training.protocol
+
+    @classmethod
+    def trajectory(cls, config: Config, protocol: str | None) -> str | None:
+        return {"full": config.training.init, "running": "sequential"}.get(protocol or "")
+
+    @classmethod
+    def merge_epochs(cls, config: Config) -> int:
+        return int(RULES[cls.rule_name].needs_fisher)
+
+    def begin(self, task: Task) -> Tensors:
+        theta, during = self.learner.theta, {}
         if task.index and self.protocol == "running":
-            self.previous = self.rule.unscaled(theta)
+            during["previous"] = self.rule.unscaled(theta)
         if task.index and self.protocol == "strict":
-            self.previous = theta.clone()
-        if self.init == "independent":
+            during["previous"] = theta.clone()
+        if self.init == "independent" and self.initial is not None:
             theta.copy_(self.initial)
         elif self.trained is not None:
             theta.copy_(self.trained)
             self.trained = None
+        return during
 
-    def train(self, task: Task, images: TaskImages) -> Phase:
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
         if self.protocol == "strict":
             return Train(self.learner, task, images)
-        return self.trajectory.train(self.learner, task, images, self.init)
+        return self.shared.train(self.learner, task, images, self.init)
 
-    def merge(self, task: Task, images: TaskImages) -> Phase:
-        return Merge(self, task, images)
+    def merge(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+        return Merge(self, task, images, during.get("previous"))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        kept = {"theta": self.learner.theta, "trained": self.trained, "previous": self.previous}
-        if self.initial is not None:
-            kept["initial"] = self.initial
+    def state_dict(self) -> Tensors:
+        kept = {"trained": self.trained, "initial": self.initial}
         return joined(own={k: v for k, v in kept.items() if v is not None}, rule=self.rule.state_dict())
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        own, device = select(tensors, "own"), self.learner.device
-        self.learner.theta.copy_(own["theta"])
+    def load_state_dict(self, tensors: Tensors) -> None:
+        own = select(tensors, "own")
         if self.initial is not None:
             self.initial.copy_(own["initial"])
-        self.trained, self.previous = (own[k].to(device) if k in own else None for k in ("trained", "previous"))
+        self.trained = own["trained"].to(self.learner.device) if "trained" in own else None
         self.rule.load_state_dict(select(tensors, "rule"))
 
 
-class Merge:
-    """The merging phase: steps only where the rule needs a Fisher."""
+def method_of(name: str) -> type[PostHoc]:
+    """The method that applies the rule `name` of `RULES`; its facts follow from the rule's."""
+    rule = RULES[name]
+    fisher = ("fisher",) if rule.needs_fisher else ()
+    facts = {"rule_name": name, "groups": tuple(dict.fromkeys((*rule.groups, *fisher)))}
+    return type(f"PostHoc{rule.__name__}", (PostHoc,), facts)
+
+
+class Merge(Phase):
+    """The merging phase; it has steps only where the rule needs a Fisher. previous: the merge of the tasks before, `[n]`."""
 
     name = "merge"
 
-    def __init__(self, method: PostHoc, task: Task, images: TaskImages):
-        self.method, self.task = method, task
-        self.adapted = self.fisher = None
+    def __init__(self, method: PostHoc, task: Task, images: TaskImages, previous: Tensor | None):
+        self.method, self.task, self.previous = method, task, previous
+        self.adapted: Projections | AllWeights | None = None
+        self.fisher: FisherPass | None = None
         if method.rule.needs_fisher:
             learner, rank = method.learner, method.learner.config.training.lora_rank
-            # of LoRA's weights alone: elsewhere the models are equal, whatever the Fisher
+            # LoRA moves these weights alone; where the models are equal the Fisher does not matter
             self.adapted = learner.adapted(rank) if rank else None
             self.fisher = FisherPass(learner, task, images, adapted=self.adapted)
         self.steps = self.fisher.steps if self.fisher else 0
         self.batches = self.fisher.batches if self.fisher else None
 
     def step(self, i: int) -> dict[str, Tensor]:
-        return self.fisher.step(i)
+        return self.fisher.step(i) if self.fisher else {}
 
     @torch.no_grad()
     def finish(self) -> None:
         method, rule, theta = self.method, self.method.rule, self.method.learner.theta
-        fisher = self.fisher.finish() if self.fisher else None
-        if self.adapted:
+        fisher = self.fisher.result() if self.fisher else None
+        if self.adapted and fisher is not None:
             part, fisher = fisher, torch.zeros_like(theta)
             self.adapted.scatter(part, fisher)
-        if method.previous is not None:
-            rule.restart(method.previous)
-            method.previous = None
+        if self.previous is not None:
+            rule.restart(self.previous)
+            self.previous = None
         rule.update(theta, fisher)
         if method.protocol != "strict" and method.init == "sequential":
             method.trained = theta.clone()

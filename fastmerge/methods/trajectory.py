@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmerge.checkpoint import joined, load_tensors, save_tensors, select
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.training import Batches, Learner, Phase, Train
+from fastmerge.training import Learner, Phase, Train
 
 
 class Trajectory:
@@ -31,7 +31,7 @@ class Trajectory:
         """The training phase of `task`, or the phase that reads its outcome."""
         path = self.folder / f"{init}-task-{task.index + 1}.safetensors"
         if path.exists():
-            return Replay(learner, task, images, path)
+            return Reused(learner, path)
         return Recorded(learner, task, images, path) if init in self.share else Train(learner, task, images)
 
     def keep(self) -> None:
@@ -61,7 +61,7 @@ class Recorded(Train):
             torch.cuda.synchronize(self.learner.device)  # the seconds are of work done, not queued
         about = {"seconds": self.seconds()}
         self.path.parent.mkdir(exist_ok=True)
-        save_tensors(self.path, joined(own={"theta": self.learner.theta}, head=self.learner.head.state_dict()), about)
+        save_tensors(self.path, joined(learner=self.learner.state_dict()), about)
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | {"seconds": torch.tensor(self.seconds(), dtype=torch.float64)}
@@ -71,27 +71,25 @@ class Recorded(Train):
         self._before = float(tensors["seconds"])
 
 
-class Replay:
-    """No steps: the model that another method trained. seconds_elsewhere: what its training took."""
+class Reused(Phase):
+    """No steps: it takes over the model that another method trained. seconds_elsewhere: how long that training took."""
 
     name = "train"
     steps = 0
+    batches = None
 
-    def __init__(self, learner: Learner, task: Task, images: TaskImages, path: Path):
+    def __init__(self, learner: Learner, path: Path):
         self.learner, self.path = learner, path
-        self.batches = Batches(learner, task, images, self.name, epochs=0)
-        self.seconds_elsewhere = self._counted = 0.0
+        self._counted = 0.0
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        return {}
 
     def finish(self) -> None:
         tensors, about = load_tensors(self.path)
-        self.learner.theta.copy_(tensors["own.theta"])
-        self.learner.head.load_state_dict(select(tensors, "head"))
-        self.learner.head.to(self.learner.device)
+        self.learner.load_state_dict(select(tensors, "learner"))
         self.seconds_elsewhere = about["seconds"] - self._counted
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """This run was stopped between writing the file and its checkpoint: what it counted so far is not counted again."""
+        """This run was stopped after it wrote the file and before its checkpoint; do not count its own time again."""
         self._counted = float(tensors["seconds"])

@@ -34,41 +34,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.backbone import differentiable_attention
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors, positions
 
 
-class TRM:
-    """Between tasks it keeps the merged model; `literal` also keeps theta_init."""
+class TRM(Method):
+    """It keeps nothing besides the model; `--trm.replace literal` keeps theta_init.
+
+    During a task: `previous`, theta_{t-1}.
+    """
+
+    groups = ("trm",)
 
     def __init__(self, learner: Learner):
-        self.learner, self.settings = learner, learner.config.trm
+        super().__init__(learner)
+        self.settings = learner.config.trm
         self.initial = learner.theta.clone() if self.settings.replace == "literal" else None
-        self.previous: Tensor | None = None  # theta_{t-1}; during a task only, between tasks it is the model itself
 
-    def begin(self, task: Task) -> None:
-        self.previous = self.learner.theta.clone()
+    @classmethod
+    def merge_epochs(cls, config: Config) -> int:
+        return config.training.merge_epochs
 
-    def train(self, task: Task, images: TaskImages) -> Phase:
+    def begin(self, task: Task) -> Tensors:
+        return {"previous": self.learner.theta.clone()}
+
+    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
         return Train(self.learner, task, images)
 
-    def merge(self, task: Task, images: TaskImages) -> Phase | None:
+    def merge(self, task: Task, images: TaskImages, during: Tensors) -> Phase | None:
         if task.index == 0 and not self.settings.merge_first:
-            self.previous = None
             return None
-        return Search(self, task, images)
+        return Search(self, task, images, during["previous"])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        kept = {"theta": self.learner.theta, "initial": self.initial, "previous": self.previous}
-        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+    def state_dict(self) -> Tensors:
+        return {} if self.initial is None else {"initial": self.initial}
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.learner.theta.copy_(tensors["theta"])
+    def load_state_dict(self, tensors: Tensors) -> None:
         if self.initial is not None:
             self.initial.copy_(tensors["initial"])
-        self.previous = tensors["previous"].to(self.learner.device) if "previous" in tensors else None
 
 
 def layer_weights(layers: int, b: int) -> Tensor:
@@ -82,18 +89,18 @@ def consistency(tokens: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     return ((tokens - teacher).square().sum(2) * weights[:, None]).sum(0).mean()
 
 
-class Search:
-    """The merging phase: alpha and beta by gradient descent on eq. 14 (eq. 15)."""
+class Search(Phase):
+    """The merging phase: alpha and beta by gradient descent on eq. 14 (eq. 15). previous: theta_{t-1}, `[n]`."""
 
     name = "merge"
 
-    def __init__(self, method: TRM, task: Task, images: TaskImages):
+    def __init__(self, method: TRM, task: Task, images: TaskImages, previous: Tensor):
         self.method, self.task, self.images = method, task, images
         self.learner, self.settings = method.learner, method.settings
         self.batches = Batches(self.learner, task, images, self.name, self.learner.config.training.merge_epochs)
         self.steps = self.batches.steps
         self.classes = torch.tensor(task.classes, device=self.learner.device)
-        self.previous, self.current = method.previous, self.learner.theta.clone()  # theta_{t-1}, theta_t
+        self.previous, self.current = previous, self.learner.theta.clone()  # theta_{t-1}, theta_t
         start = torch.tensor([self.settings.alpha, self.settings.beta], dtype=torch.float64, device=self.learner.device)
         self.coefficients = torch.nn.Parameter(start)  # alpha, beta
         self.optimiser = torch.optim.Adam([self.coefficients], lr=self.settings.lr)
@@ -193,11 +200,10 @@ class Search:
         return terms | ({} if l_pre is None else {"L_pre": l_pre.detach()})
 
     def finish(self) -> None:
-        """theta_t <- theta(alpha, beta); theta_{t-1} and the fine-tuned model are let go."""
+        """theta_t <- theta(alpha, beta)."""
         self.aim(max(self.steps - 1, 0))
         self.place()
         self.learner.flat.zero_grad()
-        self.method.previous = None
 
     def tensors(self) -> dict[str, Tensor]:
         own = {"current": self.current, "coefficients": self.coefficients.detach()}

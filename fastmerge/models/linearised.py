@@ -15,6 +15,7 @@ from torch.func import functional_call, jvp
 from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.models.backbone import differentiable_attention, first_line
+from fastmerge.models.trainable import AllWeights
 
 
 class Linearised:
@@ -40,6 +41,17 @@ class Linearised:
         with differentiable_attention():  # fused attention has no forward-mode rule
             value, product = jvp(features, (self.flat.as_dict(self.initial),), (shift,))
         return value + product
+
+
+class TangentSpace(AllWeights):
+    """All weights, trained in the tangent space of theta_0."""
+
+    def __init__(self, flat: FlatModel, tangent: Linearised):
+        super().__init__(flat)
+        self.tangent = tangent
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.tangent(images)
 
 
 def check_linearisable(flat: FlatModel, image_size: int) -> None:

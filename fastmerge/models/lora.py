@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
+from fastmerge.models.trainable import Trainable
 
 ORDER = ("query", "key", "value")  # row blocks of a fused matrix, in timm and in torch's MultiheadAttention
 FUSED = re.compile(r"attn\.(qkv\.weight|in_proj_weight)$")
@@ -83,8 +85,12 @@ class Projections:
             named[block.name] = torch.cat(rows)
         return named
 
+    def at(self, weights: Tensor, images: Tensor) -> Tensor:
+        """The features with `weights` `[m]` in place of the adapted ones."""
+        return functional_call(self.flat.module, self.named(weights), (images,))
 
-class LowRank(Projections):
+
+class LowRank(Projections, Trainable):
     """An adapter of rank r on them.
 
     theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]` (zero) of
@@ -112,22 +118,14 @@ class LowRank(Projections):
         ]
         return torch.cat([p.flatten() for p in products])
 
+    def features(self, images: Tensor) -> Tensor:
+        return self.at(self.base + self.shift(), images)
 
-class FullRank:
-    """The same interfaces for all weights: `theta` is the model's own vector. base: what `shift` is measured from."""
+    def fold(self) -> None:
+        self.scatter(self.base + self.shift().detach(), self.flat.theta.detach())
 
-    def __init__(self, flat: FlatModel):
-        self.flat, self.theta = flat, flat.theta
-        self.base: Tensor | None = None
+    def tensors(self) -> dict[str, Tensor]:
+        return {"adapter": self.theta.detach()}
 
-    def gather(self, theta: Tensor) -> Tensor:
-        return theta.clone()
-
-    def scatter(self, weights: Tensor, theta: Tensor) -> None:
-        theta.copy_(weights)
-
-    def shift(self) -> Tensor:
-        return self.theta - self.base
-
-    def named(self, weights: Tensor) -> dict[str, Tensor]:
-        return self.flat.as_dict(weights)
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.theta.data.copy_(tensors["adapter"])

@@ -1,7 +1,7 @@
 """The model that a run ends with, as a file and back.
 
-backbone, head, recipe = load_model("runs/glyphs-cil5-tiny/trm-seed0/model.safetensors")
-logits = head(backbone(images), torch.arange(len(recipe["class_names"])))
+features, head, recipe = load_model("runs/glyphs-cil5-tiny/trm-seed0/model.safetensors")
+logits = head(features(images), torch.arange(len(recipe["class_names"])))
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from fastmerge.checkpoint import joined, load_tensors, select
 from fastmerge.errors import UserError
 from fastmerge.models import load_backbone
 from fastmerge.models.backbone import Backbone
+from fastmerge.models.features import Features, restore
 from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
 
 
-def model_tensors(backbone: Backbone, head: Head) -> dict[str, Tensor]:
-    """What `model.safetensors` holds: the whole backbone and the head, by name."""
-    return joined(backbone=backbone.state_dict(), head=head.state_dict())
+def model_tensors(backbone: Backbone, head: Head, features: Features) -> dict[str, Tensor]:
+    """What `model.safetensors` holds, by name: the whole backbone, the head, and what the method's features need besides."""
+    return joined(backbone=backbone.state_dict(), head=head.state_dict(), features=features.tensors)
 
 
-def load_model(path: str | Path) -> tuple[Backbone, Head, dict[str, Any]]:
-    """(backbone, head, recipe) of a finished run, on the CPU, in eval mode.
+def load_model(path: str | Path) -> tuple[Features, Head, dict[str, Any]]:
+    """(features, head, recipe) of a finished run, on the CPU, in eval mode: the function that the run evaluated.
 
-    recipe: how the model was made: method, seed, config, class_names, head, final_accuracy. The backbone takes images of
-    `backbone.image_size`, normalised with `backbone.mean` and `.std`; the head gives a column per class index asked for.
+    recipe says how the model was made: method, seed, config, class_names, head, features, final_accuracy. `features.backbone`
+    has the `image_size` of the images that `features` takes, normalised with its `mean` and `std`. The head gives a column
+    per class index asked for.
 
     Raises:
         UserError: the file is missing, or is not the model of a finished run.
     """
     tensors, recipe = load_tensors(Path(path))
-    if "head" not in recipe or "config" not in recipe:
+    if not {"head", "config", "features"} <= recipe.keys():
         raise UserError(f"{path}: not the model of a finished run; expected the model.safetensors in its folder")
     backbone, _ = load_backbone(recipe["config"]["model"]["model"], "none")
     backbone.load_state_dict(select(tensors, "backbone"))
@@ -44,4 +46,4 @@ def load_model(path: str | Path) -> tuple[Backbone, Head, dict[str, Any]]:
     else:
         head = {"linear": LinearHead, "prototype": PrototypeHead}[recipe["head"]](backbone.feature_dim, classes)
         head.load_state_dict(parts)
-    return backbone.eval(), head.eval(), recipe
+    return restore(recipe["features"], backbone.eval(), select(tensors, "features")), head.eval(), recipe

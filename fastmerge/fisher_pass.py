@@ -20,16 +20,19 @@ from torch.func import functional_call, grad_and_value, vmap
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.models.backbone import differentiable_attention
-from fastmerge.models.lora import FullRank, Projections
+from fastmerge.models.lora import Projections
 from fastmerge.models.per_image import ROOM, SquaredGradients, served
-from fastmerge.training import Batches, Learner, positions
+from fastmerge.models.trainable import AllWeights
+from fastmerge.training import Batches, Learner, Phase, positions
 
 
-class FisherPass:
-    """One pass over a task's images in steps, at a theta that stays. `finish()` returns the Fisher `[n]` fp32.
+class FisherPass(Phase):
+    """One pass over a task's images in steps; theta does not change. `result()` is the Fisher afterwards.
 
-    labels: other than the settings say. adapted: the Fisher of these weights alone, `[m]`.
+    labels: in place of the setting. adapted: compute the Fisher of these weights alone, `[m]`.
     """
+
+    name = "fisher"
 
     def __init__(
         self,
@@ -38,12 +41,12 @@ class FisherPass:
         images: TaskImages,
         *,
         labels: str | None = None,
-        adapted: Projections | FullRank | None = None,
+        adapted: Projections | AllWeights | None = None,
     ):
         self.learner, self.task, self.images = learner, task, images
         self.settings = learner.config.fisher
         self.labels = labels or self.settings.labels
-        self.adapted = adapted or FullRank(learner.flat)
+        self.adapted = adapted or AllWeights(learner.flat)
         self.weights = self.adapted.gather(learner.theta) if isinstance(adapted, Projections) else learner.theta
         self.batches = Batches(learner, task, images, "fisher", epochs=1)
         self.total = min(len(images), self.settings.images or len(images))
@@ -52,7 +55,7 @@ class FisherPass:
         self.fisher = torch.zeros_like(self.weights)
         self._served: bool | None = None
 
-    @torch.no_grad()  # what grad differentiates by it marks itself; a head's rows need none
+    @torch.no_grad()  # torch.func.grad enables gradients for its own inputs; head rows need none
     def step(self, i: int) -> dict[str, Tensor]:
         learner, size = self.learner, self.learner.config.training.batch_size
         rows = self.batches.rows(i)[: self.total - i * size]
@@ -107,8 +110,8 @@ class FisherPass:
         generator = self.learner.generator("fisher", self.task.index, i)
         return torch.multinomial(chances, 1, generator=generator)[:, 0].to(images.device)
 
-    def finish(self) -> Tensor:
-        """The Fisher, with the floor."""
+    def result(self) -> Tensor:
+        """The Fisher with the floor, `[n]` or `[m]` fp32; call it once, after the last step."""
         return self.fisher.add_(self.settings.floor) if self.settings.floor else self.fisher
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""Features as a value: the function from images to features that a method trains, evaluates and leaves behind.
+
+A method returns its `Features`; training and evaluation call them, and the saved model holds `kind` and `tensors`, from which
+`restore` makes the same function again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fastmerge.errors import UserError
+from fastmerge.flat import FlatModel
+from fastmerge.models.adapter import ClipAdapter
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.linearised import Linearised
+
+
+@dataclass(frozen=True)
+class Features:
+    """kind: name for `restore`. function: normalised images `[b, 3, s, s]` -> `[b, feature_dim]`. tensors: what the function
+    needs besides the backbone's weights."""
+
+    kind: str
+    backbone: Backbone
+    function: Callable[[Tensor], Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def plain(backbone: Backbone) -> Features:
+    """The backbone itself."""
+    return Features("backbone", backbone, backbone)
+
+
+def linearised(backbone: Backbone, function: Linearised) -> Features:
+    """The backbone in the tangent space of its starting weights."""
+    return Features("linearised", backbone, function, {"initial": function.initial})
+
+
+def adapted(backbone: Backbone, adapter: ClipAdapter) -> Features:
+    """An adapter behind the backbone."""
+    return Features("clip-adapter", backbone, lambda images: adapter(backbone(images)), dict(adapter.state_dict()))
+
+
+def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Features:
+    """The features that were saved with this kind and these tensors.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+    if kind == "backbone":
+        return plain(backbone)
+    if kind == "linearised":
+        return linearised(backbone, Linearised(FlatModel(backbone), tensors["initial"]))
+    if kind == "clip-adapter":
+        return adapted(backbone, ClipAdapter.of(tensors))
+    raise UserError(f"features of kind {kind!r} are unknown to this version of fastmerge; install a newer one")

@@ -1,0 +1,81 @@
+"""What a training phase trains: one flat parameter, and the features that depend on it.
+
+`AllWeights` is the backbone's own vector, `LowRank` (models/lora.py) an adapter of its projections, `Beside` any small module
+behind a frozen backbone. Optimiser and schedule are the method's choice (`training.Train`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastmerge.flat import FlatModel
+
+
+class Trainable(ABC):
+    """theta: `[p]` fp32, the one parameter that the optimiser sees; `theta.grad` always exists."""
+
+    theta: nn.Parameter
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images `[b, 3, s, s]` -> `[b, feature_dim]`, differentiable with respect to `theta`."""
+
+    def fold(self) -> None:
+        """End of training: write what was learned into the learner's model, where it belongs there."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint inside the phase needs besides the learner and the method."""
+        return {}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `tensors`."""
+
+
+class AllWeights(Trainable):
+    """All weights of the backbone; `[m]` below is `[n]`. base: the weights that `shift` is measured from."""
+
+    base: Tensor
+
+    def __init__(self, flat: FlatModel):
+        self.flat, self.theta = flat, flat.theta
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.flat.module(images)
+
+    def gather(self, theta: Tensor) -> Tensor:
+        return theta.clone()
+
+    def scatter(self, weights: Tensor, theta: Tensor) -> None:
+        theta.copy_(weights)
+
+    def shift(self) -> Tensor:
+        return self.theta - self.base
+
+    def named(self, weights: Tensor) -> dict[str, Tensor]:
+        return self.flat.as_dict(weights)
+
+    def at(self, weights: Tensor, images: Tensor) -> Tensor:
+        """The features with `weights` `[m]` in place of the adapted ones."""
+        return functional_call(self.flat.module, self.named(weights), (images,))
+
+
+class Beside(Trainable):
+    """A small module behind a frozen backbone: the backbone runs without autograd, so it costs no gradient memory.
+
+    module: features `[b, d]` -> features `[b, d]`; its trainable parameters are views of `theta` from now on. The method
+    that owns this object returns `theta` in its `state_dict()`.
+    """
+
+    def __init__(self, backbone: Callable[[Tensor], Tensor], module: nn.Module):
+        self.backbone, self.flat = backbone, FlatModel(module)
+        self.theta = self.flat.theta
+
+    def features(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            frozen = self.backbone(images)
+        return self.flat.module(frozen)

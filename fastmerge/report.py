@@ -1,0 +1,141 @@
+"""What a command says before it starts and what it reports at the end: header, tables, summary."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
+    """What is about to run, in a few lines."""
+    scenario, backbone = setup.scenario, setup.backbone
+    dataset = scenario.dataset
+    sizes = [len(task.classes) for task in scenario.tasks]
+    shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
+    kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
+    return [
+        f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
+        f"{kind}, {len(sizes)} tasks with {shown} classes, order {manifest['order_sha256']}",
+        f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
+        f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
+        f"results go to {folder.path}",
+    ]
+
+
+def warmup_warning(scenario: Any, training: Any) -> str | None:
+    """Where the warm-up never ends: the highest learning rate that the shortest task reaches."""
+    steps = training.epochs * -(-min(len(task.train) for task in scenario.tasks) // training.batch_size)
+    if steps >= training.warmup_steps:
+        return None
+    highest = training.lr * steps / training.warmup_steps
+    return (
+        f"--warmup-steps {training.warmup_steps}: the shortest task has {steps} steps, so its learning rate "
+        f"only rises, to {highest:.2g} instead of {training.lr:.2g}"
+    )
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "--:--"
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
+
+
+def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
+    """The comparison table, its header first: mean ± standard deviation over the seeds (sample deviation, from two on)."""
+    columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
+    rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
+    if zero_shot:
+        shown = {"final_accuracy", "aaa"}
+        values = [number([zero_shot[key] if key in shown else None]) for key in columns.values()]
+        rows.append(["zero-shot", "", *values, *[""] * 5])
+    for method, seeds in methods.items():
+        results = list(seeds.values())
+        rows.append(
+            [
+                method,
+                str(len(results)),
+                *(number([r[key] for r in results]) for key in columns.values()),
+                *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
+                f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
+                f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
+                growth(results[0]["kept_bytes"]),
+            ]
+        )
+        for name in results[0].get("also", {}):  # the same weights used in another way
+            values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
+            rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
+    return rows
+
+
+def results_table(rows: list[list[str]]) -> Table:
+    """For the terminal."""
+    table = Table()
+    for number, title in enumerate(rows[0]):
+        table.add_column(title, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def results_markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] + ["--:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def growth(kept_bytes: Sequence[int]) -> str:
+    """Θ(T) where a task adds at least a hundredth of what was kept after the first one (a head's new rows are less)."""
+    if len(kept_bytes) < 2:
+        return "–"
+    slope = (kept_bytes[-1] - kept_bytes[0]) / (len(kept_bytes) - 1)
+    return "Θ(T)" if slope >= 0.01 * kept_bytes[0] else "Θ(1)"
+
+
+def number(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}"
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample deviation over the seeds of every metric, per method; the deviation is None with one seed."""
+    table: dict[str, Any] = {}
+    for method, seeds in results.items():
+        table[method] = {}
+        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
+            values = [r[name] for r in seeds.values() if r[name] is not None]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}
+    return table
+
+
+def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> str:
+    """One sentence: how far each method ends above the starting model and above plain fine-tuning."""
+    final = {m: statistics.mean(r["final_accuracy"] for r in seeds.values()) for m, seeds in results.items()}
+    several = len(final) > 4
+    base = {"zero-shot": starting["final_accuracy"]} if starting else {}
+    if "finetune" in final:
+        base["plain fine-tuning"] = final["finetune"]
+    lines = []
+    best = max(
+        (m for m in final if m not in ("joint", "finetune")), key=final.get, default=None
+    )  # of many, only this one
+    for method, accuracy in final.items():
+        if several and method != best:
+            continue
+        against = [
+            f"{accuracy - b:+.1f} against {name}"
+            for name, b in base.items()
+            if (method, name) != ("finetune", "plain fine-tuning")
+        ]
+        lines.append(
+            f"{'best: ' * several}{method} ends at {accuracy:.1f} %" + (f" ({', '.join(against)})" if against else "")
+        )
+    return "; ".join(lines)
