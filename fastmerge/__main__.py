@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Any) -> int:
     """Everything after the flags: prepare, run every method and seed, report. Returns the exit code."""
     # here, so that --help and wrong flags answer at once
-    from fastmerge.checkpoint import save_json, write_atomically
+    from fastmerge.checkpoint import save_json, save_text
     from fastmerge.config import to_dict
     from fastmerge.console import Console
     from fastmerge.evaluate import metrics, zero_shot
@@ -80,8 +80,8 @@ def run(config: Any) -> int:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
         console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
-    if text := warmup_warning(scenario, config.training):
-        console.line(f"warning: {text}", style="yellow")
+    if (warning := warmup_warning(scenario, config.training)) is not None:
+        console.line(f"warning: {warning}", style="yellow")
 
     results: dict[str, dict[str, Any]] = {run.label: {} for run in runs}
     share = shared_trainings(runs, config.training.keep_trajectory)
@@ -157,9 +157,9 @@ def run(config: Any) -> int:
         {"zero_shot": starting, "methods": results, "summary": summary(results)},
     )
     draw(folder.path / "plots", results, starting)
-    rows = results_rows(results, starting)
-    write_atomically(folder.path / "results.md", lambda path: path.write_text(results_markdown(rows), encoding="utf-8"))
-    console.rich.print(results_table(rows))
+    table = results_rows(results, starting)
+    save_text(folder.path / "results.md", results_markdown(table))
+    console.rich.print(results_table(table))
     console.line(comparison(results, starting))
     console.line(f"results, plots and models: {folder.path}")
     return 0

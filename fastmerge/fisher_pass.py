@@ -33,6 +33,7 @@ class FisherPass(Phase):
     """
 
     name = "fisher"
+    batches: Batches
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class FisherPass(Phase):
     @torch.enable_grad()
     def projections(self, images: Tensor, targets: Tensor) -> Tensor:
         """The same as `per_image` for adapted projections, in one backward pass of the batch."""
+        assert isinstance(self.adapted, Projections)
         named, squares = self.learner.flat.as_dict(self.learner.theta), torch.zeros_like(self.fisher)
         with SquaredGradients(named, self.adapted.blocks, squares) as mode:
             features = functional_call(self.learner.flat.module, named, (images,))

@@ -75,45 +75,44 @@ def learn(
 
     for task in scenario.tasks[state.task :]:
         memory.reset()
-        train_images = images.train(task) if state.phase < 2 else None
-        if (state.phase, state.step) == (0, 0):
-            learner.grow_head(task, train_images)
-            during = method.begin(task)
-            state.bad_images += train_images.skipped
-
-        for number, (name, make) in enumerate(zip(PHASES, (method.train, method.merge), strict=True)):
-            if number < state.phase:
-                continue
-            start = time.perf_counter()
-            phase = make(task, train_images, during)
-            if phase is not None:
-                if state.step:
-                    phase.load(select(saved, "phase"))
-                for i in range(state.step, phase.steps):
-                    terms = phase.step(i)
-                    record.log({"task": task.index, "phase": name, "step": i}, terms)
-                    console.step(task, name, i, phase, terms)
-                    if record.due():
-                        state.step = i + 1
-                        state.seconds[name] += time.perf_counter() - start
-                        start = time.perf_counter()
-                        save(phase.tensors())
-                        stop_if_asked()
-                phase.finish()
-                state.seconds[name] += phase.seconds_elsewhere
-            state.seconds[name] += time.perf_counter() - start
-            if number == len(PHASES) - 1:
-                during.clear()
-            phase, saved = None, {}
-            state.phase, state.step = number + 1, 0
-            save({})
-            stop_if_asked()
+        if state.phase < len(PHASES):
+            train_images = images.train(task)
+            if (state.phase, state.step) == (0, 0):
+                learner.grow_head(task, train_images)
+                during = method.begin(task)
+                state.bad_images += train_images.skipped
+            phases = list(zip(PHASES, (method.train, method.merge), strict=True))
+            for number, (name, make) in list(enumerate(phases))[state.phase :]:
+                start = time.perf_counter()
+                phase = make(task, train_images, during)
+                if phase is not None:
+                    if state.step:
+                        phase.load(select(saved, "phase"))
+                    for i in range(state.step, phase.steps):
+                        terms = phase.step(i)
+                        record.log({"task": task.index, "phase": name, "step": i}, terms)
+                        console.step(task, name, i, phase, terms)
+                        if record.due():
+                            state.step = i + 1
+                            state.seconds[name] += time.perf_counter() - start
+                            start = time.perf_counter()
+                            save(phase.tensors())
+                            stop_if_asked()
+                    phase.finish()
+                    state.seconds[name] += phase.seconds_elsewhere
+                state.seconds[name] += time.perf_counter() - start
+                if number == len(PHASES) - 1:
+                    during.clear()
+                phase, saved = None, {}
+                state.phase, state.step = number + 1, 0
+                save({})
+                stop_if_asked()
 
         start = time.perf_counter()
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
         row = accuracies(learner, tests, classes, tick, method.features())
-        unseen = [None] * (len(scenario.tasks) - len(row))
+        unseen: list[float | None] = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
         for name, features in method.also_evaluated().items():
             other = accuracies(learner, tests, classes, tick, features)

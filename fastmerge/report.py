@@ -125,7 +125,7 @@ def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | No
         base["plain fine-tuning"] = final["finetune"]
     lines = []
     best = max(
-        (m for m in final if m not in ("joint", "finetune")), key=final.get, default=None
+        (m for m in final if m not in ("joint", "finetune")), key=lambda m: final[m], default=None
     )  # of many, only this one
     for method, accuracy in final.items():
         if several and method != best:

@@ -138,7 +138,8 @@ class Record:
     def open(self) -> tuple[State, dict[str, Tensor]]:
         """The state to go on from, and the tensors saved with it (none for a fresh start)."""
         self.folder.mkdir(exist_ok=True)
-        state, tensors = State(), {}
+        state = State()
+        tensors: dict[str, Tensor] = {}
         if self.checkpoint.exists():
             tensors, about = load_tensors(self.checkpoint)
             state = State(**about["state"])

@@ -181,6 +181,7 @@ class Train(Phase):
     """
 
     name = "train"
+    batches: Batches
 
     def __init__(
         self,

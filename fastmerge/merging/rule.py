@@ -52,7 +52,8 @@ class Rule:
     needs_fisher: ClassVar[bool] = False  # whether update() takes the model's diagonal Fisher
 
     def __init__(self, base: Base, *settings: Any):
-        self.base, self.settings = base, settings[0] if settings else None
+        self.base = base
+        self.settings: Any = settings[0] if settings else None
         self.count = self.fed = 0
         self.kept: dict[str, Tensor] = {}
 

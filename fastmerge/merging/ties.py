@@ -8,6 +8,8 @@ tensor for itself, as mergekit and peft do. `--ties.keep "at least"` keeps all t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import fastmerge_kernels as fk
 from torch import Tensor
 
@@ -17,7 +19,7 @@ ACCUMULATORS = ("positive", "negative", "positive_count", "negative_count")
 
 
 class Ties(Rule):
-    groups = ("ties",)
+    groups: ClassVar[tuple[str, ...]] = ("ties",)
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         self.add(theta, self.base.theta)

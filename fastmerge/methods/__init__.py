@@ -27,4 +27,5 @@ METHODS: dict[str, type[Method]] = {
     "ewc": EWC,
     "clip-adapter": CLIPAdapter,
     "nearest-mean": NearestMean,
-} | {rule: method_of(rule) for rule in RULES}
+    **{rule: method_of(rule) for rule in RULES},
+}

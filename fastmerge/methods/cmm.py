@@ -17,6 +17,8 @@ gradients are those after clipping.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import fastmerge_kernels as fk
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,7 @@ class MergeAndAlign(Phase):
     """Steps 2 and 3: the merge before the first step, then the projection, step by step."""
 
     name = "merge"
+    batches: Batches
 
     def __init__(self, method: CMM, task: Task, images: TaskImages, during: Tensors):
         self.method, self.task, self.images, self.during = method, task, images, during
@@ -142,11 +145,11 @@ class MergeAndAlign(Phase):
         elif self.settings.merge == "average" and self.task.index:
             fk.lerp(self.during["previous"], theta, lam, out=theta)
 
-    def features(self, theta: Tensor, images: Tensor, projection: dict[str, Tensor] | None = None) -> Tensor:
+    def features(self, theta: Tensor, images: Tensor, projection: Mapping[str, Tensor] | None = None) -> Tensor:
         """At `theta` `[n]`, as the model is trained; `projection` takes the place of its entries there."""
         method, flat = self.method, self.learner.flat
         if method.initial is None or method.tangent is None:
-            return functional_call(flat.module, flat.as_dict(theta) | (projection or {}), (images,))
+            return functional_call(flat.module, {**flat.as_dict(theta), **(projection or {})}, (images,))
         shift = flat.as_dict(theta - method.initial)
         if projection:
             start = flat.as_dict(method.initial)

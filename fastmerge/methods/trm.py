@@ -93,6 +93,7 @@ class Search(Phase):
     """The merging phase: alpha and beta by gradient descent on eq. 14 (eq. 15). previous: theta_{t-1}, `[n]`."""
 
     name = "merge"
+    batches: Batches
 
     def __init__(self, method: TRM, task: Task, images: TaskImages, previous: Tensor):
         self.method, self.task, self.images = method, task, images
@@ -175,11 +176,11 @@ class Search(Phase):
         self.place()
 
         flat.zero_grad()
-        if settings.lambda1:
-            features, tokens = flat.module.class_tokens(images)
+        if self.teacher is not None:
+            features, tokens = self.learner.backbone.class_tokens(images)
             l_pre = consistency(tokens, self.teacher[:, rows.to(tokens.device)], self.weights)
         else:
-            features, l_pre = flat.module(images), None
+            features, l_pre = self.learner.backbone(images), None
         l_task = self.task_loss(features, labels)
         l_task.backward(retain_graph=l_pre is not None)
         g = flat.gradient.clone()  # grad L_task

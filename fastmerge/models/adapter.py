@@ -12,6 +12,8 @@ class ClipAdapter(nn.Module):
     reduce: W1 `[hidden, d]`, restore: W2 `[d, hidden]`, ratio: 0-d; all fp32. The weights are drawn like `nn.Linear`'s.
     """
 
+    ratio: Tensor
+
     def __init__(self, feature_dim: int, hidden: int, ratio: float, generator: torch.Generator | None = None):
         super().__init__()
         self.reduce = nn.Parameter(torch.empty(hidden, feature_dim))
