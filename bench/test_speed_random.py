@@ -7,7 +7,7 @@ import pytest
 import torch
 from measure import Case
 
-KEY = {"seed": 1, "stream": 2}
+KEY = {"seed": 1, "subsequence": 2}
 
 
 def _plane(a, c):

@@ -57,7 +57,7 @@ def random_mix(b, base, models, out):
             torch.where(chosen == k, model, merged, out=merged)
         return merged
 
-    return Case(lambda: fk.random_mix(models, seed=1, stream=2, out=out), 1 + len(models), formula)
+    return Case(lambda: fk.random_mix(models, seed=1, subsequence=2, out=out), 1 + len(models), formula)
 
 
 def fisher(b, base, models, out):
@@ -84,7 +84,7 @@ def dare(b, base, models, out):
             merged += delta * torch.empty_like(delta).bernoulli_(DENSITY) * (weight / DENSITY)
         return merged
 
-    run = lambda: fk.dare_merge(models, 1 - DENSITY, initial=base, seed=1, stream=0, out=out)  # noqa: E731
+    run = lambda: fk.dare_merge(models, 1 - DENSITY, initial=base, seed=1, subsequence=0, out=out)  # noqa: E731
     return Case(run, len(models) + 2, formula)
 
 

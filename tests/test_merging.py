@@ -53,7 +53,7 @@ class Case:
         self.thetas = [self.filled(lambda n, k=k: self.model(kind, n, k, shared[n])) for k in range(count)]
         self.weights = [self.filled(lambda n, k=k: self.fisher(kind, n, k == count - 1)) for k in range(count)]
         self.models, self.fishers = [self.named(x) for x in self.thetas], [self.named(x) for x in self.weights]
-        self.streams, self.shares = range(1, count + 1), [1] * count  # what a restart changes
+        self.subsequences, self.shares = range(1, count + 1), [1] * count  # what a restart changes
         self.padding = self.filled(lambda n: torch.ones(self.start[n].shape)) == 0
 
     def model(self, kind, name, k, shared):
@@ -156,7 +156,7 @@ def ties(case, deltas=None):
 def thinned(case):
     """Which entries stay is the op's, the arithmetic ours."""
     p, ones = case.config.dare.p, torch.ones_like(case.base.theta)
-    stay = [case.named(fk.dare_delta(ones, p, seed=SEED, stream=k) != 0) for k in case.streams]
+    stay = [case.named(fk.dare_delta(ones, p, seed=SEED, subsequence=k) != 0) for k in case.subsequences]
     return [each(lambda d, s: d * s / (1 - p), *pair) for pair in zip(case.deltas(), stay, strict=True)]
 
 
@@ -181,8 +181,8 @@ def magmax(case):
 def random_mix(case):
     """Whose turn it is at an entry is the op's."""
     merged, ones = case.models[0], torch.ones_like(case.base.theta)
-    for t, (stream, model) in enumerate(zip(case.streams, case.models, strict=True), 1):
-        turn = case.named(fk.random_replace_(torch.zeros_like(ones), ones, 1 / t, seed=SEED, stream=stream))
+    for t, (subsequence, model) in enumerate(zip(case.subsequences, case.models, strict=True), 1):
+        turn = case.named(fk.random_replace_(torch.zeros_like(ones), ones, 1 / t, seed=SEED, subsequence=subsequence))
         merged = each(lambda a, b, m: torch.where(m > 0, b, a), merged, model, turn)
     return merged
 
@@ -334,7 +334,7 @@ def test_restart_is_a_merge_of_two(name, groups):
     s = getattr(case.config, name, None)
     how = s.accumulate if fisher else "last"
     past = g if how == "last" else each(torch.add, f, g) if how == "sum" else each(mix, f, g, lam=s.lam)
-    case.models, case.fishers, case.streams, case.shares = case.models[2:], [past, last], (3, 4), (2, 1)
+    case.models, case.fishers, case.subsequences, case.shares = case.models[2:], [past, last], (3, 4), (2, 1)
     expected = case.named(case.filled(lambda n: ORACLES[name](case)[n]))
     each(lambda x, y: torch.testing.assert_close(x, y, **ROUNDING), case.named(merged[0]), expected)
 
@@ -363,7 +363,7 @@ def test_stream_equals_the_op_over_the_list():
         "average": fk.weighted_sum(models),
         "task-arithmetic": fk.weighted_sum(models, [0.4] * 5, initial=theta),
         "ties": fk.ties_merge(models, initial=theta, segments=bounds),
-        "dare": fk.dare_merge(models, 0.1, [0.2] * 5, initial=theta, seed=SEED, stream=1),
+        "dare": fk.dare_merge(models, 0.1, [0.2] * 5, initial=theta, seed=SEED, subsequence=1),
         "magmax": fk.magmax_merge(models, initial=theta, scale=0.5),
         "stock": fk.stock_merge(models, initial=theta, segments=bounds),
         "fisher": fk.fisher_average(models, fishers),

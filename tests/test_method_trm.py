@@ -108,10 +108,10 @@ def slow_gradients(search, alpha, beta):
     before, after = search.previous.double(), search.current.double()
     n = before.numel()
     alive = (before != 0) | (after != 0)
-    seed, stream = search.random["seed"], search.random["stream"]
-    replaced, from_before = reference.replaced(n, seed, stream, settings.replace_ratio)
+    seed, subsequence = search.random["seed"], search.random["subsequence"]
+    replaced, from_before = reference.replaced(n, seed, subsequence, settings.replace_ratio)
     free = alive & ~replaced if settings.replace == "anchored" else alive
-    r, d = reference.random_normal(n, seed, stream) * free, (after - before) * free
+    r, d = reference.random_normal(n, seed, subsequence) * free, (after - before) * free
     perpendicular = r - (r @ d) / (d @ d) * d
     p = perpendicular / perpendicular.norm()
 
@@ -229,7 +229,7 @@ def test_a_new_direction_every_epoch():
     for search in (per_task, per_epoch):
         for i in range(search.steps):
             search.step(i)
-    assert per_task.random["stream"] == 0 and per_epoch.random["stream"] == 1
+    assert per_task.random["subsequence"] == 0 and per_epoch.random["subsequence"] == 1
 
 
 def test_state_goes_on_in_a_new_search():
@@ -256,7 +256,7 @@ def distances(replace, tasks=10, n=20_000):
     theta, lengths = initial.clone(), []
     for task in range(tasks):
         new = theta + torch.randn(n, generator=generator) / n**0.5
-        random = {"seed": task, "stream": 0, "replace": replace}
+        random = {"seed": task, "subsequence": 0, "replace": replace}
         direction = fk.trm_direction(theta, new, **random)
         theta = fk.trm_merge(
             theta, new, 0.5, 0.0, direction, **random, initial=initial if replace == "literal" else None

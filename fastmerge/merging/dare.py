@@ -42,4 +42,4 @@ class DareTies(Ties):
 
 def dropped(rule: Rule, theta: Tensor, p: float) -> Tensor:
     """The task vector of `theta` after dropping, new."""
-    return fk.dare_delta(theta, p, initial=rule.base.theta, seed=rule.base.seed, stream=rule.fed)
+    return fk.dare_delta(theta, p, initial=rule.base.theta, seed=rule.base.seed, subsequence=rule.fed)

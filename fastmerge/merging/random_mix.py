@@ -16,7 +16,7 @@ class RandomMix(Rule):
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         (mixed,) = self.zeros("mixed")
-        fk.random_replace_(mixed, theta, 1 / self.count, seed=self.base.seed, stream=self.fed)
+        fk.random_replace_(mixed, theta, 1 / self.count, seed=self.base.seed, subsequence=self.fed)
 
     def _write(self, out: Tensor) -> Tensor:
         return out.copy_(self.kept["mixed"])

@@ -44,7 +44,7 @@ class Rule:
     """Common to all rules: the base, the settings, how many models came, and the tensors that are kept.
 
     A subclass says how it takes a model in (`_take`) and writes the merge (`_write`); both may read `count`, the number of
-    models in the merge, the one at hand included, and `fed`, the number that ever came: the stream of a rule that draws.
+    models in the merge, the one at hand included, and `fed`, the number that ever came: the subsequence of a rule that draws.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()  # the groups of settings it reads

@@ -117,7 +117,7 @@ class Search(Phase):
             self._epoch = epoch
             self.random = {
                 "seed": self.learner.seed_for("trm", self.task.index),
-                "stream": epoch,
+                "subsequence": epoch,
                 "replace": self.settings.replace,
                 "ratio": self.settings.replace_ratio,
             }

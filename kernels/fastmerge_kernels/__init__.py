@@ -5,7 +5,6 @@ All ops take 1-D contiguous fp32/bf16/fp16 tensors, accumulate in fp32 or float6
 every formula in float64.
 """
 
-from .batch import dare_merge, fisher_average, magmax_merge, weighted_sum
 from .elementwise import (
     axpy,
     ewc_gradient_,
@@ -17,6 +16,7 @@ from .elementwise import (
     pam_coefficient,
     perturb,
 )
+from .lists import dare_merge, fisher_average, magmax_merge, weighted_sum
 from .sampling import dare_delta, random_mix, random_replace_
 from .stock import segment_norms, stock_finalize, stock_merge, stock_ratio, stock_update_
 from .threshold import magnitude_digit, magnitude_histogram, magnitude_threshold

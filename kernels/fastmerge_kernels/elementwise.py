@@ -21,18 +21,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    backend,
+from .checks import (
     check_counter,
     check_disjoint,
     check_fraction,
     check_nonnegative,
     check_overlap,
     check_vectors,
-    register,
-    register_schema,
     scalar,
 )
+from .registry import backend, register, register_schema
 
 
 def _elementwise(name: str, read: str, written: str, numbers: str):

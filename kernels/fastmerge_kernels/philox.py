@@ -11,9 +11,9 @@ so word w of 128 consecutive counters serves the w-th run of 128 entries, and ne
 The 64 + 128 bits that Philox takes are
 
     key      = (seed low, seed high)                                                    seed in [0, 2^63)
-    counter  = (counter low, counter high | purpose << 29, stream low, stream high)     stream in [0, 2^63)
+    counter  = (counter low, counter high | purpose << 29, subsequence low, subsequence high)     subsequence in [0, 2^63)
 
-so streams and purposes (mask, normal, ...) of one seed never overlap: Philox is a bijection of the counter for each key.
+so subsequences and purposes (mask, normal, ...) of one seed never overlap: Philox is a bijection of the counter for each key.
 
 Normals are Box-Muller pairs (a, b) from words (0, 1) and (2, 3) of one counter:
 
@@ -30,12 +30,12 @@ RUN = 128
 PURPOSES = {"mask": 0, "normal": 1, "mix": 2, "drop": 3}
 
 
-def key_words(seed: int, stream: int) -> tuple[int, int, int, int]:
-    """(seed low, seed high, stream low, stream high), each in [0, 2^32). Raises ValueError outside [0, 2^63)."""
-    for name, value in (("seed", seed), ("stream", stream)):
+def key_words(seed: int, subsequence: int) -> tuple[int, int, int, int]:
+    """(seed low, seed high, subsequence low, subsequence high), each in [0, 2^32). Raises ValueError outside [0, 2^63)."""
+    for name, value in (("seed", seed), ("subsequence", subsequence)):
         if not 0 <= value < 1 << 63:
             raise ValueError(f"{name}: expected an integer in [0, 2**63), got {value}")
-    return seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32
+    return seed & 0xFFFFFFFF, seed >> 32, subsequence & 0xFFFFFFFF, subsequence >> 32
 
 
 def check_span(offset: int, length: int) -> None:

@@ -24,23 +24,23 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> n
     return x
 
 
-def _counter_words(position: np.ndarray, seed: int, stream: int, purpose: str) -> np.ndarray:
-    k0, k1, s0, s1 = key_words(seed, stream)
+def _counter_words(position: np.ndarray, seed: int, subsequence: int, purpose: str) -> np.ndarray:
+    k0, k1, s0, s1 = key_words(seed, subsequence)
     c = position // 512 * 128 + position % 128
     row = lambda value: np.full_like(position, value)  # noqa: E731
     return philox4x32(np.stack([c & 0xFFFFFFFF, (c >> 32) | (PURPOSES[purpose] << 29), row(s0), row(s1)]), (k0, k1))
 
 
-def random_words(n: int, seed: int, stream: int, purpose: str, offset: int = 0) -> np.ndarray:
+def random_words(n: int, seed: int, subsequence: int, purpose: str, offset: int = 0) -> np.ndarray:
     """uint64 [n]: the 32-bit word of each position offset .. offset+n-1."""
     position = offset + np.arange(n, dtype=np.int64)
-    return np.take_along_axis(_counter_words(position, seed, stream, purpose), (position % 512 // 128)[None], 0)[0]
+    return np.take_along_axis(_counter_words(position, seed, subsequence, purpose), (position % 512 // 128)[None], 0)[0]
 
 
-def random_normal(n: int, seed: int, stream: int, offset: int = 0) -> Tensor:
+def random_normal(n: int, seed: int, subsequence: int, offset: int = 0) -> Tensor:
     """float64 [n]: Box-Muller on words (0, 1) and (2, 3) of each counter."""
     position = offset + np.arange(n, dtype=np.int64)
-    w, word = _counter_words(position, seed, stream, "normal"), position % 512 // 128
+    w, word = _counter_words(position, seed, subsequence, "normal"), position % 512 // 128
     a, b = np.where(word < 2, w[0], w[2]), np.where(word < 2, w[1], w[3])
     radius, angle = np.sqrt(-2 * np.log(((a >> np.uint64(8)) + np.uint64(1)) / 2.0**24)), 2 * math.pi * (b / 2.0**32)
     return torch.from_numpy(radius * np.where(word % 2 == 0, np.cos(angle), np.sin(angle)))
@@ -92,24 +92,24 @@ def ewc_gradient(gradient, fisher, theta, anchor, lam) -> Tensor:
     return gradient.double() + lam * fisher.double() * (theta.double() - anchor.double())
 
 
-def replaced(n: int, seed: int, stream: int, ratio: float, offset: int = 0) -> tuple[Tensor, Tensor]:
+def replaced(n: int, seed: int, subsequence: int, ratio: float, offset: int = 0) -> tuple[Tensor, Tensor]:
     """(entry is replaced, ... by the value of `previous`): u < floor(ratio 2^32), u < floor(ratio / 2 2^32)."""
-    u = random_words(n, seed, stream, "mask", offset)
+    u = random_words(n, seed, subsequence, "mask", offset)
     return torch.from_numpy(u < threshold(ratio)), torch.from_numpy(u < threshold(ratio / 2))
 
 
-def _plane(previous, current, seed, stream, replace, ratio, offset):
+def _plane(previous, current, seed, subsequence, replace, ratio, offset):
     """d and r, zero where both models are exactly zero and (anchored) under the mask."""
     n, d = previous.numel(), current.double() - previous.double()
     keep = (previous != 0) | (current != 0)
     if replace == "anchored":
-        keep = keep & ~replaced(n, seed, stream, ratio, offset)[0]
-    return torch.where(keep, d, 0.0), torch.where(keep, random_normal(n, seed, stream, offset), 0.0)
+        keep = keep & ~replaced(n, seed, subsequence, ratio, offset)[0]
+    return torch.where(keep, d, 0.0), torch.where(keep, random_normal(n, seed, subsequence, offset), 0.0)
 
 
-def trm_direction(previous, current, *, seed, stream, replace="anchored", ratio=0.6, offset=0) -> Tensor:
+def trm_direction(previous, current, *, seed, subsequence, replace="anchored", ratio=0.6, offset=0) -> Tensor:
     """(<r,d>, <d,d>, <r,r>)."""
-    d, r = _plane(previous, current, seed, stream, replace, ratio, offset)
+    d, r = _plane(previous, current, seed, subsequence, replace, ratio, offset)
     return torch.stack([r @ d, d @ d, r @ r])
 
 
@@ -122,12 +122,23 @@ def perpendicular(direction: Tensor) -> tuple[float, float]:
 
 
 def trm_merge(
-    previous, current, alpha, beta, direction, *, seed, stream, replace="anchored", ratio=0.6, offset=0, initial=None
+    previous,
+    current,
+    alpha,
+    beta,
+    direction,
+    *,
+    seed,
+    subsequence,
+    replace="anchored",
+    ratio=0.6,
+    offset=0,
+    initial=None,
 ) -> Tensor:
     """TRM eq. 4 and 5 with P of eq. 3, in the three readings of the random replacement."""
-    (d, r), (c, scale) = _plane(previous, current, seed, stream, replace, ratio, offset), perpendicular(direction)
+    (d, r), (c, scale) = _plane(previous, current, seed, subsequence, replace, ratio, offset), perpendicular(direction)
     p, a, b = (r - c * d) * scale, previous.double(), current.double()
-    mask, from_previous = replaced(previous.numel(), seed, stream, ratio, offset)
+    mask, from_previous = replaced(previous.numel(), seed, subsequence, ratio, offset)
     chosen = torch.where(from_previous, a, b)
     if replace == "none":
         merged = a + alpha * d + beta * p
@@ -146,7 +157,7 @@ def subspace_gradient(
     direction,
     *,
     seed,
-    stream,
+    subsequence,
     replace="anchored",
     ratio=0.6,
     offset=0,
@@ -154,26 +165,26 @@ def subspace_gradient(
     scale2=0.0,
 ) -> Tensor:
     """(<G,d>, <G,P>, <G,G>) with G = gradient + scale2 gradient2."""
-    (d, r), (c, scale) = _plane(previous, current, seed, stream, replace, ratio, offset), perpendicular(direction)
+    (d, r), (c, scale) = _plane(previous, current, seed, subsequence, replace, ratio, offset), perpendicular(direction)
     g = gradient.double() + (0 if gradient2 is None else scale2 * gradient2.double())
     return torch.stack([g @ d, g @ ((r - c * d) * scale), g @ g])
 
 
-def random_mix(models, *, seed, stream, offset=0) -> Tensor:
+def random_mix(models, *, seed, subsequence, offset=0) -> Tensor:
     """Entry i of model floor(u T / 2^32)."""
-    chosen = random_words(models[0].numel(), seed, stream, "mix", offset) * np.uint64(len(models)) >> np.uint64(32)
+    chosen = random_words(models[0].numel(), seed, subsequence, "mix", offset) * np.uint64(len(models)) >> np.uint64(32)
     return torch.stack([m.double() for m in models]).gather(0, torch.from_numpy(chosen.astype(np.int64))[None])[0]
 
 
-def random_replace(kept, theta, p, *, seed, stream, offset=0) -> Tensor:
+def random_replace(kept, theta, p, *, seed, subsequence, offset=0) -> Tensor:
     """theta where u < floor(p 2^32), else kept."""
-    chosen = torch.from_numpy(random_words(kept.numel(), seed, stream, "mix", offset) < threshold(p))
+    chosen = torch.from_numpy(random_words(kept.numel(), seed, subsequence, "mix", offset) < threshold(p))
     return torch.where(chosen, theta.double(), kept.double())
 
 
-def dare_delta(theta, p, *, initial=None, seed, stream, offset=0) -> Tensor:
+def dare_delta(theta, p, *, initial=None, seed, subsequence, offset=0) -> Tensor:
     """0 where u < floor(p 2^32), else (theta - initial) / (1 - p)."""
-    dropped = torch.from_numpy(random_words(theta.numel(), seed, stream, "drop", offset) < threshold(p))
+    dropped = torch.from_numpy(random_words(theta.numel(), seed, subsequence, "drop", offset) < threshold(p))
     return torch.where(dropped, 0.0, (theta.double() - (0 if initial is None else initial.double())) / (1 - p))
 
 
@@ -201,10 +212,10 @@ def fisher_average(models, fishers, weights=None) -> Tensor:
     return torch.where(below == 0, (w * theta).sum(0) / w.sum(), (w * f * theta).sum(0) / below)
 
 
-def dare_merge(models, p, weights, *, initial, seed, stream, offset=0) -> Tensor:
-    """initial + sum_k w_k dare(theta_k - initial), model k with stream + k."""
+def dare_merge(models, p, weights, *, initial, seed, subsequence, offset=0) -> Tensor:
+    """initial + sum_k w_k dare(theta_k - initial), model k with subsequence + k."""
     key = {"seed": seed, "offset": offset}
-    deltas = [dare_delta(m, p, initial=initial, stream=stream + k, **key) for k, m in enumerate(models)]
+    deltas = [dare_delta(m, p, initial=initial, subsequence=subsequence + k, **key) for k, m in enumerate(models)]
     return initial.double() + sum(w * d for w, d in zip(weights, deltas, strict=True))
 
 

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import weighted_sum
-from .dispatch import backend, check_counter, check_disjoint, check_models, check_overlap, check_vectors, register
+from .checks import check_counter, check_disjoint, check_models, check_overlap, check_vectors
+from .lists import weighted_sum
+from .registry import backend, register
 from .segments import boundaries
 
 

@@ -30,7 +30,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend, check_choice, check_vectors, register
+from .checks import check_choice, check_vectors
+from .registry import backend, register
 from .segments import boundaries
 
 KEEP = ("at least", "exactly")

@@ -26,8 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    backend,
+from .checks import (
     check_choice,
     check_counter,
     check_disjoint,
@@ -35,9 +34,9 @@ from .dispatch import (
     check_models,
     check_overlap,
     check_vectors,
-    register,
     scalar,
 )
+from .registry import backend, register
 from .segments import boundaries
 from .threshold import magnitude_threshold
 

@@ -27,19 +27,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    backend,
-    check_choice,
-    check_counter,
-    check_fraction,
-    check_overlap,
-    check_vectors,
-    register,
-    scalar,
-)
+from .checks import check_choice, check_counter, check_fraction, check_overlap, check_vectors, scalar
 from .philox import check_span, key_words
+from .registry import backend, register
 
 REPLACE = ("none", "anchored", "literal")
+
+
+def perpendicular(direction: Tensor) -> tuple[float, float]:
+    """(c, 1 / ||r - c d||) with c = <r,d> / <d,d>, from `trm_direction`'s three sums on the CPU.
+
+    d = 0 gives c = 0. r parallel to d (to 1e-3 rad) gives (c, 0), which makes P = 0.
+    """
+    rd, dd, rr = direction.tolist()
+    c = 0.0 if dd == 0 else rd / dd
+    square = rr - c * rd
+    return c, 0.0 if square <= 1e-6 * rr else square**-0.5
 
 
 def _sums(previous: Tensor, *args, **kwargs) -> Tensor:
@@ -48,9 +51,9 @@ def _sums(previous: Tensor, *args, **kwargs) -> Tensor:
 
 @register("trm_direction", fake=_sums)
 def _trm_direction(
-    previous: Tensor, current: Tensor, seed: int, stream: int, replace: str, ratio: float, offset: int
+    previous: Tensor, current: Tensor, seed: int, subsequence: int, replace: str, ratio: float, offset: int
 ) -> Tensor:
-    return backend("trm", previous).direction(previous, current, seed, stream, replace, ratio, offset)
+    return backend("trm", previous).direction(previous, current, seed, subsequence, replace, ratio, offset)
 
 
 @register("trm_merge", mutates=("out", "nonfinite"))
@@ -64,7 +67,7 @@ def _trm_merge(
     beta_tensor: Tensor | None,
     direction: Tensor,
     seed: int,
-    stream: int,
+    subsequence: int,
     replace: str,
     ratio: float,
     offset: int,
@@ -72,7 +75,7 @@ def _trm_merge(
     nonfinite: Tensor | None,
 ) -> None:
     check_overlap("out", out, previous=previous, current=current, initial=initial)
-    position = (seed, stream, replace, ratio, offset)
+    position = (seed, subsequence, replace, ratio, offset)
     backend("trm", previous).merge(
         previous, current, initial, (alpha, alpha_tensor), (beta, beta_tensor), direction, *position, out, nonfinite
     )
@@ -87,17 +90,17 @@ def _subspace_gradient(
     current: Tensor,
     direction: Tensor,
     seed: int,
-    stream: int,
+    subsequence: int,
     replace: str,
     ratio: float,
     offset: int,
 ) -> Tensor:
-    position = (seed, stream, replace, ratio, offset)
+    position = (seed, subsequence, replace, ratio, offset)
     return backend("trm", previous).gradient(gradient, gradient2, scale2, previous, current, direction, *position)
 
 
-def _check(previous: Tensor, seed: int, stream: int, replace: str, ratio: float, offset: int) -> None:
-    key_words(seed, stream)
+def _check(previous: Tensor, seed: int, subsequence: int, replace: str, ratio: float, offset: int) -> None:
+    key_words(seed, subsequence)
     check_choice("replace", replace, REPLACE)
     check_fraction("ratio", ratio)
     check_span(offset, previous.numel())
@@ -117,20 +120,20 @@ def trm_direction(
     current: Tensor,
     *,
     seed: int,
-    stream: int,
+    subsequence: int,
     replace: str = "anchored",
     ratio: float = 0.6,
     offset: int = 0,
 ) -> Tensor:
     """(<r,d>, <d,d>, <r,r>) as float64 [3] on the tensors' device; sums of shards add up to the whole vector's.
 
-    previous, current: [n] fp32/bf16/fp16. seed, stream: integers in [0, 2^63). ratio: fraction of replaced entries, in
+    previous, current: [n] fp32/bf16/fp16. seed, subsequence: integers in [0, 2^63). ratio: fraction of replaced entries, in
     [0, 1]. offset: position of the first entry in the whole vector. The order of summation is fixed. Raises TypeError /
     ValueError naming the argument.
     """
     check_vectors("previous", previous=previous, current=current)
-    _check(previous, seed, stream, replace, ratio, offset)
-    return _trm_direction(previous, current, seed, stream, replace, ratio, offset)
+    _check(previous, seed, subsequence, replace, ratio, offset)
+    return _trm_direction(previous, current, seed, subsequence, replace, ratio, offset)
 
 
 @torch.no_grad()
@@ -142,7 +145,7 @@ def trm_merge(
     direction: Tensor,
     *,
     seed: int,
-    stream: int,
+    subsequence: int,
     replace: str = "anchored",
     ratio: float = 0.6,
     offset: int = 0,
@@ -158,14 +161,14 @@ def trm_merge(
     gets the bits of the whole vector's merge. Raises TypeError / ValueError naming the argument.
     """
     check_vectors("previous", previous=previous, current=current, initial=initial, out=out)
-    _check(previous, seed, stream, replace, ratio, offset)
+    _check(previous, seed, subsequence, replace, ratio, offset)
     _check_direction(direction, previous)
     check_counter(nonfinite, previous.device)
     if (initial is not None) != (replace == "literal"):
         raise ValueError(f"initial: needed for replace='literal' and only there; replace={replace!r}")
     out = torch.empty_like(previous) if out is None else out
     a, b = scalar("alpha", alpha), scalar("beta", beta)
-    _trm_merge(previous, current, initial, *a, *b, direction, seed, stream, replace, ratio, offset, out, nonfinite)
+    _trm_merge(previous, current, initial, *a, *b, direction, seed, subsequence, replace, ratio, offset, out, nonfinite)
     return out
 
 
@@ -177,7 +180,7 @@ def subspace_gradient(
     direction: Tensor,
     *,
     seed: int,
-    stream: int,
+    subsequence: int,
     replace: str = "anchored",
     ratio: float = 0.6,
     offset: int = 0,
@@ -191,8 +194,8 @@ def subspace_gradient(
     shards add up. Raises TypeError / ValueError naming the argument.
     """
     check_vectors("gradient", gradient=gradient, gradient2=gradient2, previous=previous, current=current)
-    _check(previous, seed, stream, replace, ratio, offset)
+    _check(previous, seed, subsequence, replace, ratio, offset)
     _check_direction(direction, previous)
     return _subspace_gradient(
-        gradient, gradient2, float(scale2), previous, current, direction, seed, stream, replace, ratio, offset
+        gradient, gradient2, float(scale2), previous, current, direction, seed, subsequence, replace, ratio, offset
     )

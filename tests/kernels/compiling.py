@@ -38,9 +38,7 @@ def recorded_launches():
 
 def launches(dtype: torch.dtype) -> list:
     """Every kernel as the ops launch it, for aligned vectors of this dtype."""
-    from fastmerge_kernels import batch_gpu as batch
-    from fastmerge_kernels import elementwise_gpu as elementwise
-    from fastmerge_kernels import sampling_gpu, stock_gpu, threshold_gpu, ties_gpu, trm_gpu
+    from fastmerge_kernels.gpu import elementwise, lists, sampling, stock, threshold, ties, trm
 
     a, b, c, out = (torch.zeros(1 << 21, dtype=dtype) for _ in range(4))
     half, bad = (0.5, None), torch.zeros(1, dtype=torch.int64)
@@ -56,31 +54,31 @@ def launches(dtype: torch.dtype) -> list:
         elementwise.launch("fisher_accumulate_", (a, b), [half], bad)
         elementwise.launch("ewc_gradient_", (a, b, c, out), [half], bad)
         elementwise.pam_coefficient(a, b, c, out, out)
-        sampling_gpu.random_mix([a, b, c], 5, 6, 0, out, bad)
-        sampling_gpu.random_replace(a, 0.5, 5, 6, 0, out, bad)
-        sampling_gpu.dare_delta(a, b, 0.5, 5, 6, 0, out, bad)
+        sampling.random_mix([a, b, c], 5, 6, 0, out, bad)
+        sampling.random_replace(a, 0.5, 5, 6, 0, out, bad)
+        sampling.dare_delta(a, b, 0.5, 5, 6, 0, out, bad)
         bits, place = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
-        threshold_gpu.histogram(a, b, None, 0, 8, (0, a.numel()))
-        threshold_gpu.histogram(a, b, bits, 8, 8, (0, a.numel()))
-        threshold_gpu.tie_positions(a, b, bits, place, (0, a.numel()))
-        ties_gpu.update(a, b, bits, place, (0, a.numel()), 0.5, 0.5, out, out, out, out, out)
-        ties_gpu.finalize(a, b, c, out, a, b, half, half, out, bad)
+        threshold.histogram(a, b, None, 0, 8, (0, a.numel()))
+        threshold.histogram(a, b, bits, 8, 8, (0, a.numel()))
+        threshold.tie_positions(a, b, bits, place, (0, a.numel()))
+        ties.update(a, b, bits, place, (0, a.numel()), 0.5, 0.5, out, out, out, out, out)
+        ties.finalize(a, b, c, out, a, b, half, half, out, bad)
         per_segment = torch.ones(2, dtype=torch.float64)
         trim, ones = (torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)), torch.ones(2)
         election = (ones, ones, False, "majority")
-        ties_gpu.merge([b, c], a, *trim, (0, a.numel()), *election, half, out, bad)
-        batch.weighted_sum([b, c], ones[:, None], a, (0, a.numel()), out, bad)
-        batch.magmax([b, c], a, half, out, bad)
-        batch.fisher([b, c], [a, b], ones[:, None], out, bad)
-        batch.dare([b, c], ones[:, None], 0.5, a, 5, 6, 0, out, bad)
-        stock_gpu.squares([b, c], a, (0, 1 << 20, 1 << 21))
-        stock_gpu.norms(a, b, (0, 1 << 20, 1 << 21))
-        stock_gpu.update(a, b, per_segment, (0, 1 << 20, 1 << 21), c, out)
-        stock_gpu.finalize(a, b, per_segment, (0, 1 << 20, 1 << 21), out, bad)
-        trm_gpu.direction(a, b, *anchored)
-        trm_gpu.gradient(a, b, 0.5, b, c, direction, *anchored)
-        trm_gpu.merge(a, b, None, half, half, direction, *anchored, out, bad)
-        trm_gpu.merge(a, b, c, half, half, direction, *literal, out, bad)
+        ties.merge([b, c], a, *trim, (0, a.numel()), *election, half, out, bad)
+        lists.weighted_sum([b, c], ones[:, None], a, (0, a.numel()), out, bad)
+        lists.magmax([b, c], a, half, out, bad)
+        lists.fisher([b, c], [a, b], ones[:, None], out, bad)
+        lists.dare([b, c], ones[:, None], 0.5, a, 5, 6, 0, out, bad)
+        stock.squares([b, c], a, (0, 1 << 20, 1 << 21))
+        stock.norms(a, b, (0, 1 << 20, 1 << 21))
+        stock.update(a, b, per_segment, (0, 1 << 20, 1 << 21), c, out)
+        stock.finalize(a, b, per_segment, (0, 1 << 20, 1 << 21), out, bad)
+        trm.direction(a, b, *anchored)
+        trm.gradient(a, b, 0.5, b, c, direction, *anchored)
+        trm.merge(a, b, None, half, half, direction, *anchored, out, bad)
+        trm.merge(a, b, c, half, half, direction, *literal, out, bad)
     return recorded
 
 

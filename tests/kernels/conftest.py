@@ -38,7 +38,9 @@ def interpreted_run(request):
     if INTERPRET or not any("test_interpreter.py" in item.nodeid for item in request.session.items):
         yield None
         return
-    names = ("philox", "trm", "elementwise", "sampling", "batch", "threshold", "ties", "stock")
+    # a family of Triton kernels without tests of its own is an error: pytest does not find its file
+    families = sorted((Path(reference.__file__).parent / "gpu").glob("*.py"))
+    names = [file.stem for file in families if file.stem not in ("__init__", "launch")]
     files = [Path(__file__).parent / f"test_{name}.py" for name in names]
     values = "not named and not independent and not equally_often and not keeps_the_mean and not normals_are_normal"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", values, *files]

@@ -76,8 +76,8 @@ def test_every_kernel_is_compiled():
     from triton.runtime.jit import JITFunction
 
     launched = {kernel.__name__ for kernel, _, _ in launches(torch.float32)}
-    for file in Path(fastmerge_kernels.__file__).parent.glob("*_gpu.py"):
-        module = importlib.import_module(f"fastmerge_kernels.{file.stem}")
+    for file in (Path(fastmerge_kernels.__file__).parent / "gpu").glob("*.py"):
+        module = importlib.import_module(f"fastmerge_kernels.gpu.{file.stem}")
         kernels = {n for n, f in vars(module).items() if isinstance(f, JITFunction) and n.endswith("_kernel")}
         assert kernels <= launched, f"{file.name}: {kernels - launched} not compiled by this test"
 

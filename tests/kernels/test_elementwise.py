@@ -226,13 +226,13 @@ def test_parallel_errors_reach_the_caller(monkeypatch):
     """An exception inside a worker thread is raised, not lost."""
     if INTERPRET:
         pytest.skip("threads of the numba loops")
-    from fastmerge_kernels import cpu
+    from fastmerge_kernels.cpu import threads as loops
 
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         with pytest.raises(ZeroDivisionError):
-            cpu.run(lambda start, stop: 1 // 0, 10 * cpu.CHUNK)
-        assert cpu.run(lambda start, stop: stop - start, 10 * cpu.CHUNK + 3) == 10 * cpu.CHUNK + 3
+            loops.run(lambda start, stop: 1 // 0, 10 * loops.CHUNK)
+        assert loops.run(lambda start, stop: stop - start, 10 * loops.CHUNK + 3) == 10 * loops.CHUNK + 3
     finally:
         torch.set_num_threads(threads)

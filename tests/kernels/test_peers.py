@@ -287,7 +287,7 @@ def test_dare_in_distribution(peft, density):
     torch.manual_seed(0)
     base, n = torch.zeros(MIXED[-1]), MIXED[-1]
     models, weights = [base + 1, base + 16, base + 256], (1.0, 0.5, 2.0)
-    ours = fk.dare_merge(models, 1 - density, weights, initial=base, seed=1, stream=2)
+    ours = fk.dare_merge(models, 1 - density, weights, initial=base, seed=1, subsequence=2)
     theirs = peft("dare_linear", models, base, weights, density)
     for merged in (ours, theirs):
         digits, kept = (merged * density).round().long(), []
@@ -306,7 +306,7 @@ def test_dare_keeps_the_mean(peft):
     delta = model - base
     noise = 5 * (0.8 / 0.2 * (delta**4).sum() ** 0.5 / (delta**2).sum()).item()
     for merged in (
-        fk.dare_merge([model], 0.8, [1.0], initial=base, seed=1, stream=2),
+        fk.dare_merge([model], 0.8, [1.0], initial=base, seed=1, subsequence=2),
         peft("dare_linear", [model], base, (1.0,), 0.2),
     ):
         assert abs(((merged - base) @ delta / (delta @ delta)).item() - 1) < noise
@@ -318,7 +318,7 @@ def test_dare_of_mergekit_restores_the_l1_norm(mergekit):
     n, base = MIXED[-1], torch.zeros(MIXED[-1])
     delta = vectors(1, n, seed=5)[0] + 0.01
     theirs = mergekit("dare_linear", [delta], base, weight=1.0, density=0.2)
-    ours = fk.dare_merge([delta], 0.8, [1.0], initial=base, seed=1, stream=2)
+    ours = fk.dare_merge([delta], 0.8, [1.0], initial=base, seed=1, subsequence=2)
     for a, b in itertools.pairwise(MIXED):
         kept, factor = theirs[a:b] != 0, (theirs[a:b] / delta[a:b])[theirs[a:b] != 0]
         if b - a > 30:

@@ -25,40 +25,42 @@ KNOWN = [
 ]
 
 
-def mask(n, seed, stream, ratio, offset, device="cpu"):
+def mask(n, seed, subsequence, ratio, offset, device="cpu"):
     """What `trm_merge` shows of the mask: 0 not replaced, 1 from previous, 2 from current."""
     previous, current = torch.full((n,), 1.0, device=device), torch.full((n,), 2.0, device=device)
     direction = torch.ones(3, dtype=torch.float64, device=device)
-    merged = fk.trm_merge(previous, current, 0.5, 0.0, direction, seed=seed, stream=stream, ratio=ratio, offset=offset)
+    merged = fk.trm_merge(
+        previous, current, 0.5, 0.0, direction, seed=seed, subsequence=subsequence, ratio=ratio, offset=offset
+    )
     return torch.where(merged == 1.5, 0.0, merged).cpu()
 
 
-def normal(n, seed, stream, offset, device="cpu"):
+def normal(n, seed, subsequence, offset, device="cpu"):
     """What `trm_merge` shows of r: with d = 0 and ||r|| = 1 it writes previous + r."""
     tiny, direction = (
         torch.full((n,), 1e-30, device=device),
         torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device),
     )
-    position = {"seed": seed, "stream": stream, "offset": offset, "replace": "none"}
+    position = {"seed": seed, "subsequence": subsequence, "offset": offset, "replace": "none"}
     return fk.trm_merge(tiny, tiny, 0.0, 1.0, direction, **position).cpu()
 
 
-def expected_mask(n, seed, stream, ratio, offset):
-    replaced, from_previous = reference.replaced(n, seed, stream, ratio, offset)
+def expected_mask(n, seed, subsequence, ratio, offset):
+    replaced, from_previous = reference.replaced(n, seed, subsequence, ratio, offset)
     return torch.where(replaced, torch.where(from_previous, 1.0, 2.0), 0.0)
 
 
 @pytest.mark.parametrize("counter, key, result", KNOWN)
 def test_published_vectors(counter, key, result):
-    from fastmerge_kernels import philox_cpu
+    from fastmerge_kernels.cpu import philox
 
     counter, key, result = ([int(word, 16) for word in text.split()] for text in (counter, key, result))
     assert reference.philox4x32(np.array(counter)[:, None], key)[:, 0].tolist() == result
-    assert [int(w) for w in philox_cpu.philox(*(np.uint32(w) for w in counter + key))] == result
+    assert [int(w) for w in philox.philox(*(np.uint32(w) for w in counter + key))] == result
 
 
 def test_the_map_uses_the_published_function():
-    """Position 0 of seed and stream 0 takes word 0 of counter 0, the first published vector."""
+    """Position 0 of seed and subsequence 0 takes word 0 of counter 0, the first published vector."""
     assert reference.random_words(512, 0, 0, "mask")[[0, 128, 256, 384]].tolist() == [
         int(w, 16) for w in KNOWN[0][2].split()
     ]
@@ -74,8 +76,8 @@ def test_mask_is_bit_identical(device, offset):
 @given(
     st.integers(1, 1500), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.floats(0, 1), st.integers(0, 2**61)
 )
-def test_mask_is_bit_identical_anywhere(n, seed, stream, ratio, offset):
-    assert torch.equal(mask(n, seed, stream, ratio, offset), expected_mask(n, seed, stream, ratio, offset))
+def test_mask_is_bit_identical_anywhere(n, seed, subsequence, ratio, offset):
+    assert torch.equal(mask(n, seed, subsequence, ratio, offset), expected_mask(n, seed, subsequence, ratio, offset))
 
 
 @pytest.mark.parametrize("offset", [0, 333, 2**33 + 1])
@@ -85,7 +87,7 @@ def test_normals_follow_the_formula(device, offset):
 
 
 def test_normals_are_normal():
-    """Moments and tail of a sample within five standard errors of N(0, 1); neighbours and streams uncorrelated."""
+    """Moments and tail of a sample within five standard errors of N(0, 1); neighbours and subsequences uncorrelated."""
     n = 8_000 if INTERPRET else 1_000_000
     z, other = normal(n, 1, 0, 0).double(), normal(n, 1, 1, 0).double()
     five = 5 / math.sqrt(n)
@@ -111,6 +113,6 @@ def test_mask_and_normal_are_independent():
 def test_keys_reject_what_does_not_fit():
     assert key_words(2**63 - 1, 0)[:2] == (2**32 - 1, 2**31 - 1)
     assert (threshold(1.0), threshold(0.0), threshold(0.5)) == (2**32, 0, 2**31)
-    for seed, stream in ((-1, 0), (2**63, 0), (0, -1), (0, 2**63)):
-        with pytest.raises(ValueError, match="seed|stream"):
-            key_words(seed, stream)
+    for seed, subsequence in ((-1, 0), (2**63, 0), (0, -1), (0, 2**63)):
+        with pytest.raises(ValueError, match="seed|subsequence"):
+            key_words(seed, subsequence)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import fastmerge_kernels as fk
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from oracle import INTERPRET, vectors
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="independent of the kernels")
-KEY = {"seed": 3, "stream": 1}
+KEY = {"seed": 3, "subsequence": 1}
 
 
 def calls(device):
@@ -94,10 +96,10 @@ def test_every_op_is_checked():
 
 def trm_step(a, b, c, g, alpha, seed):
     bad = torch.zeros(1, dtype=torch.int64, device=a.device)
-    direction = fk.trm_direction(a * 1.0, b, seed=seed, stream=1)
-    merged = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, nonfinite=bad)
-    literal = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, stream=1, replace="literal", initial=c)
-    sums = fk.subspace_gradient(g, a, b, direction, seed=seed, stream=1, gradient2=c, scale2=0.5)
+    direction = fk.trm_direction(a * 1.0, b, seed=seed, subsequence=1)
+    merged = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, subsequence=1, nonfinite=bad)
+    literal = fk.trm_merge(a, b, alpha, 2.0, direction, seed=seed, subsequence=1, replace="literal", initial=c)
+    sums = fk.subspace_gradient(g, a, b, direction, seed=seed, subsequence=1, gradient2=c, scale2=0.5)
     kept = a.clone()
     fk.lerp(kept, b, alpha, out=kept)
     return direction, merged, literal, sums, kept * 2, bad
@@ -126,7 +128,7 @@ def streamed_ties(a, b, c, g, alpha, seed):
 
 
 def lists(a, b, c, g, alpha, seed):
-    models, key, segments = [b, c, g], {"seed": seed, "stream": 1}, [0, 16, 1100]
+    models, key, segments = [b, c, g], {"seed": seed, "subsequence": 1}, [0, 16, 1100]
     return (
         fk.weighted_sum(models, initial=a, segments=segments),
         fk.magmax_merge(models, initial=a, scale=alpha),
@@ -196,7 +198,7 @@ def test_parameters_may_require_grad(device):
         ({"offset": -1}, ValueError, "offset: expected 0 <= offset"),
         ({"offset": 2**62}, ValueError, "offset: expected 0 <= offset"),
         ({"seed": -1}, ValueError, "seed: expected an integer in"),
-        ({"stream": 2**63}, ValueError, "stream: expected an integer in"),
+        ({"subsequence": 2**63}, ValueError, "subsequence: expected an integer in"),
         ({"alpha": torch.zeros(2)}, ValueError, "alpha: expected one floating-point element"),
         ({"nonfinite": torch.zeros(1)}, TypeError, "nonfinite: expected an int64 tensor"),
         ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, ValueError, "nonfinite: expected one element"),
@@ -209,7 +211,7 @@ def test_bad_arguments_are_named(change, error, words):
         "alpha": 0.5,
         "beta": 0.1,
         "seed": 0,
-        "stream": 0,
+        "subsequence": 0,
     }
     arguments |= {"direction": torch.ones(3, dtype=torch.float64), "out": torch.full((10,), 7.0)} | change
     out = arguments["out"].clone()
@@ -253,14 +255,14 @@ def addition(start, stop, x):
 @pytest.mark.parametrize("fault", ["no folder", "full disk"])
 def test_unwritable_cache_gives_one_warning(monkeypatch, fault):
     """Where numba finds no folder to cache in, or cannot write there, loops work and one warning says what that costs."""
-    from fastmerge_kernels import cpu
+    from fastmerge_kernels.cpu import cache
     from numba.core import caching
 
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cpu, "_warned", False)
-    monkeypatch.setattr(cpu, "_SOURCES", fault)
+    monkeypatch.setattr(cache, "_warned", False)
+    monkeypatch.setattr(cache, "_SOURCES", fault)
     if fault == "no folder":
         monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     else:
@@ -268,20 +270,36 @@ def test_unwritable_cache_gives_one_warning(monkeypatch, fault):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for dtype in (np.float32, np.float64):
-            assert cpu.loop(addition)(1, 2, np.ones(1, dtype)) == 4
+            assert cache.loop(addition)(1, 2, np.ones(1, dtype)) == 4
     assert [str(w.message)[:50] for w in seen] == ["fastmerge_kernels compiles its CPU loops anew in e"]
 
 
 def test_cache_is_used_and_follows_the_sources(monkeypatch, tmp_path):
     """A second dispatcher loads what the first compiled; with another fingerprint of the sources it compiles again."""
     import numba
-    from fastmerge_kernels import cpu
+    from fastmerge_kernels.cpu import cache
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     results = []
     for fingerprint in ("one", "one", "two"):
-        monkeypatch.setattr(cpu, "_SOURCES", fingerprint)
-        function = cpu.loop(addition)
+        monkeypatch.setattr(cache, "_SOURCES", fingerprint)
+        function = cache.loop(addition)
         assert function(1, 2, np.ones(1, np.float32)) == 4
         results.append((len(function.stats.cache_hits), len(function.stats.cache_misses)))
     assert results == [(0, 1), (1, 0), (0, 1)]
+
+
+def test_the_cache_key_covers_every_file(tmp_path):
+    """A changed constant in any file of the package (a tile size, say) is another fingerprint."""
+    from fastmerge_kernels.cpu import cache
+
+    copy = tmp_path / "fastmerge_kernels"
+    shutil.copytree(Path(fk.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = cache.fingerprint(copy)
+    assert before == cache._SOURCES
+    for file in copy.rglob("*.py"):
+        text = file.read_text()
+        file.write_text(text + "# another constant\n")
+        assert cache.fingerprint(copy) != before, file
+        file.write_text(text)
+    assert cache.fingerprint(copy) == before

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, INTERPRET, LARGE, assert_rounded, vectors
 
-KEY = {"seed": 2**60 + 9, "stream": 5}
+KEY = {"seed": 2**60 + 9, "subsequence": 5}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -68,7 +68,7 @@ def test_a_stream_is_mixed_equally(device):
     """p = 1 / t for the t-th model: each of five models has a fifth of the entries."""
     kept = torch.zeros(LARGE, device=device)
     for k in range(5):
-        fk.random_replace_(kept, torch.full_like(kept, float(k)), 1 / (k + 1), seed=3, stream=k)
+        fk.random_replace_(kept, torch.full_like(kept, float(k)), 1 / (k + 1), seed=3, subsequence=k)
     share = torch.bincount(kept.long(), minlength=5) / LARGE
     assert (share - 0.2).abs().max() < 5 * math.sqrt(0.16 / LARGE)
 
@@ -94,9 +94,9 @@ def test_dare_keeps_the_mean(device):
 
 def test_streams_are_independent(device):
     delta = torch.ones(LARGE, device=device)
-    first, second = (fk.dare_delta(delta, 0.5, seed=1, stream=k) > 0 for k in (0, 1))
+    first, second = (fk.dare_delta(delta, 0.5, seed=1, subsequence=k) > 0 for k in (0, 1))
     assert abs((first == second).double().mean().item() - 0.5) < 2.5 / math.sqrt(LARGE)
-    assert torch.equal(first, fk.dare_delta(delta, 0.5, seed=1, stream=0) > 0)
+    assert torch.equal(first, fk.dare_delta(delta, 0.5, seed=1, subsequence=0) > 0)
 
 
 def test_nonfinite_values_are_counted(device):
@@ -110,7 +110,7 @@ def test_nonfinite_values_are_counted(device):
 @given(st.data())
 def test_shards_give_the_same_bits(data):
     n, offset = data.draw(st.integers(2, 1500)), data.draw(st.integers(0, 2**60))
-    cut, position = data.draw(st.integers(1, n - 1)), {"seed": data.draw(st.integers(0, 2**63 - 1)), "stream": 1}
+    cut, position = data.draw(st.integers(1, n - 1)), {"seed": data.draw(st.integers(0, 2**63 - 1)), "subsequence": 1}
     models = vectors(3, n)
     parts = [[m[:cut] for m in models], [m[cut:] for m in models]]
     mixed = [fk.random_mix(p, offset=offset + k * cut, **position) for k, p in enumerate(parts)]

@@ -65,9 +65,9 @@ def test_threshold_per_segment(device):
 )
 def test_values_that_mislead_a_sample(shape, threads, monkeypatch):
     """Whatever the sample says the threshold is that of a sort; large segments are shared by threads with the same result."""
-    from fastmerge_kernels import threshold_cpu
+    from fastmerge_kernels.cpu import threshold
 
-    monkeypatch.setattr(threshold_cpu, "LARGE", 50_000)
+    monkeypatch.setattr(threshold, "LARGE", 50_000)
     n, generator = 200_003, torch.Generator().manual_seed(2)
     x = torch.randn(n, generator=generator)
     if shape == "sorted":

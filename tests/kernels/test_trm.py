@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, INTERPRET, LARGE, SIZES, assert_rounded, assert_sums, vectors
 
 REPLACE = ("none", "anchored", "literal")
-KEY = {"seed": 2**62 + 12345, "stream": 7}
+KEY = {"seed": 2**62 + 12345, "subsequence": 7}
 
 
 def cpu(*tensors):
@@ -47,7 +47,7 @@ def check_merge(previous, current, initial, position, alpha=0.4, beta=3.0, out=N
 def check_sums(previous, current, gradient, gradient2, position):
     p, c, g, g2 = cpu(previous, current, gradient, gradient2)
     expected = reference.trm_direction(p, c, **position)
-    d, r = reference._plane(p, c, *(position[k] for k in ("seed", "stream", "replace", "ratio", "offset")))
+    d, r = reference._plane(p, c, *(position[k] for k in ("seed", "subsequence", "replace", "ratio", "offset")))
     assert_sums(
         fk.trm_direction(previous, current, **position), expected, torch.stack([(r * d).abs().sum(), d @ d, r @ r])
     )
@@ -185,7 +185,7 @@ def test_direction_is_perpendicular_and_normalised(device):
     for replace in ("none", "anchored"):
         position = {**KEY, "replace": replace}
         direction = fk.trm_direction(previous, current, **position)
-        d, r = reference._plane(*cpu(previous, current), KEY["seed"], KEY["stream"], replace, 0.6, 0)
+        d, r = reference._plane(*cpu(previous, current), KEY["seed"], KEY["subsequence"], replace, 0.6, 0)
         c, scale = reference.perpendicular(direction.cpu())
         p = (r - c * d) * scale
         assert abs(p.norm() - 1) < 1e-6 and abs(p @ d) < 1e-6 * d.norm()
@@ -239,7 +239,7 @@ def test_shards_anywhere(data):
     n, offset = data.draw(st.integers(2, 1800)), data.draw(st.integers(0, 2**60))
     cut, replace = data.draw(st.integers(1, n - 1)), data.draw(st.sampled_from(REPLACE))
     previous, current, initial = vectors(3, n)
-    position = {"seed": data.draw(st.integers(0, 2**63 - 1)), "stream": 0, "replace": replace}
+    position = {"seed": data.draw(st.integers(0, 2**63 - 1)), "subsequence": 0, "replace": replace}
     direction = torch.tensor([0.1, 1.0, float(n)], dtype=torch.float64)
 
     def merge(a, b):

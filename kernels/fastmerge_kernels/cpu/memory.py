@@ -1,23 +1,12 @@
-"""How the numba loops run: compiled at first call, cached on disk, over fixed chunks, on as many threads as torch uses.
+"""How loops read and write tensors: blocks of fp32 values, whatever the dtype in memory.
 
-Every loop has the signature `f(start, stop, ...)` over entries start..stop-1 and releases the GIL. Threads take spans of
-whole chunks from one queue; a reduction writes one float64 row per chunk, and rows are added in order, so results do not
-depend on the number of threads. Loops work on blocks that stay in the first-level cache: `fetch` gives a block of an
-input as fp32, `store` writes one. Where all tensors are fp32 a fetched block is the input itself; with any bf16 or fp16 it
-is converted, by bit arithmetic and the processor's half-precision instructions, so a loop is compiled for these two cases
-only. No fast-math flag is set, so NaN and inf propagate and vector and scalar code give
-the same bits.
+Loops work on blocks that stay in the first-level cache: `fetch` gives a block of an input as fp32, `store` writes one. Where
+all tensors are fp32 a fetched block is the input itself. With any bf16 or fp16 it is converted by bit arithmetic and the
+processor's half-precision instructions, so a loop is compiled for these two cases only.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import threading
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numba
@@ -25,111 +14,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-CHUNK = 1 << 16  # entries per partial sum
-_SPANS = 8  # spans per thread, so that a thread that lost its core does not hold up the others
-
-_FILES = [Path(__file__), *sorted(Path(__file__).parent.glob("*_cpu.py"))]
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
-
-
-class _Cache(FunctionCache):
-    """numba's cache, but valid for the text of all our loops (numba looks at one file) and never an error."""
-
-    def __init__(self, function):
-        super().__init__(function)
-        self._cache_file._source_stamp = _SOURCES
-
-    def load_overload(self, signature, context):
-        try:
-            return super().load_overload(signature, context)
-        except OSError:
-            return None
-
-    def save_overload(self, signature, data):
-        try:
-            super().save_overload(signature, data)
-        except OSError as error:
-            _warn_once(str(error))
-
-
-_warned = False
-
-
-def _warn_once(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"fastmerge_kernels compiles its CPU loops anew in every process: {reason}", stacklevel=3)
-
-
-def loop(function: Callable) -> Callable:
-    """numba.njit without the GIL, cached on disk where a folder can be written."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
-    try:
-        dispatcher._cache = _Cache(function)
-    except RuntimeError as error:  # numba found no folder that it may write
-        _warn_once(str(error))
-    return dispatcher
-
-
-part = numba.njit(error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)  # called by loops, compiled once
-inline = numba.njit(forceinline=True)  # for parts of a loop: LLVM vectorises only what it inlined
-
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-_lock = threading.Lock()
-
-
-def _workers(count: int) -> ThreadPoolExecutor:
-    global _pool, _pool_size
-    with _lock:
-        if _pool is None or _pool_size < count:
-            _pool, _pool_size = ThreadPoolExecutor(count, "fastmerge"), count
-        return _pool
-
-
-def _forget_pool() -> None:  # threads do not survive a fork
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def run(function: Callable, length: int, *args, grain: int = CHUNK) -> int:
-    """Call `function(start, stop, *args)` over 0..length in spans of whole chunks; returns the sum of the results."""
-    chunks = -(-length // grain)
-    threads = min(torch.get_num_threads(), chunks)
-    if threads <= 1:
-        return (function(0, length, *args) or 0) if length else 0
-    span = -(-chunks // (threads * _SPANS)) * grain
-    starts = iter(range(0, length, span))
-    total = [0] * threads
-
-    def work(slot: int) -> None:
-        for start in starts:  # next() of a range iterator is atomic under the GIL
-            total[slot] += function(start, min(start + span, length), *args) or 0
-
-    others = [_workers(threads - 1).submit(work, slot) for slot in range(1, threads)]
-    try:
-        work(0)
-    finally:
-        for other in others:
-            other.result()
-    return sum(total)
-
-
-def reduce(function: Callable, length: int, columns: int, *args) -> np.ndarray:
-    """`run` for a reduction `function(start, stop, rows, *args)`: float64 [columns], the sum of one row per chunk."""
-    rows = np.zeros((-(-length // CHUNK), columns))
-    run(function, length, rows, *args)
-    return rows.sum(0)
-
+from .cache import inline, part
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -142,7 +30,7 @@ def arrays(*tensors: Tensor | None) -> list:
 
 
 def number(value: float, tensor: Tensor | None) -> np.float32:
-    """The op's scalar as fp32, from `dispatch.scalar`'s pair."""
+    """The op's scalar as fp32, from `checks.scalar`'s pair."""
     return np.float32(value if tensor is None else tensor.item())
 
 
@@ -300,43 +188,6 @@ def _put_back(x, first, count, values):
     if isinstance(x, types.Array):
         return lambda x, first, count, values: None
     return lambda x, first, count, values: _encode(x[0], x[1], first, count, values)
-
-
-@intrinsic
-def _sum512(typingctx, address):
-    """Sum of the 512 fp32 at an address: folded in halves down to 16 in fp32, those in float64."""
-
-    def codegen(context, builder, signature, args):
-        def halves(x, stop):
-            while x.type.count > stop:
-                n, nothing = x.type.count // 2, ir.Constant(x.type, ir.Undefined)
-                pick = [ir.Constant(ir.VectorType(ir.IntType(32), n), [*range(k, k + n)]) for k in (0, n)]
-                x = builder.fadd(*(builder.shuffle_vector(x, nothing, p) for p in pick))
-            return x
-
-        def tree(parts):
-            return parts[0] if len(parts) == 1 else builder.fadd(tree(parts[::2]), tree(parts[1::2]))
-
-        wide = ir.VectorType(ir.FloatType(), 64)
-        first = builder.inttoptr(args[0], wide.as_pointer())
-        parts = [builder.load(builder.gep(first, [ir.Constant(ir.IntType(32), k)]), align=4) for k in range(8)]
-        exact = builder.fpext(halves(tree(parts), 16), ir.VectorType(ir.DoubleType(), 16))
-        return builder.extract_element(halves(exact, 1), ir.Constant(ir.IntType(32), 0))
-
-    return types.float64(types.uint64), codegen
-
-
-@part
-def add_sums(row, terms, count):
-    """row[k] += sum of terms[k, :count], by `_sum512`. terms: [K, a multiple of 512]; entries from `count` on are lost."""
-    for k in range(row.size):
-        term, total = terms[k], 0.0
-        rest = term[count : -(-count // 512) * 512]
-        for j in range(rest.size):
-            rest[j] = np.float32(0.0)
-        for first in range(0, count, 512):
-            total += _sum512(np.uint64(term.ctypes.data) + np.uint64(4 * first))
-        row[k] += total
 
 
 class Table(NamedTuple):

@@ -11,8 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu import arrays, bits, fetch, inline, loop, part, run
-from .threshold import NOTHING
+from ..threshold import NOTHING
+from .cache import inline, loop, part
+from .memory import arrays, bits, fetch
+from .threads import run
 
 BLOCK = 1024
 WHOLE = 4096  # a segment of this length is collected whole

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu import arrays, bits, fetch, fetch_at, inline, loop, number, part, put_back, run, store, table
-from .segments import chunks
-from .threshold import NOTHING
+from ..segments import chunks
+from ..threshold import NOTHING
+from .cache import inline, loop, part
+from .memory import arrays, bits, fetch, fetch_at, number, put_back, store, table
+from .threads import run
 
 BLOCK = 1024
 CHUNK = 1 << 16

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch_gpu import listed, model, row_of
-from .gpu import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store
-from .segments import chunks_on
-from .threshold_gpu import magnitudes
+from ..segments import chunks_on
+from .launch import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store
+from .lists import listed, model, row_of
+from .threshold import magnitudes
 
 _SIZE = 2 * BLOCK  # entries of a chunk in `update`
 

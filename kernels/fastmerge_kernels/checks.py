@@ -1,67 +1,13 @@
-"""What every op shares: argument checks, registration as `torch.library` op, the choice between CPU loop and Triton kernel.
-
-A family `x` has its formulas and public functions in `x.py`, numba loops in `x_cpu.py`, Triton kernels in `x_gpu.py`; the
-last two are imported on first use, so importing the package costs neither numba nor Triton. With TRITON_INTERPRET=1 in the
-environment CPU tensors go through the Triton kernels too (Triton's interpreter; for tests).
-"""
+"""Argument checks: errors name the argument, what was expected, and what was given. Nothing is written before they pass."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-_library = torch.library.Library("fastmerge", "DEF")
-
-
-def register_schema(name: str, schema: str, function: Callable, fake: Callable | None = None) -> Callable:
-    """Make `function` the op `fastmerge::name` with this schema, on CPU and CUDA; returns the op.
-
-    `fake` gives the results' shapes; without it the op returns nothing. `Library` rather than `custom_op`: the latter imports
-    torch._dynamo at its first call, which costs seconds. So version counters of written tensors are raised here.
-    """
-    _library.define(name + schema)
-    op = getattr(torch.ops.fastmerge, name).default
-    written = [
-        k for k, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write
-    ]
-
-    @functools.wraps(function)
-    def kernel(*args):
-        result = function(*args)
-        torch.autograd.graph.increment_version([args[k] for k in written if args[k] is not None])
-        return result
-
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
-    torch.library.register_fake(f"fastmerge::{name}", fake or (lambda *args: None), lib=_library)
-    return op
-
-
-def register(name: str, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable:
-    """`register_schema` as decorator of an annotated function that writes into the arguments `mutates`."""
-
-    def decorate(function: Callable) -> Callable:
-        return register_schema(name, torch.library.infer_schema(function, mutates_args=mutates), function, fake)
-
-    return decorate
-
-
-def backend(family: str, tensor: Tensor):
-    """The module with this family's loops for the tensor's device: `family_gpu` (Triton) or `family_cpu` (numba)."""
-    if tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return importlib.import_module(f".{family}_gpu", __package__)
-    if tensor.device.type == "cpu":
-        return importlib.import_module(f".{family}_cpu", __package__)
-    raise RuntimeError(f"fastmerge_kernels runs on cpu and cuda tensors, got a tensor on {tensor.device}")
 
 
 def check_vectors(first: str, /, **tensors: Tensor | None) -> Tensor:

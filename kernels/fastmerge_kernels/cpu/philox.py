@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu import bits, floating, fma, inline, part
-from .philox import PURPOSES, TILE, key_words
+from ..philox import PURPOSES, TILE, key_words
+from .cache import inline, part
+from .memory import bits, floating, fma
 
 MASK, NORMAL, MIX, DROP = (np.uint32(PURPOSES[p]) for p in ("mask", "normal", "mix", "drop"))
 
 _u32, _u64, _f32 = np.uint32, np.uint64, np.float32
 
 
-def key(seed: int, stream: int) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
+def key(seed: int, subsequence: int) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
     """`key_words` typed for the loops."""
-    return tuple(np.uint32(word) for word in key_words(seed, stream))
+    return tuple(np.uint32(word) for word in key_words(seed, subsequence))
 
 
 @inline

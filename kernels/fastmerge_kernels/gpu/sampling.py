@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .batch_gpu import listed, model
-from .gpu import OPTIONS, cleared, int32, load, on, store
-from .philox import threshold
-from .philox_gpu import counters, key, lanes, positions, tiles, words
+from ..philox import threshold
+from .launch import OPTIONS, cleared, int32, load, on, store
+from .lists import listed, model
+from .philox import counters, key, lanes, positions, tiles, words
 
 _FREE = ["first_tile", "k0", "k1", "s0", "s1", "drop", "count"]  # values for which no new kernel shall be compiled
 
@@ -46,25 +46,25 @@ def dare_kernel(theta, initial, out, n, scale, drop, first_tile, shift, k0, k1, 
         store(out, i, tl.where(u[run] >= drop.to(tl.uint32, bitcast=True), scale * value, 0.0), inside, nonfinite)
 
 
-def random_mix(models, seed, stream, offset, out, nonfinite):
+def random_mix(models, seed, subsequence, offset, out, nonfinite):
     n, size, nonfinite = out.numel(), lanes(*models, out), cleared(nonfinite)
     if n == 0:
         return
     first, shift, spans = tiles(offset, n)
     table, like, count, same, aligned = listed(models)
-    position = (first, shift, *key(seed, stream))
+    position = (first, shift, *key(seed, subsequence))
     with on(out):
         random_mix_kernel[(triton.cdiv(spans * 128, size),)](
             table, like, out, n, count, *position, nonfinite, SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS
         )
 
 
-def dare_delta(theta, initial, p, seed, stream, offset, out, nonfinite):
+def dare_delta(theta, initial, p, seed, subsequence, offset, out, nonfinite):
     n, size, nonfinite = out.numel(), lanes(theta, initial, out), cleared(nonfinite)
     if n == 0:
         return
     first, shift, count = tiles(offset, n)
-    numbers = (1 / (1 - p), int32(threshold(p)), first, shift, *key(seed, stream))
+    numbers = (1 / (1 - p), int32(threshold(p)), first, shift, *key(seed, subsequence))
     with on(out):
         dare_kernel[(triton.cdiv(count * 128, size),)](
             theta, initial, out, n, *numbers, nonfinite, LANES=size, **OPTIONS
@@ -84,12 +84,12 @@ def random_replace_kernel(theta, kept, n, limit, first_tile, shift, k0, k1, s0, 
         store(kept, i, value, inside, nonfinite)
 
 
-def random_replace(theta, p, seed, stream, offset, kept, nonfinite):
+def random_replace(theta, p, seed, subsequence, offset, kept, nonfinite):
     n, size, nonfinite = kept.numel(), lanes(theta, kept), cleared(nonfinite)
     if n == 0:
         return
     first, shift, count = tiles(offset, n)
     with on(kept):
         random_replace_kernel[(triton.cdiv(count * 128, size),)](
-            theta, kept, n, threshold(p), first, shift, *key(seed, stream), nonfinite, LANES=size, **OPTIONS
+            theta, kept, n, threshold(p), first, shift, *key(seed, subsequence), nonfinite, LANES=size, **OPTIONS
         )

@@ -1,4 +1,4 @@
-"""Triton kernels of `batch.py`: a program takes a block of the output and loops over the models."""
+"""Triton kernels of `lists.py`: a program takes a block of the output and loops over the models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .gpu import BLOCK, OPTIONS, cleared, int32, load, on, pointer, scalar, store
-from .philox import threshold
-from .philox_gpu import counters, key, lanes, positions, tiles, words
-from .segments import chunks_on
+from ..philox import threshold
+from ..segments import chunks_on
+from .launch import BLOCK, OPTIONS, cleared, int32, load, on, pointer, scalar, store
+from .philox import counters, key, lanes, positions, tiles, words
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -175,13 +175,13 @@ def dare_merge_kernel(
     store(out, i3, b3 + s3, in3, nonfinite)
 
 
-def dare(models, weights, p, initial, seed, stream, offset, out, nonfinite):
+def dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite):
     n, size, nonfinite = out.numel(), lanes(*models, initial, out), cleared(nonfinite)
     if n == 0:
         return
     first, shift, spans = tiles(offset, n)
     table, like, count, same, aligned = listed(models)
-    keys = torch.tensor([key(seed, stream + t) for t in range(count)], dtype=torch.int32).to(out.device)
+    keys = torch.tensor([key(seed, subsequence + t) for t in range(count)], dtype=torch.int32).to(out.device)
     with on(out):
         dare_merge_kernel[(triton.cdiv(spans * 128, size),)](
             table, like, count, weights * (1 / (1 - p)), keys, initial, out, n, int32(threshold(p)), first, shift, nonfinite,

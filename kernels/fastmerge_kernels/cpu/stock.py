@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import add_sums, arrays, fetch, fetch_at, loop, run, store
-from .cpu import table as listed
-from .segments import chunks, inverse_roots, sum_rows
+from ..segments import chunks, inverse_roots, sum_rows
+from .cache import loop
+from .memory import arrays, fetch, fetch_at, store
+from .memory import table as listed
+from .sums import add_sums
+from .threads import run
 
 BLOCK = 1024
 CHUNK = 1 << 16
@@ -37,7 +40,7 @@ def norms(x, initial, bounds):
     return torch.from_numpy(sum_rows(rows, bounds, CHUNK)[:, 0].copy())
 
 
-WIDE = 4096  # entries of a block that all models pass, as in `batch_cpu.py`
+WIDE = 4096  # entries of a block that all models pass, as in `lists.py`
 
 
 @loop

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, INTERPRET, SIZES, assert_rounded, vectors
 
 N = 1300 if INTERPRET else 90_001
-KEY = {"seed": 2**60 + 9, "stream": 5}
+KEY = {"seed": 2**60 + 9, "subsequence": 5}
 TYPES = [(torch.float32,) * 5, (torch.bfloat16,) * 5, (*DTYPES, *DTYPES[:2])]
 
 
@@ -97,7 +97,8 @@ def test_dare(device, dtypes):
 def test_dare_draws_the_masks_of_the_stream(device):
     initial, *models = near(N, device=device)
     parts = [
-        fk.dare_delta(m, 0.5, initial=initial, seed=KEY["seed"], stream=KEY["stream"] + k) for k, m in enumerate(models)
+        fk.dare_delta(m, 0.5, initial=initial, seed=KEY["seed"], subsequence=KEY["subsequence"] + k)
+        for k, m in enumerate(models)
     ]
     expected = fk.weighted_sum([initial + p for p in parts], [1.0] * 4, initial=initial)
     merged = fk.dare_merge(models, 0.5, [1.0] * 4, initial=initial, **KEY)
@@ -218,8 +219,12 @@ def test_bad_arguments_are_named():
         (lambda: fk.fisher_average(pair, [x, -x]), ValueError, r"fishers\[1\]: expected no negative entries"),
         (lambda: fk.fisher_average(pair, pair, [1.0, 0.0]), ValueError, "weights: expected positive numbers"),
         (lambda: fk.dare_merge(pair, 1.0, **key), ValueError, "p: expected a drop probability"),
-        (lambda: fk.dare_merge(pair, 0.5, initial=x, seed=-1, stream=0), ValueError, "seed: expected an integer"),
-        (lambda: fk.dare_merge(pair, 0.5, initial=x, seed=1, stream=2**63 - 1), ValueError, "stream: expected"),
+        (lambda: fk.dare_merge(pair, 0.5, initial=x, seed=-1, subsequence=0), ValueError, "seed: expected an integer"),
+        (
+            lambda: fk.dare_merge(pair, 0.5, initial=x, seed=1, subsequence=2**63 - 1),
+            ValueError,
+            "subsequence: expected",
+        ),
         (lambda: fk.stock_merge([], initial=x), ValueError, "models: expected at least one tensor"),
         (lambda: fk.magmax_merge(pair, initial=x, nonfinite=torch.zeros(1)), TypeError, "nonfinite: expected an int64"),
     ]

@@ -1,4 +1,4 @@
-"""Numba loops of `batch.py`: one block of the output at a time, all models inside.
+"""Numba loops of `lists.py`: one block of the output at a time, all models inside.
 
 Blocks are 32 KB, eight pages: with one page per model and turn the processor's prefetchers start anew each time, at up to
 1.6 times the cost. A choice between an old and a new value is written to another block, never in place: LLVM would make it a
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu import CHUNK, arrays, fetch, fetch_at, loop, number, run, store, table
-from .philox import threshold
-from .philox_cpu import DROP, block_span, block_words, key
-from .segments import chunks
+from ..philox import threshold
+from ..segments import chunks
+from .cache import loop
+from .memory import arrays, fetch, fetch_at, number, store, table
+from .philox import DROP, block_span, block_words, key
+from .threads import CHUNK, run
 
 BLOCK = 8192  # entries
 _ZERO = np.float32(0.0)
@@ -127,7 +129,7 @@ def _dare(start, stop, models, weights, initial, out, drop, keys, offset):
     return bad
 
 
-def dare(models, weights, p, initial, seed, stream, offset, out, nonfinite):
-    keys = np.array([key(seed, stream + t) for t in range(len(models))], np.uint32)
+def dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite):
+    keys = np.array([key(seed, subsequence + t) for t in range(len(models))], np.uint32)
     scaled, drop = weights.numpy() * np.float32(1 / (1 - p)), np.uint32(threshold(p))
     finish(run(_dare, out.numel(), table(models), scaled, *arrays(initial, out), drop, keys, offset), nonfinite)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import CHUNK, add_sums, arrays, fetch, loop, number, reduce, run, store
-from .philox import TILE, threshold
-from .philox_cpu import MASK, key, normals, tile_span, words
-from .reference import perpendicular
+from ..philox import TILE, threshold
+from ..trm import perpendicular
+from .cache import loop
+from .memory import arrays, fetch, number, store
+from .philox import MASK, key, normals, tile_span, words
+from .sums import add_sums
+from .threads import CHUNK, reduce, run
 
 _ZERO = np.float32(0.0)
 _NEVER = np.uint32(0xFFFFFFFF)  # the mask word where nothing is replaced: above every `last` below 2^32 - 1
@@ -56,9 +59,9 @@ def _mask(replace: str, ratio: float) -> tuple[bool, np.uint32]:
     return masked, np.uint32(threshold(ratio) - 1 if masked else 0)
 
 
-def _reduce(previous, current, gradient, gradient2, scale2, seed, stream, replace, ratio, offset):
+def _reduce(previous, current, gradient, gradient2, scale2, seed, subsequence, replace, ratio, offset):
     mask = _mask("none" if replace == "literal" else replace, ratio)
-    args = (*arrays(previous, current, gradient, gradient2), np.float32(scale2), key(seed, stream), *mask, offset)
+    args = (*arrays(previous, current, gradient, gradient2), np.float32(scale2), key(seed, subsequence), *mask, offset)
     return reduce(_sums, previous.numel(), 3, *args)
 
 
@@ -105,10 +108,12 @@ def _merge(start, stop, previous, current, initial, out, alpha, beta, c, scale, 
     return bad
 
 
-def merge(previous, current, initial, alpha, beta, direction, seed, stream, replace, ratio, offset, out, nonfinite):
+def merge(
+    previous, current, initial, alpha, beta, direction, seed, subsequence, replace, ratio, offset, out, nonfinite
+):
     c, scale = (np.float32(x) for x in perpendicular(direction))
     mask = (*_mask(replace, ratio), np.uint32(threshold(ratio / 2)))
-    args = (number(*alpha), number(*beta), c, scale, key(seed, stream), *mask, offset)
+    args = (number(*alpha), number(*beta), c, scale, key(seed, subsequence), *mask, offset)
     bad = run(_merge, previous.numel(), *arrays(previous, current, initial, out), *args)
     if nonfinite is not None:
         nonfinite.fill_(bad)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gpu import int32
-from .philox import TILE, key_words
+from ..philox import TILE, key_words
+from .launch import int32
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def words(counter, k0, k1, s0, s1, PURPOSE: tl.constexpr):
 
 @triton.jit
 def box_muller(a, b):
-    """Two blocks of standard normals from two blocks of words; the arithmetic of `philox_cpu.box_muller`."""
+    """Two blocks of standard normals from two blocks of words; the arithmetic of `cpu.philox.box_muller`."""
     k = ((a >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
     shifted = k - 0x3F3504F3
     e = ((shifted >> 23) - 24).to(tl.float32)
@@ -70,9 +70,9 @@ def normals(counter, k0, k1, s0, s1):
     return z0, z1, z2, z3
 
 
-def key(seed: int, stream: int) -> tuple[int, int, int, int]:
+def key(seed: int, subsequence: int) -> tuple[int, int, int, int]:
     """`key_words` as launch arguments."""
-    return tuple(int32(word) for word in key_words(seed, stream))
+    return tuple(int32(word) for word in key_words(seed, subsequence))
 
 
 def tiles(offset: int, length: int) -> tuple[int, int, int]:

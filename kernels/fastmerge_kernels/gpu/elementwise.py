@@ -6,16 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gpu import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store, total
-
-
-def launch(name, vectors, numbers, nonfinite):
-    n, nonfinite = vectors[0].numel(), cleared(nonfinite)
-    if n:
-        pairs = [argument for number in numbers for argument in pointer(number, vectors[0])]
-        with on(vectors[0]):
-            kernel = globals()[name.rstrip("_") + "_kernel"]
-            kernel[(triton.cdiv(n, BLOCK),)](*vectors, n, *pairs, nonfinite, BLOCK=BLOCK, **OPTIONS)
+from .launch import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store, total
 
 
 @triton.jit
@@ -89,6 +80,26 @@ def ewc_gradient_kernel(fisher, theta, anchor, gradient, n, lam, lam_pointer, no
     i, inside = entries(n, BLOCK)
     pull = load(fisher, i, inside) * (load(theta, i, inside) - load(anchor, i, inside))
     store(gradient, i, load(gradient, i, inside) + scalar(lam, lam_pointer) * pull, inside, nonfinite)
+
+
+KERNELS = {
+    "lerp": lerp_kernel,
+    "axpy": axpy_kernel,
+    "fisher_merge_": fisher_merge_kernel,
+    "pam_accumulate_": pam_accumulate_kernel,
+    "magmax_update_": magmax_update_kernel,
+    "magmax_delta_": magmax_delta_kernel,
+    "fisher_accumulate_": fisher_accumulate_kernel,
+    "ewc_gradient_": ewc_gradient_kernel,
+}
+
+
+def launch(name, vectors, numbers, nonfinite):
+    n, nonfinite = vectors[0].numel(), cleared(nonfinite)
+    if n:
+        pairs = [argument for number in numbers for argument in pointer(number, vectors[0])]
+        with on(vectors[0]):
+            KERNELS[name][(triton.cdiv(n, BLOCK),)](*vectors, n, *pairs, nonfinite, BLOCK=BLOCK, **OPTIONS)
 
 
 @triton.jit

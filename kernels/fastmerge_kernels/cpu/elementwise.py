@@ -5,16 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cpu import CHUNK, add_sums, arrays, fetch, loop, number, reduce, run, store
+from .cache import loop
+from .memory import arrays, fetch, number, store
+from .sums import add_sums
+from .threads import CHUNK, reduce, run
 
 BLOCK = 1024  # entries computed before they are stored: 4 KB, stays in the first-level cache
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-
-
-def launch(name, vectors, numbers, nonfinite):
-    bad = run(globals()[name], vectors[0].numel(), *arrays(*vectors), *(number(*x) for x in numbers))
-    if nonfinite is not None:
-        nonfinite.fill_(bad)
 
 
 @loop
@@ -138,6 +135,24 @@ def ewc_gradient_(start, stop, fisher, theta, anchor, gradient, lam):
             block[j] = g[j] + lam * (f[j] * (x[j] - a[j]))
         bad += store(gradient, first, count, block)
     return bad
+
+
+LOOPS = {
+    "lerp": lerp,
+    "axpy": axpy,
+    "fisher_merge_": fisher_merge_,
+    "pam_accumulate_": pam_accumulate_,
+    "magmax_update_": magmax_update_,
+    "magmax_delta_": magmax_delta_,
+    "fisher_accumulate_": fisher_accumulate_,
+    "ewc_gradient_": ewc_gradient_,
+}
+
+
+def launch(name, vectors, numbers, nonfinite):
+    bad = run(LOOPS[name], vectors[0].numel(), *arrays(*vectors), *(number(*x) for x in numbers))
+    if nonfinite is not None:
+        nonfinite.fill_(bad)
 
 
 @loop

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch_gpu import row_of
-from .gpu import OPTIONS, load, on
-from .segments import chunks_on, first_rows
-from .threshold import NOTHING, magnitude_digit
+from ..segments import chunks_on, first_rows
+from ..threshold import NOTHING, magnitude_digit
+from .launch import OPTIONS, load, on
+from .lists import row_of
 
 SIZE = 4096  # entries of a program: its 256 atomics are few against its loads
 DIGITS = (8, 8, 8, 7)

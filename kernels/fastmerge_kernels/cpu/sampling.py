@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu import arrays, entry_at, fetch, loop, run, store, table
-from .philox import TILE, threshold
-from .philox_cpu import DROP, MIX, block_span, block_words, key, tile_span, words
+from ..philox import TILE, threshold
+from .cache import loop
+from .memory import arrays, entry_at, fetch, store, table
+from .philox import DROP, MIX, block_span, block_words, key, tile_span, words
+from .threads import run
 
-BLOCK = 8192  # as in `batch_cpu.py`
+BLOCK = 8192  # as in `lists.py`
 _ZERO = np.float32(0.0)
 
 
@@ -25,8 +27,8 @@ def _random_mix(start, stop, models, out, key, offset):
     return bad
 
 
-def random_mix(models, seed, stream, offset, out, nonfinite):
-    bad = run(_random_mix, out.numel(), table(models), *arrays(out), key(seed, stream), offset)
+def random_mix(models, seed, subsequence, offset, out, nonfinite):
+    bad = run(_random_mix, out.numel(), table(models), *arrays(out), key(seed, subsequence), offset)
     if nonfinite is not None:
         nonfinite.fill_(bad)
 
@@ -51,8 +53,8 @@ def _dare(start, stop, theta, initial, out, scale, drop, key, offset):
     return bad
 
 
-def dare_delta(theta, initial, p, seed, stream, offset, out, nonfinite):
-    numbers = (np.float32(1 / (1 - p)), np.uint32(threshold(p)), key(seed, stream), offset)
+def dare_delta(theta, initial, p, seed, subsequence, offset, out, nonfinite):
+    numbers = (np.float32(1 / (1 - p)), np.uint32(threshold(p)), key(seed, subsequence), offset)
     bad = run(_dare, out.numel(), *arrays(theta, initial, out), *numbers)
     if nonfinite is not None:
         nonfinite.fill_(bad)
@@ -72,7 +74,7 @@ def _replace(start, stop, theta, kept, limit, key, offset):
     return bad
 
 
-def random_replace(theta, p, seed, stream, offset, kept, nonfinite):
-    bad = run(_replace, kept.numel(), *arrays(theta, kept), np.uint64(threshold(p)), key(seed, stream), offset)
+def random_replace(theta, p, seed, subsequence, offset, kept, nonfinite):
+    bad = run(_replace, kept.numel(), *arrays(theta, kept), np.uint64(threshold(p)), key(seed, subsequence), offset)
     if nonfinite is not None:
         nonfinite.fill_(bad)

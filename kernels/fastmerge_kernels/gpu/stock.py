@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch_gpu import listed, model, row_of
-from .gpu import BLOCK, OPTIONS, cleared, load, on, store
-from .segments import chunks_on, first_rows, inverse_roots
+from ..segments import chunks_on, first_rows, inverse_roots
+from .launch import BLOCK, OPTIONS, cleared, load, on, store
+from .lists import listed, model, row_of
 
 _SIZE = 2 * BLOCK
 

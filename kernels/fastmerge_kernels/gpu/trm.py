@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .gpu import OPTIONS, cleared, int32, load, on, pointer, scalar, store, total
-from .philox import threshold
-from .philox_gpu import counters, key, lanes, normals, positions, tiles, words
+from ..philox import threshold
+from .launch import OPTIONS, cleared, int32, load, on, pointer, scalar, store, total
+from .philox import counters, key, lanes, normals, positions, tiles, words
 
 SPANS = 8  # spans of LANES counters that one program of a reduction adds up; 1 in vectors too short to fill a GPU
 WARPS = 4
@@ -65,7 +65,7 @@ def sums_kernel(
 
 @triton.jit
 def perpendicular(direction):
-    """`reference.perpendicular` in float64 on the device: (<r,d>/<d,d>, 1/||r - c d||) with both degenerate cases."""
+    """`trm.perpendicular` in float64 on the device: (<r,d>/<d,d>, 1/||r - c d||) with both degenerate cases."""
     rd, dd, rr = tl.load(direction), tl.load(direction + 1), tl.load(direction + 2)
     c = tl.where(dd == 0.0, 0.0, rd / tl.where(dd == 0.0, 1.0, dd))
     square = rr - c * rd
@@ -122,14 +122,14 @@ def _mask(replace, ratio):
     return int32(threshold(ratio) - 1) if masked else 0, masked
 
 
-def _sums(gradient, gradient2, scale2, previous, current, seed, stream, replace, ratio, offset):
+def _sums(gradient, gradient2, scale2, previous, current, seed, subsequence, replace, ratio, offset):
     n, size = previous.numel(), lanes(gradient, gradient2, previous, current)
     first, shift, count = tiles(offset, n)
     last, masked = _mask("none" if replace == "literal" else replace, ratio)
     spans = SPANS if count >= 4096 else 1
     programs = triton.cdiv(count * 128, size * spans)
     rows = torch.empty(programs, ROW, dtype=torch.float64, device=previous.device)
-    position = (n, first, shift, *key(seed, stream), last)
+    position = (n, first, shift, *key(seed, subsequence), last)
     sums_kernel[(programs,)](
         previous, current, gradient, gradient2, scale2, rows, *position,
         MASKED=masked, LANES=size, SPANS=spans, num_warps=WARPS, **OPTIONS,
@@ -153,7 +153,9 @@ def gradient(gradient, gradient2, scale2, previous, current, direction, *positio
         return sums
 
 
-def merge(previous, current, initial, alpha, beta, direction, seed, stream, replace, ratio, offset, out, nonfinite):
+def merge(
+    previous, current, initial, alpha, beta, direction, seed, subsequence, replace, ratio, offset, out, nonfinite
+):
     n, size, nonfinite = previous.numel(), lanes(previous, current, initial, out), cleared(nonfinite)
     if n == 0:
         return
@@ -162,6 +164,6 @@ def merge(previous, current, initial, alpha, beta, direction, seed, stream, repl
     with on(previous):
         merge_kernel[(triton.cdiv(count * 128, size),)](
             previous, current, initial, out, n, *pointer(alpha, previous), *pointer(beta, previous), direction, nonfinite,
-            first, shift, *key(seed, stream), last, int32(threshold(ratio / 2)),
+            first, shift, *key(seed, subsequence), last, int32(threshold(ratio / 2)),
             MASKED=masked, LANES=size, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip

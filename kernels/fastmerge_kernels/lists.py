@@ -20,17 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import (
-    backend,
-    check_counter,
-    check_models,
-    check_nonnegative,
-    check_overlap,
-    check_vectors,
-    register,
-    scalar,
-)
+from .checks import check_counter, check_models, check_nonnegative, check_overlap, check_vectors, scalar
 from .philox import check_span, key_words
+from .registry import backend, register
 from .segments import boundaries
 
 
@@ -48,7 +40,7 @@ def _weighted_sum(
     nonfinite: Tensor | None,
 ) -> None:
     _overlaps(out, models, initial=initial)
-    backend("batch", out).weighted_sum(models, weights, initial, tuple(segments), out, nonfinite)
+    backend("lists", out).weighted_sum(models, weights, initial, tuple(segments), out, nonfinite)
 
 
 @register("magmax_merge", mutates=("out", "nonfinite"))
@@ -61,7 +53,7 @@ def _magmax(
     nonfinite: Tensor | None,
 ) -> None:
     _overlaps(out, models, initial=initial)
-    backend("batch", out).magmax(models, initial, (scale, scale_tensor), out, nonfinite)
+    backend("lists", out).magmax(models, initial, (scale, scale_tensor), out, nonfinite)
 
 
 @register("fisher_average", mutates=("out", "nonfinite"))
@@ -69,7 +61,7 @@ def _fisher(
     models: Sequence[Tensor], fishers: Sequence[Tensor], weights: Tensor, out: Tensor, nonfinite: Tensor | None
 ) -> None:
     _overlaps(out, models, **{f"fishers[{k}]": fisher for k, fisher in enumerate(fishers)})
-    backend("batch", out).fisher(models, fishers, weights, out, nonfinite)
+    backend("lists", out).fisher(models, fishers, weights, out, nonfinite)
 
 
 @register("dare_merge", mutates=("out", "nonfinite"))
@@ -79,13 +71,13 @@ def _dare(
     p: float,
     initial: Tensor,
     seed: int,
-    stream: int,
+    subsequence: int,
     offset: int,
     out: Tensor,
     nonfinite: Tensor | None,
 ) -> None:
     _overlaps(out, models, initial=initial)
-    backend("batch", out).dare(models, weights, p, initial, seed, stream, offset, out, nonfinite)
+    backend("lists", out).dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite)
 
 
 def model_weights(weights: Sequence[float] | Tensor | None, count: int, segments: int, device: torch.device) -> Tensor:
@@ -187,24 +179,24 @@ def dare_merge(
     *,
     initial: Tensor,
     seed: int,
-    stream: int,
+    subsequence: int,
     offset: int = 0,
     out: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> Tensor:
     """initial + sum_k weights[k] dare(models[k] - initial): every task vector loses entries with probability p, the rest
-    is divided by 1 - p. Model k draws its words from stream + k, as `dare_delta` with that stream does.
+    is divided by 1 - p. Model k draws its words from subsequence + k, as `dare_delta` with that subsequence does.
 
     p: in [0, 1). offset: position of the first entry in the whole vector. Other arguments as in `weighted_sum`.
     """
     models = check_models(models, initial=initial, out=out)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p: expected a drop probability in [0, 1), got {p}")
-    key_words(seed, stream)
-    key_words(seed, stream + len(models) - 1)
+    key_words(seed, subsequence)
+    key_words(seed, subsequence + len(models) - 1)
     check_span(offset, models[0].numel())
     check_counter(nonfinite, models[0].device)
     weights = model_weights(weights, len(models), 1, models[0].device)
     out = torch.empty_like(models[0]) if out is None else out
-    _dare(models, weights, float(p), initial, seed, stream, offset, out, nonfinite)
+    _dare(models, weights, float(p), initial, seed, subsequence, offset, out, nonfinite)
     return out
