@@ -21,12 +21,12 @@ MEMORY = 6 << 30  # bytes of models held at once on the CPU: beyond that the sam
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--quick", action="store_true", help="1M fp32, T = 2, three rounds")
+    group.addoption("--quick", action="store_true", help="1M fp32, T = 2, three rounds unless --rounds says")
     group.addoption("--device", default="auto", help="cpu, cuda, or auto (cuda if there is one)")
     group.addoption("--sizes", default="1M,22M,86M", help=f"of {', '.join(WIDTHS)}; 1B needs a GPU")
     group.addoption("--dtypes", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
     group.addoption("--tasks", default="2,8,20,100", help="numbers of models T for the streaming rules")
-    group.addoption("--rounds", type=int, default=7)
+    group.addoption("--rounds", type=int, help="7, with --quick 3")
     group.addoption("--compile", action="store_true", help="also time torch.compile of the formula (slow to compile)")
 
 
@@ -70,7 +70,7 @@ class Bench:
     def __init__(self, request, benchmark, device, size: str | None, dtype: str | None):
         config = request.config
         self.benchmark, self.device, self.size = benchmark, device, size
-        self.rounds = 3 if config.getoption("--quick") else config.getoption("--rounds")
+        self.rounds = config.getoption("--rounds") or (3 if config.getoption("--quick") else 7)
         self.compiled = config.getoption("--compile")
         benchmark.extra_info |= {"device": device.type, "threads": torch.get_num_threads()}
         self._generator = torch.Generator(device).manual_seed(0)

@@ -67,6 +67,13 @@ def markdown(run: dict) -> str:
     return "\n".join(lines)
 
 
+def write(run: dict, path: str | Path) -> None:
+    """A row a line."""
+    rows = ",\n".join(json.dumps(row) for row in run["benchmarks"])
+    head = json.dumps({**run, "benchmarks": []})
+    Path(path).write_text(head.replace('"benchmarks": []', f'"benchmarks": [\n{rows}\n]') + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
@@ -74,9 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     run = strip(json.loads(Path(options.run).read_text()))
     if options.strip:
-        rows = ",\n".join(json.dumps(row) for row in run["benchmarks"])
-        head = json.dumps({**run, "benchmarks": []})
-        Path(options.strip).write_text(head.replace('"benchmarks": []', f'"benchmarks": [\n{rows}\n]') + "\n")
+        write(run, options.strip)
     print(markdown(run))
 
 

@@ -74,6 +74,64 @@ def test_table_strips_the_machine_and_compare_reads_the_result(old, tmp_path):
     assert run("bench/compare.py", old, stripped).returncode == 0
 
 
+def gate(baseline, *measured, limit="2.5"):
+    """(exit code, nodes measured again) of bench/gate.py on hand-made runs, one for every time that it measures."""
+    runs, asked = iter(measured), []
+
+    def measure(*nodes):
+        asked.append(nodes)
+        return next(runs)
+
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import gate as module
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+    return module.main(["--baseline", str(baseline), "--limit", limit], measure), asked[1:]
+
+
+def measured(**ratios):
+    rows = [
+        {"name": name, "fullname": f"bench/x.py::{name}", "extra_info": {"x_copy": x}} for name, x in ratios.items()
+    ]
+    return {"benchmarks": rows}
+
+
+@pytest.fixture
+def baseline(tmp_path):
+    return write(tmp_path / "baseline.json", lerp=(1.0, 1.0), ties=(2.0, 2.0))
+
+
+def test_gate_passes_an_equal_run_and_one_below_the_limit(baseline, capsys):
+    assert gate(baseline, measured(lerp=1.0, ties=2.0)) == (0, [])
+    assert gate(baseline, measured(lerp=2.4, ties=0.5)) == (0, [])
+    assert "no row's ratio to a copy grew 2.5-fold" in capsys.readouterr().out
+
+
+def test_gate_fails_a_row_that_is_slow_twice(baseline, capsys):
+    assert gate(baseline, measured(lerp=2.6, ties=2.0), measured(lerp=2.7)) == (1, [("bench/x.py::lerp",)])
+    assert "lerp: 2.60 copies, 2.60 times the 1.00 of baseline.json; the limit is 2.5" in capsys.readouterr().out
+
+
+def test_gate_passes_a_row_that_was_slow_once(baseline):
+    assert gate(baseline, measured(lerp=9.0, ties=2.0), measured(lerp=1.1)) == (0, [("bench/x.py::lerp",)])
+
+
+@pytest.mark.parametrize(
+    "ratios, message",
+    [({"lerp": 1.0}, "ties: in baseline"), ({"lerp": 1.0, "ties": 2.0, "new": 1.0}, "new: in this run")],
+)
+def test_gate_names_a_row_that_only_one_run_has(baseline, capsys, ratios, message):
+    assert gate(baseline, measured(**ratios))[0] == 1
+    assert message in capsys.readouterr().out
+
+
+def test_gate_baseline_names_no_machine():
+    committed = json.loads((ROOT / "bench/results/cpu-quick.json").read_text())
+    assert "node" not in committed["machine_info"] and all("fullname" not in row for row in committed["benchmarks"])
+    assert all(row["extra_info"]["x_copy"] > 0 for row in committed["benchmarks"])
+
+
 def test_quick_rows_are_complete(tmp_path):
     path = tmp_path / "run.json"
     suites = ("bench/test_speed_one_pass.py", "bench/test_speed_random.py", "bench/test_speed_rules.py")
