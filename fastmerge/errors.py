@@ -1,4 +1,4 @@
-"""Errors a user can mend. The command line prints them without a traceback and exits with code 2."""
+"""Errors that a user can fix. The command line prints them without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     return f" Did you mean: {', '.join(by_lower[c] for c in close)}?" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

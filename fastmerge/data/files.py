@@ -118,7 +118,7 @@ class FileReader:
             except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot read image {path}: {error}. Mend or remove the file, or pass --skip-bad-images "
+                        f"cannot read image {path}: {error}. Fix or remove the file, or pass --skip-bad-images "
                         "to go on without it."
                     ) from error
                 good[position] = False

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastmerge.data import wordnet
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import FileReader, data_root, listing
 from fastmerge.errors import UserError
@@ -64,9 +65,7 @@ def load(
         train, test = _split_by_folders(root, notes)
     folders, class_names = {f.name for f in (*train, *test)}, None
     if all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        from fastmerge.data import imagenet
-
-        known = imagenet.class_names()
+        known = wordnet.class_names()
         class_names = {wnid: known.get(wnid, wnid) for wnid in folders}
         unknown = len(folders - known.keys())
         notes.append(

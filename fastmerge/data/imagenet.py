@@ -13,6 +13,7 @@ import os
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.files import data_root, listing
 from fastmerge.data.folder import assemble, class_folders, find_parts, looked_for
+from fastmerge.data.wordnet import class_names
 from fastmerge.errors import UserError
 
 BASES = (
@@ -25,14 +26,6 @@ BASES = (
     "Data/CLS-LOC",
 )
 LAYOUT = "Layout understood: {train,val}/<wnid>/<image>, with wnids like n01440764."
-
-
-def class_names() -> dict[str, str]:
-    """wnid -> name of the 1000 classes, in sorted order of the wnids."""
-    from open_clip import IMAGENET_CLASSNAMES  # these two take seconds to import
-    from timm.data import ImageNetInfo
-
-    return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
 def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:

@@ -2,7 +2,7 @@
 
 p 0.1 and scale 1 as in the released code's merging. Masks are functions of (seed, model, position). Where a merged model
 stands in for the past (`--protocol running`, `strict`), it is thinned out again at every task, which mergekit's issue 258
-warns of: a task vector of t tasks ago is left with a part (1 - p)^t of its entries, as large as they are rare.
+warns of: after t tasks only a fraction (1 - p)^t of a task vector's entries survives, each scaled up by 1 / (1 - p)^t.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Backbone: an image tower with one small interface for both families, and where its weights come from.
+"""Backbone: an image tower with one small interface for both families.
 
 `features = backbone(images)` and `features, tokens = backbone.class_tokens(images)`; images are normalised floats.
-Weights are found on the disk; nothing is fetched without `download=True`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -91,40 +89,3 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def hub_access(allowed: bool) -> Iterator[None]:
-    """Within it the client of the Hugging Face hub, which transformers uses too, answers from its cache unless `allowed`."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not allowed
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def from_hub_cache(repository: str, names: tuple[str, ...]) -> Path | None:
-    """The first of `names` that the local cache of the Hugging Face hub holds; never touches the network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in names:
-        found = try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def missing_weights(name: str, tag: str, looked: list[str], why: str = "") -> UserError:
-    """The error for weights that are not on this machine."""
-    places = "\n  ".join(looked)
-    return UserError(
-        f"weights {tag!r} of model {name} are not here{why}. Looked for:\n  {places}\n"
-        "Allow the download with --download, give a checkpoint file with --pretrained FILE, or use --pretrained none"
-    )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from fastmerge.errors import UserError
+from fastmerge.errors import UserError, first_line
 from fastmerge.flat import FlatModel
-from fastmerge.models.backbone import differentiable_attention, first_line
+from fastmerge.models.backbone import differentiable_attention
 from fastmerge.models.trainable import AllWeights
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmerge.errors import UserError, nearest
+from fastmerge.errors import UserError, first_line, nearest
 from fastmerge.models import tiny
-from fastmerge.models.backbone import Backbone, first_line, from_hub_cache, hub_access, missing_weights
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.hub import from_hub_cache, hub_access, missing_weights
 from fastmerge.models.timm_vit import reads_class_token
 
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")

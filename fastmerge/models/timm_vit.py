@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastmerge.errors import UserError, nearest
-from fastmerge.models.backbone import Backbone, first_line, from_hub_cache, missing_weights
+from fastmerge.errors import UserError, first_line, nearest
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.hub import from_hub_cache, missing_weights
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
