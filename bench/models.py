@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmerge.config import parse
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.flags import parse
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import LinearHead
 from fastmerge.training import Learner

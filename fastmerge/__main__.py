@@ -20,7 +20,7 @@ from fastmerge.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    from fastmerge.config import parse
+    from fastmerge.flags import parse
 
     try:
         return run(parse(argv))

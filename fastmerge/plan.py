@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from fastmerge.config import Config, changed
+from fastmerge.config import Config
 from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError, nearest
+from fastmerge.flags import changed
 from fastmerge.methods import METHODS
 
 

@@ -1,11 +1,17 @@
 """Flags, config files and their errors: what a user types against what the run gets."""
 
+import dataclasses
+import functools
 import json
+import math
 
 import pytest
 
-from fastmerge.config import FREE, Config, differences, parse, resolve, to_dict
+from fastmerge.config import FREE, Config, check, declarations, differences, flag_of, to_dict
 from fastmerge.errors import UserError
+from fastmerge.flags import as_flags, given_type, parse, resolve
+
+SETTINGS = [(group, name) for group, settings in declarations().items() for name in settings]
 
 
 def test_documented_flags_reach_their_settings():
@@ -35,7 +41,7 @@ def test_defaults_are_the_papers_for_clip_and_small_for_the_embedded_model():
     assert parse(["--scenario", "dil"]).scenario.class_order == "natural"
 
 
-def test_config_file_repeats_a_run_and_flags_win(tmp_path):
+def test_config_file_repeats_a_run_and_flags_override_it(tmp_path):
     first = parse("--method trm --seeds 0 1 --lr 0.25 --trm.merge-first --flip True --trm.replace none".split())
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(first)))
@@ -80,6 +86,8 @@ def test_wrong_flags_exit_with_2(flags, capsys):
         ("--method trm trm", "each method once"),
         ("--trm.replace-ratio 1.5", "between 0 and 1"),
         ("--trm.layer-b 0", "--trm.layer-b"),
+        ("--lr nan", "--lr nan: expected a finite number"),
+        ("--batch-size 99999999999999999999", "--batch-size"),
         ("--model ViT-L-14", "--pretrained is not given for --model ViT-L-14"),
     ],
 )
@@ -89,7 +97,7 @@ def test_values_out_of_range(flags, message):
 
 
 def test_differences_name_what_changes_the_numbers():
-    a, b = to_dict(resolve(Config())), to_dict(parse(["--lr", "1", "--quiet", "--seeds", "5"]))
+    a, b = to_dict(resolve(given_type()())), to_dict(parse(["--lr", "1", "--quiet", "--seeds", "5"]))
     assert differences(json.loads(json.dumps(a)), b) == ["training.lr: 0.0006 -> 1.0"]
     groups = to_dict(Config())
     assert all(name.split(".")[1] in groups[name.split(".")[0]] for name in FREE)
@@ -102,3 +110,79 @@ def test_help_shows_groups_defaults_and_sources(capsys):
     assert stop.value.code == 0
     for expected in ("data options", "training options", "trm options", "--trm.lambda1", "(eq. 14)", "(default: 0.1)"):
         assert expected in text
+
+
+@functools.cache
+def parsed(*flags):
+    return parse(list(flags))
+
+
+def value(group, name, *flags):
+    return getattr(getattr(parsed(*flags), group), name)
+
+
+def numeric(group, name):
+    return isinstance(value(group, name), int | float) and not isinstance(value(group, name), bool)
+
+
+@pytest.mark.parametrize(("group", "name"), SETTINGS)
+def test_help_tells_the_default_that_is_used(group, name):
+    """For every setting the words of the help against the values that a command gets."""
+    declaration, default = declarations()[group][name]
+    text = declaration.default_text(default)
+    if declaration.derived is not None or name == "dataset":
+        return  # derived: the test below
+    small = default if declaration.tiny is None else declaration.tiny
+    for flags, used in (([], small), (["--dataset", "imagenet1k"], default)):
+        assert value(group, name, *flags) == used and str(used) in text
+
+
+def test_derived_defaults_are_what_the_help_says():
+    def text(group, name):
+        return declarations()[group][name][0].derived
+
+    small, large, domains = [], ["--dataset", "imagenet1k"], ["--scenario", "dil"]
+    assert text("scenario", "tasks") == "10, for glyphs 5; with --scenario dil one per domain"
+    assert [value("scenario", "tasks", *f) for f in (small, large, domains)] == [5, 10, None]
+    assert text("scenario", "class_order") == "1993; with --scenario dil natural"
+    assert [value("scenario", "class_order", *f) for f in (small, domains)] == ["1993", "natural"]
+    assert text("model", "model") == "tiny for glyphs, else ViT-B-16-quickgelu"
+    assert [value("model", "model", *f) for f in (small, large)] == ["tiny", "ViT-B-16-quickgelu"]
+    assert text("model", "pretrained") == "glyphs for tiny, openai for ViT-B-16-quickgelu"
+    assert [value("model", "pretrained", *f) for f in (small, large)] == ["glyphs", "openai"]
+    assert text("run", "run_dir") == "runs/<dataset>-<scenario><tasks>-<model>"
+    assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
+
+
+@pytest.mark.parametrize(("group", "name"), [s for s in SETTINGS if numeric(*s)])
+def test_numbers_outside_their_bounds_are_refused(group, name):
+    declaration, flag = declarations()[group][name][0], f"--{flag_of(group, name)}"
+
+    def checked(number):
+        settings = dataclasses.replace(getattr(parsed(), group), **{name: number})
+        check(dataclasses.replace(parsed(), **{group: settings}))
+
+    bad = [10**20, -(10**20)] if isinstance(value(group, name), int) else [math.nan, math.inf, -math.inf]
+    bad += [bound + step for bound, step in ((declaration.at_least, -1), (declaration.at_most, 1)) if bound is not None]
+    bad += [bound for bound in (declaration.above, declaration.below) if bound is not None]
+    for number in bad:
+        with pytest.raises(UserError, match=f"{flag} .*: expected"):
+            checked(number)
+    for bound in (declaration.at_least, declaration.at_most):
+        if bound is not None:
+            checked(bound)
+
+
+@pytest.mark.parametrize("flags", [[], ["--dataset", "imagenet1k"], ["--scenario", "dil", "--flip", "False"]])
+def test_a_config_survives_the_way_through_flags(flags):
+    config = parse(flags)
+    assert parse(as_flags(json.loads(json.dumps(to_dict(config))), "test")) == config
+
+
+def test_a_resolved_config_has_none_only_where_none_is_a_value():
+    left = {
+        f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
+    }
+    assert left == {
+        "data.data_root", "data.split_file", "data.flip", "model.head", "trm.layer_b", "fisher.images",
+    }  # fmt: skip

@@ -15,9 +15,9 @@ from fastmerge_kernels import reference
 from torch import nn
 from torch.func import functional_call
 
-from fastmerge.config import parse
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.flags import parse
 from fastmerge.flat import FlatModel
 from fastmerge.methods import trm
 from fastmerge.models.heads import Head

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmerge.config import parse
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.flags import parse
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.models.heads import LinearHead, TextHead
 from fastmerge.training import Learner

@@ -63,7 +63,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: expected {least} or more")
 
-    from fastmerge.config import parse
+    from fastmerge.flags import parse
     from fastmerge.setup import Setup
 
     setup = Setup(parse(rest))
