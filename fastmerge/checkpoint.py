@@ -41,7 +41,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def save_json(path: Path, values: Any) -> None:

@@ -32,10 +32,15 @@ def batches(tests: Sequence[TaskImages], size: int) -> Iterator[tuple[Tensor, Te
             parts.append((pixels, labels, torch.full_like(labels, j)))
             room -= len(rows)
             if room == 0:
-                yield tuple(torch.cat(p) for p in zip(*parts, strict=True))
+                yield _together(parts)
                 parts, room = [], size
     if parts:
-        yield tuple(torch.cat(p) for p in zip(*parts, strict=True))
+        yield _together(parts)
+
+
+def _together(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    pixels, labels, tests = zip(*parts, strict=True)
+    return torch.cat(pixels), torch.cat(labels), torch.cat(tests)
 
 
 @torch.no_grad()
@@ -98,7 +103,8 @@ def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
     def drops(include_last: bool) -> list[float | None]:
         stop = len(rows) if include_last else len(rows) - 1
         best = [max((r for r in (rows[i][j] for i in range(j, stop)) if r is not None), default=None) for j in old]
-        return [b - last[j] if b is not None and last[j] is not None else None for j, b in zip(old, best, strict=True)]
+        ends = [last[j] for j in old]
+        return [b - e if b is not None and e is not None else None for b, e in zip(best, ends, strict=True)]
 
     pairs = [(last[j], rows[j][j]) for j in old]
     return {

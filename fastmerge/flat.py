@@ -42,8 +42,8 @@ class FlatModel:
         self.module = module
         # named_parameters() reports a tied parameter under the first name it meets: ask for all, keep the first sorted
         by_name = sorted((n, p) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
-        seen: set[int] = set()
-        trainable = [(n, p) for n, p in by_name if id(p) not in seen and not seen.add(id(p))]
+        first = {id(p): n for n, p in reversed(by_name)}
+        trainable = [(n, p) for n, p in by_name if first[id(p)] == n]
         if not trainable:
             raise ValueError("module has no parameter with requires_grad=True: nothing to train or to merge")
         for name, p in trainable:

@@ -50,7 +50,7 @@ def _commit() -> str | None:
 def environment(device: torch.device) -> dict[str, Any]:
     """JSON-able description for `environment.json`."""
     names = ("torch", "torchvision", "triton", "numba", "numpy", "timm", "open_clip_torch", "safetensors", "pillow")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -16,6 +16,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
         FigureCanvasAgg,
     )  # no display, and no state shared with the user's pyplot
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     folder.mkdir(exist_ok=True)
     paths = []
@@ -48,8 +49,8 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
                             )
             axes.set(xlabel="test images of task", ylabel="after task", title=f"{method}, seed {seed}: accuracy (%)")
             ticks = range(0, len(matrix), max(1, len(matrix) // 10))
-            axes.set_xticks(ticks, [t + 1 for t in ticks])
-            axes.set_yticks(ticks, [t + 1 for t in ticks])
+            axes.set_xticks(ticks, [str(t + 1) for t in ticks])
+            axes.set_yticks(ticks, [str(t + 1) for t in ticks])
             figure.colorbar(image, ax=axes)
             save(figure, f"matrix-{method}-seed{seed}.png")
 
@@ -72,7 +73,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
             spread = [statistics.stdev(s) for s in steps]
             low, high = ([m + sign * d for m, d in zip(mean, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="tasks learned", ylabel="accuracy on the classes seen (%)", ylim=(0, 100))
     if many:
         figure.legend(loc="outside right upper", fontsize=7)

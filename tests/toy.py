@@ -27,6 +27,9 @@ class Backbone(nn.Module):
         self.inner, self.outer = nn.Linear(48, 7), nn.Linear(7, 5, bias=False)
         self.fixed = nn.Parameter(torch.ones(5), requires_grad=False)
 
+    def last_projection(self):
+        return ["outer.weight"]
+
     def forward(self, images):
         return self.outer(torch.tanh(self.inner(images.flatten(1).to(self.inner.weight)))) * self.fixed
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
-from fastmerge.evaluate import batches, micro
+from fastmerge.evaluate import batches
 from fastmerge.loop import Images
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.setup import Setup
@@ -75,7 +75,8 @@ class Stages(Generic[M]):
             sums.index_add_(0, test, torch.stack([right, loss.double(), narrow.double()], 1))
         means = (sums.cpu() / torch.tensor(counts)[:, None]).T.tolist()
         accuracies = [100 * r for r in means[0]]
-        return Score(accuracies, micro(accuracies, counts), *(sum(x) / len(counts) for x in means[1:]))
+        correct = sum(a * n for a, n in zip(accuracies, counts, strict=True))
+        return Score(accuracies, correct / sum(counts), *(sum(x) / len(counts) for x in means[1:]))
 
 
 def work(phase: Phase | None) -> dict[str, Tensor]:

@@ -60,8 +60,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(images - mean) / std per channel; mean, std: one value per channel, in the units of `images`."""
-    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
-    return (images - mean) / std
+    return (images - _channels(tuple(mean), images.device)) / _channels(tuple(std), images.device)
 
 
 @cache

@@ -128,7 +128,7 @@ class ImageCache:
                 prefetch.stop.set()
         needed, used = self._bytes(indices), self._kept_bytes if keep else 0
         if used + needed > self.budget_bytes:
-            images = StreamedImages(split, indices, self.size, self.device, self._ahead)
+            images: TaskImages | StreamedImages = StreamedImages(split, indices, self.size, self.device, self._ahead)
             needed = 0
         elif prefetch and prefetch.key == key:
             images = self._on_device(*prefetch.decoded.result())

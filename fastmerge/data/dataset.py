@@ -93,10 +93,10 @@ class Dataset:
         """
         order = np.random.RandomState(0).permutation(len(self.train))
         groups = (self.train.labels * len(self.domain_names) + self.train.domains)[order]
-        test = np.zeros(len(order), bool)
+        held = np.zeros(len(order), bool)
         for group in np.unique(groups):
             members = order[groups == group]
-            test[members[: min(round(part * len(members)), len(members) - 1)]] = True
-        train, test = (self.train.subset(np.flatnonzero(rows)) for rows in (~test, test))
+            held[members[: min(round(part * len(members)), len(members) - 1)]] = True
+        train, test = (self.train.subset(np.flatnonzero(rows)) for rows in (~held, held))
         note = f"--validation: {len(test)} of {len(self.train)} training images are held out; accuracies are of these"
         return replace(self, train=train, test=test, notes=(*self.notes, note))

@@ -66,9 +66,9 @@ def listing(folder: str) -> tuple[list[str], list[str]]:
 
 def decode(path: str, size: int) -> np.ndarray:
     """The image at `path` as uint8 [size, size, 3]. Raises what Pillow raises."""
-    with Image.open(path) as image:
-        image.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
-        image = _rgb(image)
+    with Image.open(path) as file:
+        file.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
+        image = _rgb(file)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2

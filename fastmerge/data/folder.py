@@ -238,7 +238,10 @@ def _split_by_file(root: str, split_file: str) -> tuple[list[ClassFolder], list[
     if missing := [part for part, folders in parts.items() if not folders]:
         raise UserError(f"split file {split_file} lists no image for {' and '.join(missing)}.")
     train, test = (
-        [ClassFolder(*(("", *folder.split("/"))[-2:]), folder, sorted(images)) for folder, images in part.items()]
+        [
+            ClassFolder("/".join(folder.split("/")[-2:-1]), folder.split("/")[-1], folder, sorted(images))
+            for folder, images in part.items()
+        ]
         for part in parts.values()
     )
     return train, test

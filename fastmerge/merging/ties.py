@@ -30,7 +30,10 @@ class Ties(Rule):
         bounds, sizes = self.base.whole() if s.scope == "global" else (self.base.bounds, self.base.sizes)
         counts = [min(n, max(1, int(s.density * n))) for n in sizes]
         limits, cut = fk.magnitude_threshold(theta, counts, initial=initial, segments=bounds, keep=s.keep)
-        fk.ties_update_(*state, theta, initial=initial, threshold=limits, cut=cut, segments=bounds)
+        positive, negative, positives, negatives = state
+        fk.ties_update_(
+            positive, negative, positives, negatives, theta, initial=initial, threshold=limits, cut=cut, segments=bounds
+        )
 
     def _write(self, out: Tensor) -> Tensor:
         state = (self.kept[name] for name in ACCUMULATORS)

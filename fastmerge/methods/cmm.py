@@ -78,7 +78,7 @@ class CMM(Method):
     def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
         return TrainWithFisher(self, task, images, during)
 
-    def merge(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+    def merge(self, task: Task, images: TaskImages, during: Tensors) -> MergeAndAlign:
         return MergeAndAlign(self, task, images, during)
 
     def state_dict(self) -> Tensors:

@@ -27,6 +27,7 @@ computed once per task; the squared norm of eq. 7 is averaged over the batch; Ad
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import fastmerge_kernels as fk
 import torch
@@ -115,7 +116,7 @@ class Search(Phase):
         epoch = i // self.batches.per_epoch if self.settings.direction == "epoch" else 0
         if epoch != self._epoch:
             self._epoch = epoch
-            self.random = {
+            self.random: dict[str, Any] = {
                 "seed": self.learner.seed_for("trm", self.task.index),
                 "subsequence": epoch,
                 "replace": self.settings.replace,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class Backbone(nn.Module):
     """
 
     family: str
+    tower: Any  # a module of open_clip or timm, whose attributes it does not declare
 
     def __init__(self, name: str, tower: nn.Module, *, weights: str, image_size: int, mean, std, feature_dim: int):
         super().__init__()

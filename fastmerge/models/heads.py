@@ -57,6 +57,8 @@ class TextHead(Head):
     """logits = scale * cos(feature, text embedding); frozen. weight: `[classes, d]` fp32, L2-normalised rows."""
 
     kind = "text"
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor, scale: float):
         super().__init__()
@@ -74,6 +76,7 @@ class LinearHead(Head):
     """
 
     kind = "linear"
+    row: Tensor
 
     def __init__(self, feature_dim: int, n_classes: int):
         super().__init__()
@@ -115,6 +118,9 @@ class PrototypeHead(Head):
 
     kind = "prototype"
     needs_initial_features = True
+    sum: Tensor
+    count: Tensor
+    scale: Tensor
 
     def __init__(self, feature_dim: int, n_classes: int, scale: float = 100.0):
         super().__init__()

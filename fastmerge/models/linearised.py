@@ -39,7 +39,7 @@ class Linearised:
             return functional_call(module, parameters, (images,))
 
         with differentiable_attention():  # fused attention has no forward-mode rule
-            value, product = jvp(features, (self.flat.as_dict(self.initial),), (shift,))
+            value, product, *_ = jvp(features, (self.flat.as_dict(self.initial),), (shift,))
         return value + product
 
 

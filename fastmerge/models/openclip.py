@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -29,13 +30,16 @@ class OpenClipBackbone(Backbone):
     family = "open_clip"
 
     def __init__(self, name: str, visual: nn.Module, *, weights: str, image_size: int, mean, std, feature_dim: int):
-        about = {"weights": weights, "image_size": image_size, "mean": mean, "std": std, "feature_dim": feature_dim}
-        super().__init__(name, visual, **about)
+        super().__init__(
+            name, visual, weights=weights, image_size=image_size, mean=mean, std=std, feature_dim=feature_dim
+        )
         if isinstance(visual, open_clip.transformer.VisionTransformer):
             self.has_class_token = True
             self.layers = len(visual.transformer.resblocks)
             self.width = visual.class_embedding.shape[-1]
-        elif reads_class_token(trunk := getattr(visual, "trunk", None)):  # a timm model inside, such as EVA
+        elif (
+            reads_class_token(trunk := getattr(visual, "trunk", None)) and trunk is not None
+        ):  # timm inside, such as EVA
             self.has_class_token, self.layers, self.width = True, len(trunk.blocks), trunk.embed_dim
 
     def forward(self, images: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ class TextEncoder:
     It takes `clip` over: the image tower leaves it, so that the two towers can be on different devices.
     """
 
-    def __init__(self, clip: nn.Module, tokenize: Callable[[Sequence[str]], Tensor]):
+    def __init__(self, clip: Any, tokenize: Callable[[Sequence[str]], Tensor]):
         self.clip, self.tokenize = clip.eval(), tokenize
         del clip.visual
         self.logit_scale = float(clip.logit_scale.detach().exp())
@@ -94,7 +98,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def create(name: str, download: bool) -> nn.Module:
+def create(name: str, download: bool) -> Any:
     """The model with random weights.
 
     Raises:
@@ -207,8 +211,9 @@ def load_tiny(pretrained: str) -> tuple[Backbone, TextEncoder]:
         load_file(clip, Path(pretrained))
     else:
         raise UserError(f"--pretrained {pretrained}: the tiny model has the tag glyphs; or give a file, or none")
-    about = {"image_size": tiny.IMAGE_SIZE, "mean": tiny.IMAGE_MEAN, "std": tiny.IMAGE_STD}
-    backbone = OpenClipBackbone("tiny", clip.visual, weights=weights, feature_dim=tiny.CONFIG["embed_dim"], **about)
+    dim: Any = tiny.CONFIG["embed_dim"]
+    about: dict[str, Any] = {"image_size": tiny.IMAGE_SIZE, "mean": tiny.IMAGE_MEAN, "std": tiny.IMAGE_STD}
+    backbone = OpenClipBackbone("tiny", clip.visual, weights=weights, feature_dim=dim, **about)
     return backbone, TextEncoder(clip, tiny.tokenize)
 
 
@@ -216,11 +221,12 @@ def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbon
     """An open_clip model by name (see `open_clip.list_models()`)."""
     if name == "tiny":
         return load_tiny(pretrained)
-    if pretrained == "none":
-        path, weights, config = None, "random weights", {}
-    elif Path(pretrained).is_file():
-        path, weights, config = Path(pretrained), f"file {pretrained}", {}
-    else:
+    path: Path | None = None
+    weights: str = "random weights"
+    config: dict[str, Any] = {}
+    if pretrained != "none" and Path(pretrained).is_file():
+        path, weights = Path(pretrained), f"file {pretrained}"
+    elif pretrained != "none":
         path, weights = find_weights(name, pretrained, download), f"open_clip tag {pretrained}"
         config = open_clip.get_pretrained_cfg(name, pretrained)
     clip = create(name, download)

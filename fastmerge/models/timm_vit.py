@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -30,7 +31,7 @@ class TimmBackbone(Backbone):
 
     family = "timm"
 
-    def __init__(self, name: str, model: nn.Module, *, weights: str):
+    def __init__(self, name: str, model: Any, *, weights: str):
         config = model.pretrained_cfg
         height, width = config["input_size"][1:]
         if height != width:
@@ -62,19 +63,19 @@ def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str,
             f"--pretrained {tag}: timm has no such tag for {name}, and there is no such file.{nearest(tag, tags)} "
             f"Tags: default, {', '.join(tags) or 'none'}; or a checkpoint file, or none for random weights"
         )
-    looked = []
+    looked, found_tag = [], config.tag or tag
     if config.hf_hub_id:
         if found := from_hub_cache(config.hf_hub_id, WEIGHT_FILES):
-            return found, config.tag, []
+            return found, found_tag, []
         looked += [f"Hugging Face cache: {config.hf_hub_id}: {file}" for file in WEIGHT_FILES]
-    if config.url and config.url.startswith("http"):
+    if isinstance(config.url, str) and config.url.startswith("http"):
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
         if path.is_file():
-            return path, config.tag, []
+            return path, found_tag, []
         looked.append(str(path))
     if not download:
-        raise missing_weights(name, config.tag, looked)
-    return None, config.tag, looked
+        raise missing_weights(name, found_tag, looked)
+    return None, found_tag, looked
 
 
 def load_file(model: nn.Module, path: Path) -> None:

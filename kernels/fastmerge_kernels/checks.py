@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def check_vectors(first: str, /, **tensors: Tensor | None) -> Tensor:
 
     None stands for an optional argument that is absent. Returns the tensor called `first`.
     """
-    lead = tensors[first]
+    lead: Any = tensors[first]  # whether it is a tensor is checked below
     for name, x in tensors.items():
         if x is None:
             continue

@@ -18,6 +18,8 @@ propagate as in the formulas. Errors are TypeError / ValueError that name the ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,9 @@ from .checks import (
 from .registry import backend, register, register_schema
 
 
-def _elementwise(name: str, read: str, written: str, numbers: str):
-    """Register an op whose backends are `launch(name, vectors, numbers, nonfinite)`; vectors: those read, those written."""
-    read, written, numbers = read.split(), written.split(), numbers.split()
+def _elementwise(name: str, sources: str, targets: str, scalars: str) -> Callable:
+    """Register an op whose backends are `launch(name, vectors, numbers, nonfinite)`; vectors: sources, then targets."""
+    read, written, numbers = sources.split(), targets.split(), scalars.split()
     schema = ", ".join(
         [f"Tensor {x}" for x in read]
         + [f"Tensor({chr(97 + k)}!) {x}" for k, x in enumerate(written)]
@@ -45,10 +47,10 @@ def _elementwise(name: str, read: str, written: str, numbers: str):
 
     def kernel(*arguments) -> None:
         vectors, rest = arguments[: len(read) + len(written)], arguments[len(read) + len(written) : -1]
-        sources, targets = dict(zip(read, vectors, strict=False)), dict(zip(written, vectors[len(read) :], strict=True))
-        check_disjoint(**targets)
-        for target, tensor in targets.items():
-            check_overlap(target, tensor, **sources)
+        inputs, outputs = dict(zip(read, vectors, strict=False)), dict(zip(written, vectors[len(read) :], strict=True))
+        check_disjoint(**outputs)
+        for name_of, tensor in outputs.items():
+            check_overlap(name_of, tensor, **inputs)
         backend("elementwise", vectors[0]).launch(
             name, vectors, list(zip(rest[::2], rest[1::2], strict=True)), arguments[-1]
         )

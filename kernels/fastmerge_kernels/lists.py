@@ -165,9 +165,9 @@ def fisher_average(
         raise ValueError(f"weights: expected positive numbers, got {numbers}")
     if check:
         check_nonnegative(**named)
-    weights = model_weights([w / sum(numbers) for w in numbers], len(models), 1, models[0].device)
+    shares = model_weights([w / sum(numbers) for w in numbers], len(models), 1, models[0].device)
     out = torch.empty_like(models[0]) if out is None else out
-    _fisher(models, fishers, weights, out, nonfinite)
+    _fisher(models, fishers, shares, out, nonfinite)
     return out
 
 

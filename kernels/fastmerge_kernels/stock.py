@@ -146,7 +146,8 @@ def stock_merge(
     """
     models = check_models(models, initial=initial, out=out)
     bounds, count = boundaries(segments, initial.numel()), len(models)
-    ratio = _ratio(*_squares(models, initial, list(bounds)), count)
+    squares, moved = _squares(models, initial, list(bounds))
+    ratio = _ratio(squares, moved, count)
     out = torch.empty_like(initial) if out is None else out
     weights = (ratio / count).float().expand(count, -1)
     return weighted_sum(models, weights, initial=initial, segments=bounds, out=out, nonfinite=nonfinite)

@@ -22,6 +22,7 @@ entries if density > 0, peft floor(density n).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from .registry import backend, register
 from .segments import boundaries
 from .threshold import magnitude_threshold
 
-CONVENTIONS = {
+CONVENTIONS: dict[str, dict[str, Any]] = {
     "paper": {"count": "ones", "elect": "weighted", "zero": "majority", "smallest": 1},
     "mergekit": {"count": "weights", "elect": "weighted", "zero": "positive", "smallest": 1},
     "peft": {"count": "ones", "elect": "unweighted", "zero": "positive", "smallest": 0},
@@ -200,7 +201,7 @@ def ties_finalize(
     check_vectors("positive", **state, mass=mass, initial=initial, out=out)
     check_counter(nonfinite, positive.device)
     check_choice("zero", zero, ("positive", "negative", "majority"))
-    sign = -1.0 if zero == "negative" else 1.0
+    sign: Tensor | float = -1.0 if zero == "negative" else 1.0
     if zero == "majority":
         step = 1 << 20  # in blocks: no model-sized temporary
         blocks = range(0, positive.numel(), step)
@@ -241,17 +242,17 @@ def ties_merge(
     check_fraction("density", density)
     check_choice("convention", convention, tuple(CONVENTIONS))
     rule, bounds = CONVENTIONS[convention], boundaries(segments, initial.numel())
-    weights = [1.0] * len(models) if weights is None else [float(w) for w in weights]
-    if len(weights) != len(models) or not all(0 < w < float("inf") for w in weights):
-        raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {weights}")
+    numbers = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if len(numbers) != len(models) or not all(0 < w < float("inf") for w in numbers):
+        raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {numbers}")
     smallest = rule["smallest"] if density else 0
     counts = [min(b - a, max(smallest, int(density * (b - a)))) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     trims = [magnitude_threshold(m, counts, initial=initial, segments=bounds, keep=keep) for m in models]
     threshold, cut = (torch.stack(part) for part in zip(*trims, strict=True))
-    weights = torch.tensor(weights, dtype=torch.float32).to(initial.device)
-    units = weights if rule["count"] == "weights" else torch.ones_like(weights)
+    shares = torch.tensor(numbers, dtype=torch.float32).to(initial.device)
+    units = shares if rule["count"] == "weights" else torch.ones_like(shares)
     out = torch.empty_like(initial, dtype=torch.float32) if out is None else out
-    election = (weights, units, rule["elect"] == "unweighted", rule["zero"])
+    election = (shares, units, rule["elect"] == "unweighted", rule["zero"])
     _merge(
         models,
         initial,

@@ -1,0 +1,89 @@
+"""The contract of a method (methods/method.py), walked over all methods and, for merge rules, over all protocols."""
+
+import pytest
+import torch
+import toy
+
+from fastmerge.checkpoint import resident
+from fastmerge.config import Config
+from fastmerge.loop import kept_bytes
+from fastmerge.methods import METHODS
+from fastmerge.models.features import restore
+from fastmerge.models.heads import PrototypeHead
+from fastmerge.training import PHASES
+
+# the toy backbone has neither attention nor class tokens
+FLAGS = ("--epochs=1", "--merge-epochs=1", "--pam.rank=0", "--trm.lambda1=0", "--protocol", "full", "running", "strict")
+CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind.protocols(toy.parse(list(FLAGS)))]
+
+
+def build(name, protocol, tmp_path):
+    kind = METHODS[name]
+    learner = toy.learner(*FLAGS)
+    if kind.head == "prototype":
+        learner.head = PrototypeHead(5, toy.CLASSES)
+    return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_what_is_kept_is_enough_to_go_on(name, protocol, tmp_path):
+    """After two tasks the learner's and the method's state, loaded into fresh ones, give the same third task, bit for bit."""
+    learner, method = build(name, protocol, tmp_path)
+    *before, last = toy.tasks()
+    for task, images in before:
+        one_task(learner, method, task, images)
+    saved = [{k: v.clone() for k, v in x.state_dict().items()} for x in (learner, method)]
+    other, again = build(name, protocol, tmp_path)
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    for run in ((learner, method), (other, again)):
+        one_task(*run, *last)
+    assert torch.equal(other.theta, learner.theta)
+    x = learner.plain(last[1].images)
+    assert torch.equal(again.features()(x), method.features()(x))
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_the_model_is_charged_once(name, protocol, tmp_path):
+    """Kept bytes have the learner's model in them whatever a method returns, and no method returns it a second time."""
+    learner, method = build(name, protocol, tmp_path)
+    for task, images in toy.tasks()[:2]:
+        one_task(learner, method, task, images)
+    state = method.state_dict()
+    assert kept_bytes(learner, method) == resident(learner.state_dict()) + resident(state) >= learner.theta.nbytes
+    own = learner.theta.data_ptr()
+    assert all(tensor.data_ptr() != own for tensor in state.values() if tensor.numel())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_facts(name, tmp_path):
+    kind = METHODS[name]
+    config = Config()
+    assert all(hasattr(config, group) for group in kind.groups)
+    assert kind.merge_epochs(config) >= 0
+    for protocol in kind.protocols(config):
+        assert kind.trajectory(config, protocol) in (None, "sequential", "independent")
+        learner, method = build(name, protocol, tmp_path)
+        task, images = toy.tasks()[0]
+        learner.grow_head(task, images)
+        start, during = learner.theta.clone(), method.begin(task)
+        made = []
+        for make in (method.train, method.merge):
+            made.append(make(task, images, during))
+            toy.work(made[-1])
+        assert [phase.name for phase in made if phase is not None] == [
+            n for n, p in zip(PHASES, made, strict=True) if p
+        ]
+        assert (made[0] is not None) == kind.trains
+        assert torch.equal(learner.theta, start) == kind.frozen
+        features = method.features()
+        copy = restore(features.kind, copy_of(learner.backbone), {k: v.clone() for k, v in features.tensors.items()})
+        x = learner.plain(images.images)
+        torch.testing.assert_close(copy(x), features(x), rtol=0, atol=0)
+
+
+def one_task(learner, method, task, images):
+    learner.grow_head(task, images)
+    during = method.begin(task)
+    toy.work(method.train(task, images, during))
+    toy.work(method.merge(task, images, during))
