@@ -32,40 +32,58 @@ from .checks import (
     check_vectors,
     scalar,
 )
-from .registry import backend, register, register_schema
+from .registry import backend, register
 
 
-def _elementwise(name: str, sources: str, targets: str, scalars: str) -> Callable:
-    """Register an op whose backends are `launch(name, vectors, numbers, nonfinite)`; vectors: sources, then targets."""
-    read, written, numbers = sources.split(), targets.split(), scalars.split()
-    schema = ", ".join(
-        [f"Tensor {x}" for x in read]
-        + [f"Tensor({chr(97 + k)}!) {x}" for k, x in enumerate(written)]
-        + [f"float {x}, Tensor? {x}_tensor" for x in numbers]
-        + ["Tensor(z!)? nonfinite"]
-    )
+def _elementwise(schema: str) -> Callable:
+    """Register an op of the form (vectors read, vectors written, numbers, nonfinite).
 
-    def kernel(*arguments) -> None:
-        vectors, rest = arguments[: len(read) + len(written)], arguments[len(read) + len(written) : -1]
-        inputs, outputs = dict(zip(read, vectors, strict=False)), dict(zip(written, vectors[len(read) :], strict=True))
+    The backends are `launch(name, vectors, numbers, nonfinite)`; the order of the vectors is that of the schema.
+    """
+    arguments = torch._C.parse_schema(f"fastmerge::{schema}").arguments
+    vectors = [(x.name, x.alias_info is not None) for x in arguments if str(x.type) == "Tensor"]
+    name = schema.partition("(")[0]
+
+    def function(*values) -> None:
+        tensors, numbers, nonfinite = values[: len(vectors)], values[len(vectors) : -1], values[-1]
+        named = [(*vector, tensor) for vector, tensor in zip(vectors, tensors, strict=True)]
+        inputs = {key: tensor for key, written, tensor in named if not written}
+        outputs = {key: tensor for key, written, tensor in named if written}
         check_disjoint(**outputs)
-        for name_of, tensor in outputs.items():
-            check_overlap(name_of, tensor, **inputs)
-        backend("elementwise", vectors[0]).launch(
-            name, vectors, list(zip(rest[::2], rest[1::2], strict=True)), arguments[-1]
-        )
+        for key, tensor in outputs.items():
+            check_overlap(key, tensor, **inputs)
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        backend("elementwise", tensors[0]).launch(name, tensors, pairs, nonfinite)
 
-    return register_schema(name, f"({schema}) -> ()", kernel)
+    return register(schema)(function)
 
 
-_lerp = _elementwise("lerp", "a b", "out", "alpha")
-_axpy = _elementwise("axpy", "theta delta", "out", "c")
-_fisher_merge = _elementwise("fisher_merge_", "theta_t fisher_t", "theta fisher", "lam")
-_pam_accumulate = _elementwise("pam_accumulate_", "fisher theta initial", "total moment", "")
-_magmax_update = _elementwise("magmax_update_", "theta initial", "kept", "")
-_magmax_delta = _elementwise("magmax_delta_", "delta", "kept", "")
-_fisher_accumulate = _elementwise("fisher_accumulate_", "gradient", "fisher", "scale")
-_ewc_gradient = _elementwise("ewc_gradient_", "fisher theta anchor", "gradient", "lam")
+_lerp = _elementwise(
+    "lerp(Tensor a, Tensor b, Tensor(a!) out, float alpha, Tensor? alpha_tensor, Tensor(z!)? nonfinite) -> ()"
+)
+_axpy = _elementwise(
+    "axpy(Tensor theta, Tensor delta, Tensor(a!) out, float c, Tensor? c_tensor, Tensor(z!)? nonfinite) -> ()"
+)
+_fisher_merge = _elementwise(
+    "fisher_merge_(Tensor theta_t, Tensor fisher_t, Tensor(a!) theta, Tensor(b!) fisher, float lam, "
+    "Tensor? lam_tensor, Tensor(z!)? nonfinite) -> ()"
+)
+_pam_accumulate = _elementwise(
+    "pam_accumulate_(Tensor fisher, Tensor theta, Tensor initial, Tensor(a!) total, "
+    "Tensor(b!) moment, Tensor(z!)? nonfinite) -> ()"
+)
+_magmax_update = _elementwise(
+    "magmax_update_(Tensor theta, Tensor initial, Tensor(a!) kept, Tensor(z!)? nonfinite) -> ()"
+)
+_magmax_delta = _elementwise("magmax_delta_(Tensor delta, Tensor(a!) kept, Tensor(z!)? nonfinite) -> ()")
+_fisher_accumulate = _elementwise(
+    "fisher_accumulate_(Tensor gradient, Tensor(a!) fisher, float scale, Tensor? scale_tensor, "
+    "Tensor(z!)? nonfinite) -> ()"
+)
+_ewc_gradient = _elementwise(
+    "ewc_gradient_(Tensor fisher, Tensor theta, Tensor anchor, Tensor(a!) gradient, float lam, "
+    "Tensor? lam_tensor, Tensor(z!)? nonfinite) -> ()"
+)
 
 
 @torch.no_grad()
@@ -195,7 +213,10 @@ def _pair(total: Tensor, *args) -> Tensor:
     return torch.empty(2, dtype=torch.float64, device=total.device)
 
 
-@register("pam_coefficient", fake=_pair)
+@register(
+    "pam_coefficient(Tensor total, Tensor moment, Tensor merged, Tensor theta, Tensor initial) -> Tensor",
+    fake=_pair,
+)
 def _pam_coefficient(total: Tensor, moment: Tensor, merged: Tensor, theta: Tensor, initial: Tensor) -> Tensor:
     return backend("elementwise", total).pam_coefficient(total, moment, merged, theta, initial)
 

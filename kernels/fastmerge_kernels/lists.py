@@ -30,7 +30,10 @@ def _overlaps(out: Tensor, models: Sequence[Tensor], **others: Tensor | None) ->
     check_overlap("out", out, **{f"models[{k}]": model for k, model in enumerate(models)}, **others)
 
 
-@register("weighted_sum", mutates=("out", "nonfinite"))
+@register(
+    "weighted_sum(Tensor[] models, Tensor weights, Tensor? initial, SymInt[] segments, "
+    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _weighted_sum(
     models: Sequence[Tensor],
     weights: Tensor,
@@ -43,7 +46,10 @@ def _weighted_sum(
     backend("lists", out).weighted_sum(models, weights, initial, tuple(segments), out, nonfinite)
 
 
-@register("magmax_merge", mutates=("out", "nonfinite"))
+@register(
+    "magmax_merge(Tensor[] models, Tensor initial, float scale, Tensor? scale_tensor, "
+    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _magmax(
     models: Sequence[Tensor],
     initial: Tensor,
@@ -56,7 +62,9 @@ def _magmax(
     backend("lists", out).magmax(models, initial, (scale, scale_tensor), out, nonfinite)
 
 
-@register("fisher_average", mutates=("out", "nonfinite"))
+@register(
+    "fisher_average(Tensor[] models, Tensor[] fishers, Tensor weights, Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _fisher(
     models: Sequence[Tensor], fishers: Sequence[Tensor], weights: Tensor, out: Tensor, nonfinite: Tensor | None
 ) -> None:
@@ -64,7 +72,10 @@ def _fisher(
     backend("lists", out).fisher(models, fishers, weights, out, nonfinite)
 
 
-@register("dare_merge", mutates=("out", "nonfinite"))
+@register(
+    "dare_merge(Tensor[] models, Tensor weights, float p, Tensor initial, SymInt seed, "
+    "SymInt subsequence, SymInt offset, Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _dare(
     models: Sequence[Tensor],
     weights: Tensor,

@@ -10,43 +10,50 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+DEVICES = ("cpu", "cuda")
+
 _library = torch.library.Library("fastmerge", "DEF")
 
 
-def register_schema(name: str, schema: str, function: Callable, fake: Callable | None = None) -> Callable:
-    """Make `function` the op `fastmerge::name` with this schema, on CPU and CUDA; returns the op.
+def register(schema: str, *, fake: Callable | None = None, devices: Sequence[str] = DEVICES) -> Callable[..., Callable]:
+    """Decorator that makes a function the op `fastmerge::name` and returns the op.
 
-    `fake` gives the results' shapes; without it the op returns nothing. `Library` rather than `custom_op`: the latter imports
-    torch._dynamo at its first call, which costs seconds. So version counters of written tensors are raised here.
+    schema: torch's notation, `name(Tensor x, Tensor(a!) out) -> ()`; `(a!)` marks an argument that the op writes. fake:
+    function of the same arguments that returns empty results of the right shape; an op that returns nothing needs none.
+    devices: where the op runs, of `DEVICES`; elsewhere the call raises NotImplementedError that names the op.
+
+    `Library` is used because `custom_op` imports torch._dynamo at its first call, which takes seconds. `custom_op` would
+    raise the version counters of written tensors; here the wrapper does.
     """
-    _library.define(name + schema)
-    op = getattr(torch.ops.fastmerge, name).default
-    written = [
-        k for k, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write
-    ]
-
-    @functools.wraps(function)
-    def kernel(*args):
-        result = function(*args)
-        torch.autograd.graph.increment_version([args[k] for k in written if args[k] is not None])
-        return result
-
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
-    torch.library.register_fake(f"fastmerge::{name}", fake or (lambda *args: None), lib=_library)
-    return op
-
-
-def register(name: str, mutates: tuple[str, ...] = (), fake: Callable | None = None) -> Callable:
-    """`register_schema` as decorator of an annotated function that writes into the arguments `mutates`."""
+    if not devices or not set(devices) <= set(DEVICES):
+        raise ValueError(f"devices: expected some of {', '.join(DEVICES)}, got {list(devices)}")
+    name = schema.partition("(")[0]
 
     def decorate(function: Callable) -> Callable:
-        return register_schema(name, torch.library.infer_schema(function, mutates_args=mutates), function, fake)
+        _library.define(schema)
+        op = getattr(torch.ops.fastmerge, name).default
+        written = [
+            k for k, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write
+        ]
+
+        @functools.wraps(function)
+        def kernel(*args):
+            result = function(*args)
+            torch.autograd.graph.increment_version([args[k] for k in written if args[k] is not None])
+            return result
+
+        def refuse(*args):
+            raise NotImplementedError(f"fastmerge::{name} runs on {' and '.join(devices)} tensors only")
+
+        for device in DEVICES:
+            _library.impl(name, kernel if device in devices else refuse, device.upper())
+        torch.library.register_fake(f"fastmerge::{name}", fake or (lambda *args: None), lib=_library)
+        return op
 
     return decorate
 

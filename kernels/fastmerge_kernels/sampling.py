@@ -20,7 +20,10 @@ from .philox import check_span, key_words
 from .registry import backend, register
 
 
-@register("random_mix", mutates=("out", "nonfinite"))
+@register(
+    "random_mix(Tensor[] models, SymInt seed, SymInt subsequence, SymInt offset, Tensor(a!) out, "
+    "Tensor(b!)? nonfinite) -> ()"
+)
 def _random_mix(
     models: Sequence[Tensor], seed: int, subsequence: int, offset: int, out: Tensor, nonfinite: Tensor | None
 ) -> None:
@@ -29,7 +32,10 @@ def _random_mix(
     backend("sampling", out).random_mix(models, seed, subsequence, offset, out, nonfinite)
 
 
-@register("random_replace_", mutates=("kept", "nonfinite"))
+@register(
+    "random_replace_(Tensor theta, float p, SymInt seed, SymInt subsequence, SymInt offset, "
+    "Tensor(a!) kept, Tensor(b!)? nonfinite) -> ()"
+)
 def _random_replace(
     theta: Tensor, p: float, seed: int, subsequence: int, offset: int, kept: Tensor, nonfinite: Tensor | None
 ) -> None:
@@ -37,7 +43,10 @@ def _random_replace(
     backend("sampling", kept).random_replace(theta, p, seed, subsequence, offset, kept, nonfinite)
 
 
-@register("dare_delta", mutates=("out", "nonfinite"))
+@register(
+    "dare_delta(Tensor theta, Tensor? initial, float p, SymInt seed, SymInt subsequence, "
+    "SymInt offset, Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _dare_delta(
     theta: Tensor,
     initial: Tensor | None,

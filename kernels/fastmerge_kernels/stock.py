@@ -26,12 +26,18 @@ from .registry import backend, register
 from .segments import boundaries
 
 
-@register("segment_norms", fake=lambda x, initial, segments: x.new_empty(len(segments) - 1, dtype=torch.float64))
+@register(
+    "segment_norms(Tensor x, Tensor? initial, SymInt[] segments) -> Tensor",
+    fake=lambda x, initial, segments: x.new_empty(len(segments) - 1, dtype=torch.float64),
+)
 def _norms(x: Tensor, initial: Tensor | None, segments: Sequence[int]) -> Tensor:
     return backend("stock", x).norms(x, initial, tuple(segments))
 
 
-@register("stock_update_", mutates=("total", "units"))
+@register(
+    "stock_update_(Tensor theta, Tensor? initial, Tensor norms, SymInt[] segments, Tensor(a!) total, "
+    "Tensor(b!) units) -> ()"
+)
 def _update(
     theta: Tensor, initial: Tensor | None, norms: Tensor, segments: Sequence[int], total: Tensor, units: Tensor
 ) -> None:
@@ -41,12 +47,18 @@ def _update(
     backend("stock", theta).update(theta, initial, norms, tuple(segments), total, units)
 
 
-@register("stock_squares", fake=lambda models, *args: args[0].new_empty(2, len(args[1]) - 1, dtype=torch.float64))
+@register(
+    "stock_squares(Tensor[] models, Tensor initial, SymInt[] segments) -> Tensor",
+    fake=lambda models, *args: args[0].new_empty(2, len(args[1]) - 1, dtype=torch.float64),
+)
 def _squares(models: Sequence[Tensor], initial: Tensor, segments: Sequence[int]) -> Tensor:
     return backend("stock", initial).squares(models, initial, tuple(segments))
 
 
-@register("stock_finalize", mutates=("out", "nonfinite"))
+@register(
+    "stock_finalize(Tensor total, Tensor initial, Tensor factors, SymInt[] segments, Tensor(a!) out, "
+    "Tensor(b!)? nonfinite) -> ()"
+)
 def _finalize(
     total: Tensor, initial: Tensor, factors: Tensor, segments: Sequence[int], out: Tensor, nonfinite: Tensor | None
 ) -> None:

@@ -39,7 +39,8 @@ NOTHING = 0x7FFFFFFF  # bits above every NaN: the threshold that keeps nothing
 
 
 @register(
-    "magnitude_histogram",
+    "magnitude_histogram(Tensor x, Tensor? initial, Tensor? prefix, SymInt known, SymInt bits, "
+    "SymInt[] segments) -> Tensor",
     fake=lambda x, i, p, known, bits, segments: x.new_empty(len(segments) - 1, 1 << bits, dtype=torch.int64),
 )
 def _histogram(
@@ -52,7 +53,11 @@ def _fake_threshold(x, initial, counts, segments, exact):
     return x.new_empty(len(counts), dtype=torch.int32), x.new_empty(len(counts), dtype=torch.int64)
 
 
-@register("magnitude_threshold", fake=_fake_threshold)
+@register(
+    "magnitude_threshold(Tensor x, Tensor? initial, SymInt[] counts, SymInt[] segments, "
+    "bool exact) -> (Tensor, Tensor)",
+    fake=_fake_threshold,
+)
 def _threshold(
     x: Tensor, initial: Tensor | None, counts: Sequence[int], segments: Sequence[int], exact: bool
 ) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,11 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@register("ties_update_", mutates=("positive", "negative", "positive_count", "negative_count", "mass"))
+@register(
+    "ties_update_(Tensor theta, Tensor? initial, Tensor threshold, Tensor cut, SymInt[] segments, "
+    "float weight, float unit, Tensor(a!) positive, Tensor(b!) negative, Tensor(c!) positive_count, "
+    "Tensor(d!) negative_count, Tensor(e!)? mass) -> ()"
+)
 def _update(
     theta: Tensor,
     initial: Tensor | None,
@@ -84,7 +88,11 @@ def _update(
     )
 
 
-@register("ties_finalize", mutates=("out", "nonfinite"))
+@register(
+    "ties_finalize(Tensor positive, Tensor negative, Tensor positive_count, Tensor negative_count, "
+    "Tensor? mass, Tensor? initial, float zero_sign, Tensor? zero_sign_tensor, float scale, "
+    "Tensor? scale_tensor, Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _finalize(
     positive: Tensor,
     negative: Tensor,
@@ -105,7 +113,11 @@ def _finalize(
     backend("ties", out).finalize(*state, (zero_sign, zero_sign_tensor), (scale, scale_tensor), out, nonfinite)
 
 
-@register("ties_merge", mutates=("out", "nonfinite"))
+@register(
+    "ties_merge(Tensor[] models, Tensor initial, Tensor threshold, Tensor cut, SymInt[] segments, "
+    "Tensor weights, Tensor units, bool unweighted, str zero, float scale, Tensor? scale_tensor, "
+    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _merge(
     models: Sequence[Tensor],
     initial: Tensor,

@@ -49,14 +49,22 @@ def _sums(previous: Tensor, *args, **kwargs) -> Tensor:
     return torch.empty(3, dtype=torch.float64, device=previous.device)
 
 
-@register("trm_direction", fake=_sums)
+@register(
+    "trm_direction(Tensor previous, Tensor current, SymInt seed, SymInt subsequence, str replace, "
+    "float ratio, SymInt offset) -> Tensor",
+    fake=_sums,
+)
 def _trm_direction(
     previous: Tensor, current: Tensor, seed: int, subsequence: int, replace: str, ratio: float, offset: int
 ) -> Tensor:
     return backend("trm", previous).direction(previous, current, seed, subsequence, replace, ratio, offset)
 
 
-@register("trm_merge", mutates=("out", "nonfinite"))
+@register(
+    "trm_merge(Tensor previous, Tensor current, Tensor? initial, float alpha, Tensor? alpha_tensor, "
+    "float beta, Tensor? beta_tensor, Tensor direction, SymInt seed, SymInt subsequence, "
+    "str replace, float ratio, SymInt offset, Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+)
 def _trm_merge(
     previous: Tensor,
     current: Tensor,
@@ -81,7 +89,12 @@ def _trm_merge(
     )
 
 
-@register("subspace_gradient", fake=lambda gradient, *args, **kwargs: _sums(gradient))
+@register(
+    "subspace_gradient(Tensor gradient, Tensor? gradient2, float scale2, Tensor previous, "
+    "Tensor current, Tensor direction, SymInt seed, SymInt subsequence, str replace, float ratio, "
+    "SymInt offset) -> Tensor",
+    fake=lambda gradient, *args, **kwargs: _sums(gradient),
+)
 def _subspace_gradient(
     gradient: Tensor,
     gradient2: Tensor | None,

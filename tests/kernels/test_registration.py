@@ -237,6 +237,29 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
 
 
+def test_an_op_of_one_device_is_refused_by_name_on_others():
+    code = """
+import torch
+from fastmerge_kernels.registry import register
+
+op = register("only_cuda(Tensor x) -> Tensor", fake=torch.empty_like, devices=("cuda",))(lambda x: x + 1)
+assert op(torch.ones(3, device="meta")).shape == (3,)
+try:
+    op(torch.ones(3))
+except NotImplementedError as error:
+    print(error)
+try:
+    register("nowhere(Tensor x) -> ()", devices=("tpu",))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "fastmerge::only_cuda runs on cuda tensors only",
+        "devices: expected some of cpu, cuda, got ['tpu']",
+    ]
+
+
 def test_import_is_light():
     """Importing loads neither numba nor Triton; the first op loads numba, and never torch's compiler."""
     run = python(
