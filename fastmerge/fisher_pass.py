@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.models.backbone import differentiable_attention
+from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.lora import Projections
 from fastmerge.models.per_image import ROOM, SquaredGradients, served
 from fastmerge.models.trainable import AllWeights

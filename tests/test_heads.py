@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from fastmerge.errors import UserError
-from fastmerge.models import heads, load_backbone
-from fastmerge.models.heads import LinearHead, PrototypeHead, TextHead, build_head, text_weights
+from fastmerge.models import load_backbone, text_embeddings
+from fastmerge.models.heads import LinearHead, PrototypeHead, TextHead, build_head
+from fastmerge.models.text_embeddings import text_weights
 
 GENERATOR = torch.Generator()
 
@@ -58,7 +59,7 @@ def test_a_full_disk_leaves_no_part_of_an_entry(cache, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(heads, "save_file", full)
+    monkeypatch.setattr(text_embeddings, "save_file", full)
     assert text_weights(Encoder(), ["ant"], ["{}"], "k").shape == (1, 4)
     assert list(cache.iterdir()) == []
 

@@ -17,7 +17,8 @@ from torch.func import functional_call, grad, jvp
 from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.models import load_backbone, openclip, tiny
-from fastmerge.models.backbone import differentiable_attention, hash_tensors
+from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.backbone import hash_tensors
 from fastmerge.models.timm_vit import TimmBackbone
 
 

@@ -5,8 +5,7 @@
     <domain>/{train,test|val}/<class>/<image>
     <class>/<image>, or <domain>/<class>/<image>, with a split file
 
-A split file says which image is for training; images that it does not list are left out. Either JSON,
-`{"train": [path, ...], "test": [path, ...]}`, or lines `train path` / `test path`; paths are relative to the root.
+A split file (`split_file.py`) says which image is for training; images that it does not list are left out.
 
 A class is called as its folder with `_` read as a space; where all folders are WordNet ids (ImageNet-R, -A, -100), as
 ImageNet-1K calls that class. Classes are the union over domains and parts, in code-point order of the folder names, so
@@ -17,7 +16,6 @@ a class that one domain lacks shifts no label. Images are sorted by domain, clas
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -28,6 +26,7 @@ import numpy as np
 from fastmerge.data import wordnet
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import FileReader, data_root, listing
+from fastmerge.data.split_file import read as read_split_file
 from fastmerge.errors import UserError
 
 LAYOUTS = """Layouts understood:
@@ -219,7 +218,7 @@ def _split_by_file(root: str, split_file: str) -> tuple[list[ClassFolder], list[
     parts: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}  # part -> class folder -> images
     on_disk: dict[str, frozenset[str]] = {}
     depth = None
-    for part, path, where in _split_lines(split_file):
+    for part, path, where in read_split_file(split_file):
         folder, _, image = path.rpartition("/")
         depth = path.count("/") if depth is None else depth
         if depth not in (1, 2) or path.count("/") != depth:
@@ -245,30 +244,3 @@ def _split_by_file(root: str, split_file: str) -> tuple[list[ClassFolder], list[
         for part in parts.values()
     )
     return train, test
-
-
-def _split_lines(split_file: str) -> Iterable[tuple[str, str, str]]:
-    """(train or test, path, where it is said) for every entry of a split file."""
-    form = 'Expected JSON {"train": [path, ...], "test": [path, ...]} or lines "train path" / "test path".'
-    try:
-        with open(split_file, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read split file {split_file}: {error}. {form}") from error
-    if text.lstrip().startswith("{"):
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"split file {split_file} is not JSON: {error}. {form}") from error
-        if set(data) != {"train", "test"} or not all(
-            isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in data.values()
-        ):
-            raise UserError(f"split file {split_file} has the keys {sorted(data)}. {form}")
-        entries = ((part, path, f"{split_file}, {part}[{i}]") for part in data for i, path in enumerate(data[part]))
-    else:
-        lines = ((number, line.split(maxsplit=1)) for number, line in enumerate(text.splitlines(), 1) if line.strip())
-        entries = ((words[0], words[-1].strip(), f"{split_file}, line {number}") for number, words in lines)
-    for part, path, where in entries:
-        if part not in ("train", "test") or part == path:
-            raise UserError(f"{where}: {part!r} is neither 'train' nor 'test' with a path after it. {form}")
-        yield part, path.removeprefix("./"), where

@@ -39,7 +39,7 @@ from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
-from fastmerge.models.backbone import differentiable_attention
+from fastmerge.models.attention import differentiable_attention
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors, positions
 
 

@@ -14,7 +14,7 @@ from torch.func import functional_call, jvp
 
 from fastmerge.errors import UserError, first_line
 from fastmerge.flat import FlatModel
-from fastmerge.models.backbone import differentiable_attention
+from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.trainable import AllWeights
 
 
