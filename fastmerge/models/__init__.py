@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def load_backbone(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbone, TextEncoder | None]:
-    """The image tower `name` with the weights `pretrained` (a tag, a file, or 'none'), and its text tower if it has one.
+    """Load image tower `name` with weights `pretrained` (a tag, a file, or 'none'), and its text tower if it has one.
 
-    Random weights come from torch's global generator. Nothing is fetched without `download`.
+    Random weights come from torch's global generator. Nothing is downloaded without `download`.
 
     Raises:
-        UserError: unknown name or tag (with the nearest ones), weights that are not here, a file of another model.
+        UserError: unknown name or tag (with the nearest ones), missing weights, or a file of another model.
     """
     import open_clip
     import timm
@@ -33,6 +33,6 @@ def load_backbone(name: str, pretrained: str, *, download: bool = False) -> tupl
     if tagged in known:
         raise UserError(f"unknown model {name!r}: give the tag by itself, --model {tagged} --pretrained {tag}")
     raise UserError(
-        f"unknown model {name!r}: neither tiny, nor an open_clip, nor a timm model.{nearest(name, known)} "
+        f"unknown model {name!r}: it is not tiny, an open_clip model or a timm model.{nearest(name, known)} "
         "open_clip.list_models() and timm.list_models() list them"
     )

@@ -1,4 +1,4 @@
-"""Backbone: an image tower with one small interface for both families.
+"""Backbone: an image tower with one small interface for open_clip and timm.
 
 `features = backbone(images)` and `features, tokens = backbone.class_tokens(images)`; images are normalised floats.
 """
@@ -15,14 +15,14 @@ from fastmerge.errors import UserError
 
 
 class Backbone(nn.Module):
-    """The image tower alone. Subclasses name the family and say how class tokens are read.
+    """The image tower alone. Subclasses set the family and read the class tokens.
 
-    name, family: as the user and the library call it. weights: where they came from; weights_sha256: of their values.
-    image_size: pixels; mean, std: of the normalisation. feature_dim: length of a feature; width: of a token; layers: blocks.
+    name: the user's name for the model; family: its library. weights: their source; weights_sha256: hash of their values.
+    image_size: pixels; mean, std: normalisation. feature_dim: length of a feature; width: of a token; layers: number of blocks.
     """
 
     family: str
-    tower: Any  # a module of open_clip or timm, whose attributes it does not declare
+    tower: Any  # a module of open_clip or timm, with undeclared attributes
 
     def __init__(self, name: str, tower: nn.Module, *, weights: str, image_size: int, mean, std, feature_dim: int):
         super().__init__()
@@ -30,7 +30,7 @@ class Backbone(nn.Module):
         self.tower = tower
         self.image_size, self.feature_dim = image_size, feature_dim
         self.mean, self.std = tuple(mean), tuple(std)
-        self.width, self.layers, self.has_class_token = 0, 0, False  # subclasses that have class tokens say more
+        self.width, self.layers, self.has_class_token = 0, 0, False  # set by subclasses with class tokens
         self.requires_grad_(True)
         self.float()
         self.weights_sha256 = hash_tensors(self.state_dict())
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         return [f"{linear[-1]}.{name}" for name, _ in self.get_submodule(linear[-1]).named_parameters()]
 
     def _class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        raise TypeError(f"{type(self).__name__} says it has class tokens but does not read them")
+        raise TypeError(f"{type(self).__name__} sets has_class_token but does not define _class_tokens")
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:

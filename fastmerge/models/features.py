@@ -1,7 +1,7 @@
-"""Features as a value: the function from images to features that a method trains, evaluates and leaves behind.
+"""Features: the function from images to features that a method trains, evaluates and saves.
 
-A method returns its `Features`; training and evaluation call them, and the saved model holds `kind` and `tensors`, from which
-`restore` makes the same function again.
+A method returns its `Features` and evaluation calls them. The saved model stores `kind` and `tensors`, and `restore` rebuilds
+the function from them.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def adapted(backbone: Backbone, adapter: ClipAdapter) -> Features:
 
 
 def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Features:
-    """The features that were saved with this kind and these tensors.
+    """Rebuild the features that were saved with this kind and these tensors.
 
     Raises:
-        UserError: an unknown kind.
+        UserError: the kind is unknown.
     """
     if kind == "backbone":
         return plain(backbone)
@@ -59,4 +59,4 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
         return linearised(backbone, Linearised(FlatModel(backbone), tensors["initial"]))
     if kind == "clip-adapter":
         return adapted(backbone, ClipAdapter.of(tensors))
-    raise UserError(f"features of kind {kind!r} are unknown to this version of fastmerge; install a newer one")
+    raise UserError(f"this version of fastmerge does not know features of kind {kind!r}; install a newer one")

@@ -1,10 +1,10 @@
-"""Heads: from features to logits of any set of classes.
+"""Heads: from features to the logits of any set of classes.
 
-text: frozen embeddings of the class names (Radford et al. 2021; recipe of magmax's `src/heads.py`, also for one class).
+text: frozen embeddings of the class names (Radford et al. 2021), made as in magmax's `src/heads.py`; one class works too.
 linear: a linear layer that gets rows when classes arrive, as in PyCIL and P&M. Rows are trained, never merged.
-prototype: class means of the frozen starting model, normalised: the counterpart of a text head for backbones without text.
+prototype: normalised class means under the frozen starting model; replaces a text head for backbones without a text tower.
 
-Columns of the logits stand in the order of `classes`, indices into the data set's class names.
+The columns of the logits follow the order of `classes`, which are indices into the data set's class names.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ KINDS = ("text", "linear", "prototype")
 
 
 class Head(nn.Module):
-    """What the loop and the methods know of a head. All its state is in `state_dict()`, also for an ungrown head."""
+    """The interface of a head. `state_dict()` holds all its state, which also loads into a head that has not grown yet."""
 
     kind: str
-    needs_initial_features = False  # whether `observe` wants the starting model's features of every new task
+    needs_initial_features = False  # whether `observe` needs the starting model's features on every new task
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
         """features `[b, d]`, classes `[k]` int64 -> logits `[b, k]`."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def grow(self, classes: Sequence[int], generator: torch.Generator) -> None:
-        """A task with these classes begins; classes known already are left alone."""
+        """Prepare for a task with these classes; classes that are already known do not change."""
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Features `[b, d]` of the starting model with labels `[b]` (class indices)."""
+        """Take in features `[b, d]` of the starting model with labels `[b]` (class indices)."""
 
     def trainable(self) -> list[nn.Parameter]:
         return []
@@ -65,7 +65,7 @@ class TextHead(Head):
 class LinearHead(Head):
     """logits = features W^T + b over the classes known so far. Rows start at zero; weight `[known, d]`, bias `[known]`.
 
-    In a domain-incremental run all classes are known after the first task and the same rows go on training.
+    In a domain-incremental run all classes are known from the first task on, and training continues with the same rows.
     """
 
     kind = "linear"
@@ -75,7 +75,7 @@ class LinearHead(Head):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(0, feature_dim))
         self.bias = nn.Parameter(torch.zeros(0))
-        self.register_buffer("row", torch.full((n_classes,), -1))  # row of each class, -1 while it has none
+        self.register_buffer("row", torch.full((n_classes,), -1))  # row of each class, -1 if it has none
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
         rows = self.row[classes]
@@ -106,7 +106,7 @@ class LinearHead(Head):
 class PrototypeHead(Head):
     """logits = scale * cos(feature, mean of the class's normalised features under the starting model).
 
-    Sums and counts are kept, so a class that comes back in another domain refines its mean. scale: 100 as in OpenAI's CLIP.
+    It keeps sums and counts, so a class that comes back in another domain refines its mean. scale: 100 as in OpenAI's CLIP.
     """
 
     kind = "prototype"
@@ -126,7 +126,7 @@ class PrototypeHead(Head):
         return logits.masked_fill(self.count[classes] == 0, -torch.inf)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        member = F.one_hot(labels, len(self.count))  # a product, as index_add_ has no fixed order of summation on a GPU
+        member = F.one_hot(labels, len(self.count))  # not index_add_, whose order of summation varies on a GPU
         self.sum += member.T.to(self.sum.dtype) @ F.normalize(features.to(self.sum.dtype), dim=1)
         self.count += member.sum(0)
 
@@ -141,10 +141,10 @@ def build_head(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Head:
-    """A fresh head `text`, `linear` or `prototype` for these classes, on the CPU. `device`, `progress`: of `text_weights`.
+    """Build a `text`, `linear` or `prototype` head for these classes on the CPU. `device`, `progress`: see `text_weights`.
 
     Raises:
-        UserError: an unknown kind, or a text head for a backbone without text tower.
+        UserError: the kind is unknown, or a text head is asked of a backbone without a text tower.
     """
     if kind == "linear":
         return LinearHead(backbone.feature_dim, len(class_names))

@@ -1,4 +1,4 @@
-"""Where weights come from: the local cache of the Hugging Face hub, and the network only where the user allows it."""
+"""Access to the Hugging Face hub: its local cache, and the network only where the user allows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmerge.errors import UserError
 
 @contextlib.contextmanager
 def hub_access(allowed: bool) -> Iterator[None]:
-    """Within it the client of the Hugging Face hub, which transformers uses too, answers from its cache unless `allowed`."""
+    """In this context, the Hugging Face client (also used by transformers) reads only its cache, unless `allowed`."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -23,7 +23,7 @@ def hub_access(allowed: bool) -> Iterator[None]:
 
 
 def from_hub_cache(repository: str, names: tuple[str, ...]) -> Path | None:
-    """The first of `names` that the local cache of the Hugging Face hub holds; never touches the network."""
+    """Return the first of `names` in the local cache of the Hugging Face hub; never use the network."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in names:

@@ -2,8 +2,8 @@
 
     f_lin(x; theta) = f(x; theta_0) + J(x; theta_0) (theta - theta_0)
 
-One forward-mode pass gives value and product together, so a step costs about as much again as its forward; the backward
-runs through the product alone, which is linear in theta. No copy of the model is made: theta_0 is a flat vector.
+One forward-mode pass gives both the value and the product, so a step costs about one extra forward. The backward runs only
+through the product, which is linear in theta. The model is not copied: theta_0 is a flat vector.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fastmerge.models.trainable import AllWeights
 
 
 class Linearised:
-    """`features = linearised(images)`, like the backbone, at the present `flat.theta`; differentiable by it.
+    """`features = linearised(images)` at the present `flat.theta`, called like the backbone; differentiable in theta.
 
-    initial: `[n]`, theta_0; it is neither copied nor changed.
+    initial: `[n]`, theta_0; neither copied nor changed.
     """
 
     def __init__(self, flat: FlatModel, initial: Tensor):
@@ -32,7 +32,7 @@ class Linearised:
         return self.at(self.flat.as_dict(self.flat.theta - self.initial), images)
 
     def at(self, shift: dict[str, Tensor], images: Tensor) -> Tensor:
-        """The features for theta - theta_0 given as named tensors."""
+        """The features for `shift`, theta - theta_0 as named tensors."""
         module = self.flat.module
 
         def features(parameters: dict[str, Tensor]) -> Tensor:
@@ -55,18 +55,18 @@ class TangentSpace(AllWeights):
 
 
 def check_linearisable(flat: FlatModel, image_size: int) -> None:
-    """Try one product.
+    """Compute one Jacobian-vector product as a check.
 
     Raises:
-        UserError: naming the layer that has no forward-mode derivative, or that a batch's statistics flow through.
+        UserError: naming the layer that has no forward-mode derivative or that uses batch statistics.
     """
     for name, layer in flat.module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
             raise UserError(
-                f"layer {name} ({type(layer).__name__}) is in training mode: its output is no function of one image, "
+                f"layer {name} ({type(layer).__name__}) is in training mode: its output depends on the whole batch, "
                 "so the model has no tangent space. Put the model in eval mode, or train without --cmm.tangent"
             )
-    entered: list[str] = []  # and not left: the last one is where it failed
+    entered: list[str] = []  # layers not left yet; the last one failed
     hooks = []
     for name, layer in flat.module.named_modules():
         hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
