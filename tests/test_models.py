@@ -300,7 +300,7 @@ def test_text_towers_of_the_hub_fetch_nothing(monkeypatch, no_network):
 
     monkeypatch.setattr(open_clip, "create_model", offline)
     monkeypatch.setattr(open_clip, "get_tokenizer", offline)
-    with pytest.raises(UserError, match=r"roberta-base of the Hugging Face hub and cannot be made \(not in the cache"):
+    with pytest.raises(UserError, match=r"roberta-base of the Hugging Face hub, cannot be created \(not in the cache"):
         load_backbone("roberta-ViT-B-32", "none")
     encode = openclip.tokenizer("ViT-B-16-SigLIP", False)
     assert not huggingface_hub.constants.HF_HUB_OFFLINE

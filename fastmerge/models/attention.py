@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @contextlib.contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """In this context, attention has second and forward-mode derivatives. torch's fused kernels and the inference fast path of
-    nn.MultiheadAttention have none (pytorch issues 98164, 117629)."""
+    """In this context, attention has second and forward-mode derivatives. torch's fused kernels and the inference fast
+    path of nn.MultiheadAttention have none (pytorch issues 98164, 117629)."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

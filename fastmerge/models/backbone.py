@@ -17,8 +17,8 @@ from fastmerge.errors import UserError
 class Backbone(nn.Module):
     """The image tower alone. Subclasses set the family and read the class tokens.
 
-    name: the user's name for the model; family: its library. weights: their source; weights_sha256: hash of their values.
-    image_size: pixels; mean, std: normalisation. feature_dim: length of a feature; width: of a token; layers: number of blocks.
+    name: as the user gives it; family: the library. weights: their source; weights_sha256: hash of their values.
+    image_size: pixels; mean, std: normalisation. feature_dim, width: length of a feature, a token; layers: blocks.
     """
 
     family: str

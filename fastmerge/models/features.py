@@ -1,7 +1,7 @@
 """Features: the function from images to features that a method trains, evaluates and saves.
 
-A method returns its `Features` and evaluation calls them. The saved model stores `kind` and `tensors`, and `restore` rebuilds
-the function from them.
+A method returns its `Features` and evaluation calls them. The saved model stores `kind` and `tensors`, and `restore`
+rebuilds the function from them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastmerge.models.linearised import Linearised
 
 @dataclass(frozen=True)
 class Features:
-    """kind: name for `restore`. function: normalised images `[b, 3, s, s]` -> `[b, feature_dim]`. tensors: what the function
-    needs besides the backbone's weights."""
+    """kind: name for `restore`. function: normalised images `[b, 3, s, s]` -> `[b, feature_dim]`. tensors: what the
+    function needs besides the backbone's weights."""
 
     kind: str
     backbone: Backbone

@@ -1,8 +1,8 @@
 """Heads: from features to the logits of any set of classes.
 
-text: frozen embeddings of the class names (Radford et al. 2021), made as in magmax's `src/heads.py`; one class works too.
+text: frozen embeddings of the class names (Radford et al. 2021), as in magmax's `src/heads.py`; one class works too.
 linear: a linear layer that gets rows when classes arrive, as in PyCIL and P&M. Rows are trained, never merged.
-prototype: normalised class means under the frozen starting model; replaces a text head for backbones without a text tower.
+prototype: normalised class means under the frozen starting model, for backbones without a text tower.
 
 The columns of the logits follow the order of `classes`, which are indices into the data set's class names.
 """
@@ -27,7 +27,7 @@ KINDS = ("text", "linear", "prototype")
 
 
 class Head(nn.Module):
-    """The interface of a head. `state_dict()` holds all its state, which also loads into a head that has not grown yet."""
+    """The interface of a head. `state_dict()` holds all its state and also loads into a head that has not grown."""
 
     kind: str
     needs_initial_features = False  # whether `observe` needs the starting model's features on every new task
@@ -106,7 +106,7 @@ class LinearHead(Head):
 class PrototypeHead(Head):
     """logits = scale * cos(feature, mean of the class's normalised features under the starting model).
 
-    It keeps sums and counts, so a class that comes back in another domain refines its mean. scale: 100 as in OpenAI's CLIP.
+    Sums and counts are kept, so a class that returns in another domain refines its mean. scale: 100 as in OpenAI's CLIP.
     """
 
     kind = "prototype"
@@ -141,7 +141,7 @@ def build_head(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Head:
-    """Build a `text`, `linear` or `prototype` head for these classes on the CPU. `device`, `progress`: see `text_weights`.
+    """Build a `text`, `linear` or `prototype` head on the CPU. `device`, `progress`: see `text_weights`.
 
     Raises:
         UserError: the kind is unknown, or a text head is asked of a backbone without a text tower.

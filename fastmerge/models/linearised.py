@@ -2,8 +2,8 @@
 
     f_lin(x; theta) = f(x; theta_0) + J(x; theta_0) (theta - theta_0)
 
-One forward-mode pass gives both the value and the product, so a step costs about one extra forward. The backward runs only
-through the product, which is linear in theta. The model is not copied: theta_0 is a flat vector.
+One forward-mode pass gives both the value and the product, so a step costs about one extra forward. The backward runs
+only through the product, which is linear in theta. The model is not copied: theta_0 is a flat vector.
 """
 
 from __future__ import annotations

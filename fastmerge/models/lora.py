@@ -1,8 +1,8 @@
-"""LoRA (Hu et al. 2022) on chosen projections of the attention layers, as a function of the weights: W + (1 + c) B A.
+"""LoRA (Hu et al. 2022) on chosen projections of the attention layers: W becomes W + B A, in P&M W + (1 + c) B A.
 
-The model is not rebuilt: a forward puts the sums in the place of the weights (`functional_call`), so fused qkv matrices of
-timm and open_clip are served as well as separate ones, and folding the adapter in is one addition. peft cannot adapt a row
-block of a fused matrix; on separate projections the two agree (tests/test_method_pam.py).
+The model is not rebuilt: each forward uses the sums in place of the weights (`functional_call`). This works for
+separate matrices and for the fused qkv matrices of timm and open_clip; folding the adapter is one addition. peft cannot
+adapt a row block of a fused matrix; on separate projections the results agree (tests/test_method_pam.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEPARATE = {name: re.compile(rf"\b({name[0]}|{name[0]}_proj|{name})(_weight|\.we
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `first` to `first + rows` of a weight matrix with `columns` columns; place: where they lie in the flat vector."""
+    """Rows `first` to `first + rows` of a weight matrix with `columns` columns; place: offset in the flat vector."""
 
     name: str
     first: int
@@ -37,7 +37,7 @@ class Block:
 
 
 def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
-    """The weights of these projections (of `ORDER`) in all attention layers.
+    """Find the weights of `targets` (names in `ORDER`) in all attention layers.
 
     Raises:
         UserError: the model has none.
@@ -61,23 +61,23 @@ def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
 
 
 class Projections:
-    """The weights of `targets` in all attention layers as one vector `[m]`, block after block; no copy of them."""
+    """The weights of `targets` in all attention layers as one vector `[m]` of consecutive blocks. It stores no copy."""
 
     def __init__(self, flat: FlatModel, targets: Sequence[str]):
         self.flat, self.blocks = flat, find_blocks(flat, targets)
         self.sizes = [b.rows * b.columns for b in self.blocks]
 
     def gather(self, theta: Tensor) -> Tensor:
-        """These weights out of `theta` `[n]`: `[m]`, new."""
+        """Copy these weights from `theta` `[n]` into a new `[m]`."""
         return torch.cat([theta[b.place : b.place + size] for b, size in zip(self.blocks, self.sizes, strict=True)])
 
     def scatter(self, weights: Tensor, theta: Tensor) -> None:
-        """Write `weights` `[m]` to their places in `theta` `[n]`."""
+        """Write `weights` `[m]` back into `theta` `[n]`."""
         for block, part in zip(self.blocks, weights.split(self.sizes), strict=True):
             theta[block.place : block.place + len(part)] = part
 
     def named(self, weights: Tensor) -> dict[str, Tensor]:
-        """All parameters for `functional_call`, with `weights` `[m]` in the places of these; differentiable."""
+        """All parameters for `functional_call`, with the adapted ones replaced by `weights` `[m]`; differentiable."""
         named = self.flat.as_dict(self.flat.theta.detach())
         for block, part in zip(self.blocks, weights.split(self.sizes), strict=True):
             whole = named[block.name]
@@ -86,15 +86,15 @@ class Projections:
         return named
 
     def at(self, weights: Tensor, images: Tensor) -> Tensor:
-        """The features with `weights` `[m]` in place of the adapted ones."""
+        """The features with the adapted weights replaced by `weights` `[m]`."""
         return functional_call(self.flat.module, self.named(weights), (images,))
 
 
 class LowRank(Projections, Trainable):
-    """An adapter of rank r on them.
+    """An adapter of rank r on these projections.
 
-    theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]` (zero) of
-    every block. `base` `[m]`: the adapted weights at the start; they are vectors to merge.
+    theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]`
+    (zero) of every block. base: `[m]`, the adapted weights at the start.
     """
 
     def __init__(self, flat: FlatModel, rank: int, targets: Sequence[str], generator: torch.Generator):
@@ -109,7 +109,7 @@ class LowRank(Projections, Trainable):
         self.base = self.gather(flat.theta.detach())
 
     def shift(self) -> Tensor:
-        """B A of every block, `[m]`; differentiable by `theta`."""
+        """B A of every block, `[m]`; differentiable with respect to `theta`."""
         sizes = [size for b in self.blocks for size in (self.rank * b.columns, b.rows * self.rank)]
         pieces = self.theta.split(sizes)
         products = [

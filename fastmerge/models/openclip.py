@@ -1,5 +1,5 @@
-"""open_clip models: any name and tag, a local checkpoint, or random weights. The image tower becomes the backbone, the text
-tower only serves to make the frozen head."""
+"""open_clip models: any name and tag, a local checkpoint, or random weights. The image tower becomes the backbone; the
+text tower only makes the frozen head."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class OpenClipBackbone(Backbone):
             self.width = visual.class_embedding.shape[-1]
         elif (
             reads_class_token(trunk := getattr(visual, "trunk", None)) and trunk is not None
-        ):  # timm inside, such as EVA
+        ):  # a timm trunk, such as EVA
             self.has_class_token, self.layers, self.width = True, len(trunk.blocks), trunk.embed_dim
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.tower(images)
-        return features[0] if isinstance(features, tuple) else features  # CoCa towers also give their tokens
+        return features[0] if isinstance(features, tuple) else features  # CoCa towers also return their tokens
 
     def _class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         out = self.tower.forward_intermediates(images, output_fmt="NLC", output_extra_tokens=True)
@@ -54,7 +54,7 @@ class OpenClipBackbone(Backbone):
 class TextEncoder:
     """The text tower of a CLIP model. `logit_scale`: exp of the learned scale (100 for OpenAI's models).
 
-    It takes `clip` over: the image tower leaves it, so that the two towers can be on different devices.
+    It takes over `clip` and deletes its image tower, so that the two towers can be on different devices.
     """
 
     def __init__(self, clip: Any, tokenize: Callable[[Sequence[str]], Tensor]):
@@ -89,7 +89,7 @@ class TextEncoder:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without open_clip's log: it says "No pretrained weights loaded" of a model whose weights we load afterwards."""
+    """Silence warnings: open_clip reports "No pretrained weights loaded" before fastmerge loads the weights itself."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -99,33 +99,33 @@ def quiet() -> Iterator[None]:
 
 
 def create(name: str, download: bool) -> Any:
-    """The model with random weights.
+    """Create the model with random weights.
 
     Raises:
-        UserError: its text tower is a Hugging Face model whose configuration, or the package for it, is not here.
+        UserError: its text tower is a Hugging Face model whose configuration or package is missing.
     """
     source = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")
     try:
         with quiet(), hub_access(download):
-            # without pretrained_text=False a Hugging Face text tower would fetch weights of its own
+            # pretrained_text=False keeps a Hugging Face text tower from downloading its weights
             return open_clip.create_model(name, load_weights=False, pretrained_text=False)
     except (ImportError, OSError, RuntimeError) as error:
         if source is None:
             raise
         raise UserError(
-            f"model {name}: its text tower is {source} of the Hugging Face hub and cannot be made ({first_line(error)}). "
+            f"model {name}: its text tower, {source} of the Hugging Face hub, cannot be created ({first_line(error)}). "
             "Install the package transformers, and allow the download of its configuration with --download"
         ) from None
 
 
 def tokenizer(name: str, download: bool) -> Callable[[Sequence[str]], Tensor]:
-    """The model's tokenizer. One that is not here is an error only when a prompt is to be encoded: the image tower and
-    the heads without text do not need it."""
+    """The model's tokenizer. A missing one raises only when a prompt is encoded, because the image tower and the
+    other heads do not need it."""
     try:
         with quiet(), hub_access(download):
             return open_clip.get_tokenizer(name)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "a file of its own")
+        source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "its own file")
         message = (
             f"model {name}: its tokenizer ({source}) is not here ({first_line(error)}). Install the package transformers "
             "and allow the download with --download, or use --head prototype or --head linear"
@@ -138,10 +138,10 @@ def tokenizer(name: str, download: bool) -> Callable[[Sequence[str]], Tensor]:
 
 
 def find_weights(name: str, tag: str, download: bool) -> Path:
-    """The file with the weights `tag` of `name`; fetched only with `download`.
+    """Find the file with the weights `tag` of `name`; download it only with `download`.
 
     Raises:
-        UserError: unknown tag, QuickGELU mismatch (both before anything is fetched), file not here, download failed.
+        UserError: unknown tag or QuickGELU mismatch (both before any download), missing file, or failed download.
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     config = open_clip.get_pretrained_cfg(name, tag)
@@ -155,13 +155,13 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
         other = f"{name}-quickgelu" if wants else name.removesuffix("-quickgelu")
         raise UserError(
             f"--model {name} --pretrained {tag}: these weights were trained with {'QuickGELU' if wants else 'GELU'} and the "
-            f"model uses {'QuickGELU' if has else 'GELU'}, which costs several points without any other sign. "
+            f"model uses {'QuickGELU' if has else 'GELU'}, which silently costs several points of accuracy. "
             f"Use --model {other}"
         )
     looked = []
     if hub := config.get("hf_hub", ""):
         repository, _, file = hub.rpartition("/")
-        # open_clip fetches the safetensors file of the same name where there is one
+        # open_clip prefers a safetensors file of the same name
         names = (str(Path(file).with_suffix(".safetensors")), file) if file else WEIGHT_FILES
         if found := from_hub_cache(repository, names):
             return found
@@ -175,7 +175,7 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
         raise missing_weights(name, tag, looked)
     try:
         return Path(open_clip.download_pretrained(config))
-    except Exception as error:  # the hub, urllib and the socket each raise their own kinds
+    except Exception as error:  # the hub, urllib and sockets raise unrelated types
         raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
 
 
@@ -194,7 +194,7 @@ def load_file(clip: nn.Module, path: Path) -> None:
             state = torch.jit.load(str(path), map_location="cpu").state_dict()
             extra = ("input_resolution", "context_length", "vocab_size")
             clip.load_state_dict({k: v.float() for k, v in state.items() if k not in extra})
-    except Exception as error:  # unpickling, safetensors and key errors have nothing in common
+    except Exception as error:  # unpickling, safetensors and key errors share no base class
         raise UserError(
             f"--pretrained {path}: cannot be loaded into this model ({first_line(error)}); expected its state dict"
         ) from None
@@ -210,7 +210,7 @@ def load_tiny(pretrained: str) -> tuple[Backbone, TextEncoder]:
         clip, weights = tiny.create_tiny(), f"file {pretrained}"
         load_file(clip, Path(pretrained))
     else:
-        raise UserError(f"--pretrained {pretrained}: the tiny model has the tag glyphs; or give a file, or none")
+        raise UserError(f"--pretrained {pretrained}: the tiny model takes the tag glyphs, a file, or none")
     dim: Any = tiny.CONFIG["embed_dim"]
     about: dict[str, Any] = {"image_size": tiny.IMAGE_SIZE, "mean": tiny.IMAGE_MEAN, "std": tiny.IMAGE_STD}
     backbone = OpenClipBackbone("tiny", clip.visual, weights=weights, feature_dim=dim, **about)

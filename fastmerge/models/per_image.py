@@ -1,8 +1,8 @@
-"""Per-image squared gradients of linear maps' weights in one backward pass of a whole batch.
+"""Per-image squared gradients of the weights of linear maps, in one backward pass over a batch.
 
-For y = x W^T with tokens t the gradient of image i's loss by W is sum_t dy_it x_it^T: one batched product of what the
-backward pass has at hand anyway (Goodfellow 2015, arXiv 1510.01799). `vmap` of `grad` gives the same numbers, but runs
-attention unfused, and makes whole fused matrices of gradients, image by image, where only some rows are wanted.
+For y = x W^T with tokens t, the gradient of image i's loss with respect to W is sum_t dy_it x_it^T: one batched product
+of tensors that the backward pass already has (Goodfellow 2015, arXiv 1510.01799). `vmap` of `grad` gives the same numbers,
+but it runs attention unfused and computes whole gradients of fused matrices where only some rows are needed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.overrides import TorchFunctionMode
 
 from fastmerge.models.lora import Block
 
-ROOM = 1 << 28  # bytes of per-image gradients held at once
+ROOM = 1 << 28  # bytes of per-image gradients in memory at once
 ATTENTION = inspect.signature(F.multi_head_attention_forward)
-# what attention of an image tower leaves alone; anything else is left to vmap
+# arguments that an image tower does not set; if one is set, vmap is used instead
 UNUSED = "bias_k bias_v add_zero_attn dropout_p key_padding_mask need_weights attn_mask is_causal".split()
 
 
 def flat(values) -> Iterator:
-    """`values` and what lists and tuples among them hold."""
+    """Yield `values`, and the items of lists and tuples among them."""
     for value in values:
         yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 class Linear(torch.autograd.Function):
-    """F.linear of x `[b, t, d]` whose backward adds the squares for `parts`: (first row, rows, where to add `[rows, d]`)."""
+    """F.linear of x `[b, t, d]`. Its backward adds the squares to `parts`: (first row, rows, sum `[rows, d]`) each."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, parts) -> Tensor:
@@ -52,10 +52,10 @@ class Linear(torch.autograd.Function):
 
 
 class SquaredGradients(TorchFunctionMode):
-    """Within it a forward through `named` (`functional_call`) is one whose backward adds up the squares of `blocks`.
+    """In this mode, the backward of a forward through `named` (`functional_call`) adds up squares for `blocks`.
 
-    out `[m]` fp32: the blocks one after the other; the sum over the images of the squared gradients is added. seen: per
-    weight and use, the leading dimension of what a linear map was given, 0 for a use of another kind.
+    out: `[m]` fp32, the blocks in sequence; the squared gradients, summed over the images, are added to it. seen: for
+    each use of a weight, the leading dimension of the linear map's input, or 0 if the use is not a linear map.
     """
 
     def __init__(self, named: dict[str, Tensor], blocks: Sequence[Block], out: Tensor):
@@ -80,13 +80,13 @@ class SquaredGradients(TorchFunctionMode):
             if plain and id(given["in_proj_weight"]) in self.names:
                 return self.attention(**given), None
         result = function(*args, **kwargs)
-        if any(isinstance(x, Tensor) for x in flat([result])):  # not a shape or a dtype
+        if any(isinstance(x, Tensor) for x in flat([result])):  # ignore reads of a shape or a dtype
             for name in {self.names.get(id(x)) for x in flat([*args, *kwargs.values()])} - {None}:
                 self.seen[name].append(0)
         return result
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of the sum of the images' losses; no other gradient is computed or kept."""
+        """Run the backward pass of `loss`, summed over the images; no other gradient is computed or kept."""
         torch.autograd.grad(loss, self.weights, allow_unused=True)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ class SquaredGradients(TorchFunctionMode):
     def attention(
         self, query, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, **rest
     ) -> Tensor:
-        """Self-attention of nn.MultiheadAttention, whose tokens come first: `[t, b, d]`."""
+        """Self-attention of nn.MultiheadAttention; query `[t, b, d]`, tokens first."""
         q, k, v = (
             self.linear(query.transpose(0, 1), in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, -1)).unbind(2)
         )
@@ -110,7 +110,7 @@ class SquaredGradients(TorchFunctionMode):
 
 @torch.no_grad()
 def served(module: nn.Module, named: dict[str, Tensor], blocks: Sequence[Block], image: Tensor) -> bool:
-    """Whether every weight is used by one linear map whose input has one leading entry per image; image `[1, 3, s, s]`."""
+    """Whether every weight is used once, in a linear map with images as dimension 0; image `[1, 3, s, s]`."""
     mode = SquaredGradients(named, blocks, image.new_zeros(sum(b.rows * b.columns for b in blocks)))
     with mode:
         functional_call(module, named, (image,))

@@ -1,4 +1,4 @@
-"""The model that a run ends with, as a file and back.
+"""Save and load the final model of a run.
 
 features, head, recipe = load_model("runs/glyphs-cil5-tiny/trm-seed0/model.safetensors")
 logits = head(features(images), torch.arange(len(recipe["class_names"])))
@@ -20,16 +20,16 @@ from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
 
 
 def model_tensors(backbone: Backbone, head: Head, features: Features) -> dict[str, Tensor]:
-    """What `model.safetensors` holds, by name: the whole backbone, the head, and what the method's features need besides."""
+    """The contents of `model.safetensors` by name: backbone, head, and the extra tensors of the method's features."""
     return joined(backbone=backbone.state_dict(), head=head.state_dict(), features=features.tensors)
 
 
 def load_model(path: str | Path) -> tuple[Features, Head, dict[str, Any]]:
-    """(features, head, recipe) of a finished run, on the CPU, in eval mode: the function that the run evaluated.
+    """Load (features, head, recipe) of a finished run on the CPU in eval mode: the function that the run evaluated.
 
-    recipe says how the model was made: method, seed, config, class_names, head, features, final_accuracy. `features.backbone`
-    has the `image_size` of the images that `features` takes, normalised with its `mean` and `std`. The head gives a column
-    per class index asked for.
+    recipe says how the model was made: method, seed, config, class_names, head, features, final_accuracy. `features`
+    takes images of `features.backbone.image_size`, normalised with the backbone's `mean` and `std`. The head returns
+    one column per requested class index.
 
     Raises:
         UserError: the file is missing, or is not the model of a finished run.

@@ -1,4 +1,4 @@
-"""Text embeddings of class names, the weight of a text head, cached in the user's cache folder."""
+"""Text embeddings of class names (the weight of a text head), stored in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def text_weights(
 ) -> Tensor:
     """`[classes, d]` fp32 on the CPU: every template encoded and normalised, averaged per class, normalised again.
 
-    Kept in the user's cache folder under a hash of `key`, names and templates; a folder that cannot be used is no error.
-    `device` does the encoding (the result agrees to rounding); `progress(done, prompts)` is called after every batch.
+    Stored in the user's cache folder under a hash of `key`, names and templates; an unusable folder is not an error.
+    Encoding runs on `device` (results agree up to rounding); `progress(done, prompts)` is called after every batch.
     """
     about = json.dumps([key, list(class_names), list(templates)])
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -41,7 +41,7 @@ def text_weights(
     try:
         return load_file(path)["weight"]
     except (OSError, SafetensorError, KeyError):
-        pass  # not there yet, or damaged: made anew
+        pass  # missing or damaged: computed below
     prompts = [template.format(name) for name in class_names for template in templates]
     rows = encoder.encode(prompts, device=device, progress=progress).view(len(class_names), len(templates), -1)
     weight = F.normalize(rows.mean(1), dim=1)
@@ -52,5 +52,5 @@ def text_weights(
             save_file({"weight": weight.contiguous()}, temporary)
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)  # there only after a failure, such as a full disk
+            temporary.unlink(missing_ok=True)  # exists only after a failure, such as a full disk
     return weight

@@ -19,8 +19,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def reads_class_token(model: nn.Module | None) -> bool:
-    """Whether `forward_intermediates` gives a class token after every block: ViT, DeiT, EVA, BEiT, ... with one. In CaiT,
-    for instance, the class token enters only after the blocks."""
+    """Whether `forward_intermediates` returns a class token after every block (ViT, DeiT, EVA, BEiT, ... with one). In
+    CaiT, for instance, the class token enters only after the blocks."""
     read = getattr(model, "forward_intermediates", None)
     token = getattr(model, "cls_token", None) is not None and hasattr(model, "blocks")
     return token and read is not None and "return_prefix_tokens" in inspect.signature(read).parameters
@@ -48,11 +48,11 @@ class TimmBackbone(Backbone):
 
 
 def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str, list[str]]:
-    """(file with the weights, tag, where it was looked for); tag `default` is timm's own choice. No file: timm may fetch
-    it itself (`download`).
+    """Return (weight file, tag, places searched); tag `default` is timm's own choice. The file is None if timm has to
+    download it (`download`).
 
     Raises:
-        UserError: unknown tag, or the weights are not here and may not be fetched.
+        UserError: unknown tag, or the weights are missing and `download` is False.
     """
     tags = [n.removeprefix(name + ".") for n in timm.list_pretrained(f"{name}.*")]
     config = (
@@ -79,25 +79,25 @@ def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str,
 
 
 def load_file(model: nn.Module, path: Path) -> None:
-    """Load a local checkpoint; the classifier in it is left out.
+    """Load a local checkpoint without its classifier.
 
     Raises:
-        UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack any tensor.)
+        UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack tensors.)
     """
-    # e.g. resizes position embeddings
+    # for example, it resizes position embeddings
     mend = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=mend)
         if result is not None and result.missing_keys:
             raise KeyError(f"it lacks {len(result.missing_keys)} tensors, such as {result.missing_keys[0]}")
-    except Exception as error:  # unpickling, safetensors and key errors have nothing in common
+    except Exception as error:  # unpickling, safetensors and key errors share no base class
         raise UserError(
             f"--pretrained {path}: cannot be loaded into this model ({first_line(error)}); expected its state dict"
         ) from None
 
 
 def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbone, None]:
-    """A timm model by name (see `timm.list_models()`), without text tower."""
+    """A timm model by name (see `timm.list_models()`), without a text tower."""
     if pretrained == "none" or Path(pretrained).is_file():
         model, weights = timm.create_model(name, num_classes=0), "random weights"
         if pretrained != "none":
@@ -108,7 +108,7 @@ def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbon
     overlay = None if path is None else {"file": str(path)}
     try:
         model = timm.create_model(f"{name}.{tag}", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # the hub, urllib, the socket and the file formats each raise their own kinds
+    except Exception as error:  # the hub, urllib, sockets and file formats raise unrelated types
         if path is None:
             raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
         raise UserError(f"weights {tag!r} of model {name}: {path} cannot be read ({first_line(error)})") from None

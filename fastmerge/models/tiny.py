@@ -1,7 +1,7 @@
-"""The embedded backbone: a tiny CLIP of open_clip's own classes with a byte-level tokenizer, 32 x 32 pixels, patch 8.
+"""The embedded backbone: a tiny CLIP (open_clip classes) with a byte-level tokenizer, 32 x 32 pixels, patch 8.
 
 Pre-trained by scripts/pretrain_tiny.py on characters that are not classes of the default `glyphs` run; the weights are
-part of the package. Real images can be given to it too, but it knows only characters.
+part of the package. It accepts real images too, but knows only characters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IMAGE_SIZE = 32
 IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.3, 0.3, 0.3)
 CONTEXT = 77
-START, END = 256, 257  # END is the largest token: open_clip pools the text where argmax finds it
+START, END = 256, 257  # END is the largest token: open_clip pools the text at the argmax
 CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
@@ -30,7 +30,7 @@ CONFIG = {
 def tokenize(texts: Sequence[str]) -> Tensor:
     """Int64 [n, 77]: START, the bytes of the text in UTF-8, END, zeros.
 
-    As in open_clip's tokenizer a text that is too long is cut, here after 75 bytes, and END stays.
+    As in open_clip's tokenizer, a long text is cut (here after 75 bytes) and END is kept.
     """
     tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
     for row, text in zip(tokens, texts, strict=True):
@@ -46,7 +46,7 @@ def create_tiny() -> open_clip.CLIP:
 
 def load_tiny(path: str | Path = WEIGHTS) -> open_clip.CLIP:
     """The pre-trained model: CPU, fp32, eval mode. `path`: a state dict of `create_tiny()` in any float type."""
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the generator as it was
+    with torch.random.fork_rng(devices=[]):  # random weights are overwritten, so leave the generator as it was
         model = create_tiny()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return model.eval()

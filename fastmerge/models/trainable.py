@@ -1,7 +1,7 @@
 """What a training phase trains: one flat parameter, and the features that depend on it.
 
-`AllWeights` is the backbone's own vector, `LowRank` (models/lora.py) an adapter of its projections, `Beside` any small module
-behind a frozen backbone. Optimiser and schedule are the method's choice (`training.Train`).
+`AllWeights` trains the backbone's own vector, `LowRank` (models/lora.py) an adapter of its projections, and `Beside` a
+small module behind a frozen backbone. The method chooses the optimiser and the schedule (`training.Train`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Trainable(ABC):
         """Normalised images `[b, 3, s, s]` -> `[b, feature_dim]`, differentiable with respect to `theta`."""
 
     def fold(self) -> None:
-        """End of training: write what was learned into the learner's model, where it belongs there."""
+        """End of training: write the result into the learner's model where needed."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint inside the phase needs besides the learner and the method."""
+        """Tensors that a checkpoint inside the phase needs besides the learner and the method."""
         return {}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -37,7 +37,7 @@ class Trainable(ABC):
 
 
 class AllWeights(Trainable):
-    """All weights of the backbone; `[m]` below is `[n]`. base: the weights that `shift` is measured from."""
+    """All weights of the backbone, so m = n. base: the weights that `shift` starts from."""
 
     base: Tensor
 
@@ -60,7 +60,7 @@ class AllWeights(Trainable):
         return self.flat.as_dict(weights)
 
     def at(self, weights: Tensor, images: Tensor) -> Tensor:
-        """The features with `weights` `[m]` in place of the adapted ones."""
+        """The features with the adapted weights replaced by `weights` `[m]`."""
         return functional_call(self.flat.module, self.named(weights), (images,))
 
 
