@@ -1,10 +1,10 @@
-"""CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544) trained task after task: a small module beside a frozen backbone.
+"""CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544) trained on the tasks in sequence, behind a frozen backbone.
 
     python -m fastmerge --method clip-adapter --clip-adapter.ratio 0.2
 
-The adapter of section 3.2 (visual branch; models/adapter.py) is trained by cross-entropy over the task's own classes against
-the frozen head, Adam with cosine annealing, one adapter for all tasks. As in the released code there is no text adapter. The
-last ReLU makes the learned part non-negative. The released code takes its optimiser from a configuration that is not in its
+The adapter of section 3.2 (visual branch; models/adapter.py) is trained by cross-entropy over the task's own classes, with
+Adam and cosine annealing. All tasks share one adapter. As in the released code there is no text adapter. The last ReLU
+makes the learned part non-negative. The released code reads its optimiser from a configuration that is not in its
 repository; the learning rate is the paper's.
 """
 

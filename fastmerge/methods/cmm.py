@@ -3,16 +3,16 @@
     python -m fastmerge --method cmm --cmm.lam 0.4
     python -m fastmerge --method cmm --cmm.no-tangent --cmm.align-epochs 0      # merging alone, a row of Table 4
 
-1. task t trains theta in f_lin(x; theta) = f(x; theta_0) + J(x; theta_0)(theta - theta_0) from the previous merged weights;
-   theta_0 are the starting weights for every task (Algorithm 1 and eq. 2).
+1. Task t starts from the previous merged weights and trains theta in f_lin(x; theta) = f(x; theta_0) +
+   J(x; theta_0)(theta - theta_0), where theta_0 is the starting weights for every task (Algorithm 1 and eq. 2).
 2. theta <- (lam F_t theta_t + (1 - lam) F theta) / F', F <- F' = lam F_t + (1 - lam) F (eq. 4, Algorithm 1), F_t = the second
-   moment of AdamW at the end of the task. Where both Fishers are 0: plain interpolation. The first task is not merged.
-3. the last projection alone is trained on task t so that the features of the merged model match those of the previous one.
+   moment of AdamW at the end of the task. Where both Fishers are 0, it interpolates plainly. The first task is not merged.
+3. Only the last projection is trained on task t, to match the features of the merged model to those of the previous one.
 
-Against the released code: the second moment is bias-corrected (`--cmm.fisher adam-raw` is as released; its scale then grows
-with the steps of a task), 0 / 0 is defined, theta_0 is never touched (there it is "interpolated with itself"), and only the
-projection needs a gradient in step 3. As there, F is not changed by step 3, AdamW starts afresh with every task, and its
-gradients are those after clipping.
+Unlike in the released code, the second moment is bias-corrected (`--cmm.fisher adam-raw` is as released; its scale then
+grows with the steps of a task), 0 / 0 is defined, theta_0 is never touched (the code "interpolates it with itself"), and
+only the projection needs a gradient in step 3. As in the released code, step 3 does not change F, AdamW restarts with every
+task, and its gradients are clipped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, o
 class CMM(Method):
     """It keeps the Fisher of the merged model, and theta_0 for the tangent space: constant memory.
 
-    During a task: `previous`, the merged model of the tasks before, and, between the two phases, `fisher_t`.
+    During a task: `previous`, the merged model of the previous tasks, and, between the two phases, `fisher_t`.
     """
 
     groups = ("cmm",)
@@ -52,7 +52,7 @@ class CMM(Method):
             check_linearisable(learner.flat, learner.backbone.image_size)
             self.initial = learner.theta.clone()
             self.tangent = Linearised(learner.flat, self.initial)
-        self.fisher: Tensor | None = None  # F of the tasks before
+        self.fisher: Tensor | None = None  # F of the previous tasks
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
@@ -69,7 +69,7 @@ class CMM(Method):
         return {"linearised": self.trained_as()}
 
     def trained_as(self) -> Features:
-        """The function that is trained."""
+        """The features that training optimises."""
         return super().features() if self.tangent is None else linearised(self.learner.backbone, self.tangent)
 
     def begin(self, task: Task) -> Tensors:
@@ -92,7 +92,7 @@ class CMM(Method):
 
 
 class TrainWithFisher(Train):
-    """Step 1, and F_t from the optimiser, which ends here, so its second moment is taken over and not copied."""
+    """Step 1. F_t is the optimiser's second moment; the optimiser ends here, so F_t is moved, not copied."""
 
     def __init__(self, method: CMM, task: Task, images: TaskImages, during: Tensors):
         trainable = TangentSpace(method.learner.flat, method.tangent) if method.tangent else None
@@ -113,7 +113,7 @@ class TrainWithFisher(Train):
 
 
 class MergeAndAlign(Phase):
-    """Steps 2 and 3: the merge before the first step, then the projection, step by step."""
+    """Steps 2 and 3: the merge, before the first step, then the training of the projection."""
 
     name = "merge"
     batches: Batches
@@ -139,14 +139,14 @@ class MergeAndAlign(Phase):
         method, theta, lam = self.method, self.learner.theta, self.settings.lam
         if self.settings.merge == "fisher":
             fisher_t = self.during.pop("fisher_t")
-            if method.fisher is not None:  # theta_t and F_t are overwritten in place, they become theta and F'
+            if method.fisher is not None:  # in place: theta_t and F_t become theta and F'
                 fk.fisher_merge_(theta, fisher_t, self.during["previous"], method.fisher, 1 - lam)
             method.fisher = fisher_t
         elif self.settings.merge == "average" and self.task.index:
             fk.lerp(self.during["previous"], theta, lam, out=theta)
 
     def features(self, theta: Tensor, images: Tensor, projection: Mapping[str, Tensor] | None = None) -> Tensor:
-        """At `theta` `[n]`, as the model is trained; `projection` takes the place of its entries there."""
+        """The trained function's features at `theta` `[n]`, with the entries of `projection` replaced."""
         method, flat = self.method, self.learner.flat
         if method.initial is None or method.tangent is None:
             return functional_call(flat.module, {**flat.as_dict(theta), **(projection or {})}, (images,))
@@ -179,4 +179,4 @@ class MergeAndAlign(Phase):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         load_optimiser(self.optimiser, tensors)
-        self.merged = True  # before the first step
+        self.merged = True  # the merge comes before the first step

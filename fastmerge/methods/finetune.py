@@ -1,9 +1,10 @@
-"""The two bounds that train and never merge.
+"""Lower and upper bound: training without merging.
 
     python -m fastmerge --method finetune joint
 
 finetune: task t starts from task t-1's weights; plain sequential fine-tuning, the lower bound.
-joint: one task with the images of all, for as many epochs; the upper bound, which no continual learner has the data for.
+joint: one task with the images of all tasks, for the same number of epochs; the upper bound. No continual learner has
+this data.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Joint(Method):
 
 
 class Finetune(Method):
-    """It shares its training with the post-hoc rules that train without regard to merging."""
+    """It shares its training with the post-hoc rules whose training does not depend on merging."""
 
     def __init__(self, learner: Learner, trajectory: Trajectory):
         super().__init__(learner)

@@ -1,10 +1,10 @@
-"""LwF, Learning without Forgetting (Li & Hoiem 2017): on the new images, keep the old model's predictions of old classes.
+"""LwF, Learning without Forgetting (Li & Hoiem 2017): on new images, keep the old model's predictions for old classes.
 
     python -m fastmerge --method lwf --lwf.lam 1 --lwf.temperature 2
 
 Loss: cross-entropy over the task's classes + lam * cross-entropy between the predictions of theta_{t-1} (teacher) and of the
 model over all classes learned before, both softened by the temperature. As in the paper there is no factor T^2. The teacher
-sees the same augmented images, with the head as it was when the task began.
+sees the same augmented images and uses the head from the start of the task.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastmerge.training import Learner, Phase, Train
 
 
 class LwF(Method):
-    """It keeps which classes it knows. During a task: `teacher`, theta_{t-1}, and `teacher_head.*`, its head."""
+    """It keeps the known classes. During a task: `teacher`, theta_{t-1}, and `teacher_head.*`, its head."""
 
     groups = ("lwf",)
 
     def __init__(self, learner: Learner):
         super().__init__(learner)
         self.settings = learner.config.lwf
-        self.known = torch.zeros(0, dtype=torch.int64)  # classes of the tasks before
+        self.known = torch.zeros(0, dtype=torch.int64)  # classes of the previous tasks
 
     def begin(self, task: Task) -> Tensors:
         if not len(self.known):

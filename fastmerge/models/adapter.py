@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class ClipAdapter(nn.Module):
     """f -> ratio * relu(W2 relu(W1 f)) + (1 - ratio) f, no biases (section 3.2, visual branch).
 
-    reduce: W1 `[hidden, d]`, restore: W2 `[d, hidden]`, ratio: 0-d; all fp32. Weights are initialised as in `nn.Linear`.
+    reduce: W1 `[hidden, d]`, restore: W2 `[d, hidden]`, ratio: 0-d; all fp32. Weights start as in `nn.Linear`.
     """
 
     ratio: Tensor

@@ -1,8 +1,8 @@
 """Per-image squared gradients of the weights of linear maps, in one backward pass over a batch.
 
 For y = x W^T with tokens t, the gradient of image i's loss with respect to W is sum_t dy_it x_it^T: one batched product
-of tensors that the backward pass already has (Goodfellow 2015, arXiv 1510.01799). `vmap` of `grad` gives the same numbers,
-but it runs attention unfused and computes whole gradients of fused matrices where only some rows are needed.
+of tensors that the backward pass already has (Goodfellow 2015, arXiv 1510.01799). `vmap` of `grad` gives the same
+numbers, but it runs attention unfused and computes whole gradients of fused matrices where only some rows are needed.
 """
 
 from __future__ import annotations
