@@ -2,9 +2,9 @@
 
     python -m fastmerge --method clip-adapter --clip-adapter.ratio 0.2
 
-The adapter of section 3.2 (visual branch; models/adapter.py) is trained by cross-entropy over the task's own classes, with
-Adam and cosine annealing. All tasks share one adapter. As in the released code there is no text adapter. The last ReLU
-makes the learned part non-negative. The released code reads its optimiser from a configuration that is not in its
+The adapter of section 3.2 (visual branch; models/adapter.py) is trained by cross-entropy over the task's own classes,
+with Adam and cosine annealing. All tasks share one adapter. As in the released code there is no text adapter. The last
+ReLU makes the learned part non-negative. The released code reads its optimiser from a configuration that is not in its
 repository; the learning rate is the paper's.
 """
 

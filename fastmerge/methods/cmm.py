@@ -6,13 +6,13 @@
 1. Task t starts from the previous merged weights and trains theta in f_lin(x; theta) = f(x; theta_0) +
    J(x; theta_0)(theta - theta_0), where theta_0 is the starting weights for every task (Algorithm 1 and eq. 2).
 2. theta <- (lam F_t theta_t + (1 - lam) F theta) / F', F <- F' = lam F_t + (1 - lam) F (eq. 4, Algorithm 1), F_t = the second
-   moment of AdamW at the end of the task. Where both Fishers are 0, it interpolates plainly. The first task is not merged.
-3. Only the last projection is trained on task t, to match the features of the merged model to those of the previous one.
+   moment of AdamW at the end of the task. Where both Fishers are 0: plain interpolation. No merge after task 1.
+3. Only the last projection is trained on task t, so that the merged model's features match those of the previous one.
 
-Unlike in the released code, the second moment is bias-corrected (`--cmm.fisher adam-raw` is as released; its scale then
-grows with the steps of a task), 0 / 0 is defined, theta_0 is never touched (the code "interpolates it with itself"), and
-only the projection needs a gradient in step 3. As in the released code, step 3 does not change F, AdamW restarts with every
-task, and its gradients are clipped.
+Unlike in the released code, the second moment is bias-corrected (`--cmm.fisher adam-raw` is as released; its scale
+grows with the steps of a task), 0 / 0 is defined, theta_0 is never touched (released: "interpolated with itself"), and
+only the projection needs a gradient in step 3. As in the released code, step 3 does not change F, AdamW restarts with
+every task, and its gradients are clipped.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python -m fastmerge --method ewc --ewc.lam 1000
 
-Loss: cross-entropy + lam / 2 sum_i F_i (theta_i - theta_{t-1,i})^2. F is the sum of the diagonal Fishers of all tasks so
-far, each at its own solution; the only anchor is the last solution (Huszar 2018). `--ewc.decay` below 1 gives online EWC
-(Schwarz et al. 2018). The first paper anchors each task's Fisher at that task's solution. F is computed per image by default
-(`fastmerge.fisher_pass`). MagMax's code squares a running sum of gradients, so its lam of 1e6 has another scale. The rows
-of a linear head are not penalised.
+Loss: cross-entropy + lam / 2 sum_i F_i (theta_i - theta_{t-1,i})^2. F is the sum of the diagonal Fishers of all tasks
+so far, each at its own solution; the only anchor is the last solution (Huszar 2018). `--ewc.decay` below 1 gives online
+EWC (Schwarz et al. 2018). The first paper anchors each task's Fisher at that task's solution. F is per image by default
+(`fastmerge.fisher_pass`). MagMax's code squares a running sum of gradients, so its lam of 1e6 has another scale. The
+rows of a linear head are not penalised.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What every method is. A method acts on the `Learner`, which owns the model and the head, and states its own facts.
+"""The base class of methods. A method acts on the `Learner`, which owns the model and the head.
 
-For every task the loop calls `begin`, works through the phases that `train` and `merge` return, and evaluates `features()`.
-Tensors that live for one task only (theta_{t-1} as an anchor, say) are in a dict: `begin` makes it, phases read and change
-it, the loop saves it and lets it go when the task ends.
+For every task the loop calls `begin`, runs the phases that `train` and `merge` return, and evaluates `features()`.
+Tensors that are needed for one task only (such as theta_{t-1} as an anchor) are kept in a dict: `begin` creates it,
+phases read and change it, and the loop saves it and clears it after the last phase.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Tensors = dict[str, Tensor]
 
 
 class Method(ABC):
-    """Facts (class attributes):
+    """Class attributes:
 
     groups: groups of settings that the method reads, its own first. head: the kind of head it needs, None for any. lora:
-    whether `--lora-rank` may be used. frozen: whether the backbone stays as it is. trains: whether it has a training phase.
-    joint: whether all tasks are joined into one.
+    whether `--lora-rank` may be used. frozen: whether the backbone never changes. trains: whether it has a training
+    phase. joint: whether all tasks are joined into one.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
@@ -46,38 +46,38 @@ class Method(ABC):
 
     @classmethod
     def build(cls, learner: Learner, trajectory: Trajectory, protocol: str | None) -> Method:
-        """The method of one run; trajectory: the un-merged training of its seed, protocol: one of `protocols`."""
+        """Create the method of a run. trajectory: un-merged training of its seed; protocol: one of `protocols`."""
         return cls(learner)
 
     @classmethod
     def protocols(cls, config: Config) -> tuple[str | None, ...]:
-        """One run is made for each; None where `--protocol` does not apply."""
+        """The protocols, one run for each; None where `--protocol` does not apply."""
         return (None,)
 
     @classmethod
     def trajectory(cls, config: Config, protocol: str | None) -> str | None:
-        """The un-merged training it can share: 'sequential', 'independent', or None where training depends on a merge."""
+        """The un-merged training that it shares with other methods: 'sequential', 'independent', or None."""
         return None
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
-        """How often the merging phase goes through a task's images; for the time left."""
+        """Epochs of the merging phase, used to estimate the time left."""
         return 0
 
     def begin(self, task: Task) -> Tensors:
-        """Put the model where the training of `task` starts; returns the tensors that live until the task ends."""
+        """Set the model to where training on `task` starts; return the tensors that are needed during the task."""
         return {}
 
     @abstractmethod
     def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase | None:
-        """The training phase, None where nothing is trained. during: from `begin`."""
+        """Return the training phase, or None if nothing is trained. during: the dict from `begin`."""
 
     def merge(self, task: Task, images: TaskImages, during: Tensors) -> Phase | None:
-        """The merging phase after it, None where there is none. A rule without steps merges in `finish()`."""
+        """Return the merging phase, or None if there is none. A rule without steps merges in `finish()`."""
         return None
 
     def features(self) -> Features:
-        """What is evaluated after a task, and saved at the end."""
+        """The features that are evaluated after a task and saved at the end."""
         return plain(self.learner.backbone)
 
     def also_evaluated(self) -> dict[str, Features]:
@@ -85,8 +85,8 @@ class Method(ABC):
         return {}
 
     def state_dict(self) -> Tensors:
-        """All that the method keeps between tasks besides the learner's model and head. The loop saves this and nothing
-        else, so it can be measured."""
+        """All that the method keeps between tasks besides the learner's model and head. The loop saves nothing else, so
+        its size can be measured."""
         return {}
 
     def load_state_dict(self, tensors: Tensors) -> None:

@@ -1,8 +1,8 @@
-"""Nearest-mean classifier on frozen features: nothing is trained, a class is the mean of its normalised starting features.
+"""Nearest-mean classifier on frozen features: a class is the mean of its normalised features; no training.
 
     python -m fastmerge --method nearest-mean
 
-Mensink et al. 2013; the cosine form of iCaRL's nearest mean of exemplars and of PILOT's SimpleCIL, over all images.
+Mensink et al. 2013, in the cosine form of iCaRL's nearest mean of exemplars and PILOT's SimpleCIL, with all images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastmerge.methods.method import Method, Tensors
 
 
 class NearestMean(Method):
-    """The class means are the prototype head; the backbone stays at the starting weights."""
+    """The prototype head holds the class means; the backbone keeps the starting weights."""
 
     head = "prototype"
     frozen = True

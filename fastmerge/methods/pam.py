@@ -3,18 +3,20 @@
     python -m fastmerge --method pam --head linear
     python -m fastmerge --method pam pam:perturb=none pam:perturb=none,merge=false --head linear   # P&M, LoRA-M, LoRA
 
-Training: LoRA on the key and value projections; per step c is drawn from {-epsilon, 0, +epsilon} and the loss is taken at
-theta_{t-1} + (1 + c) B A (eq. 15, 16). `--pam.rank 0` trains all weights instead, theta_{t-1} + (1 + c)(theta - theta_{t-1}).
+Training: LoRA on the key and value projections. Each step draws c from {-epsilon, 0, +epsilon} and takes the loss at
+theta_{t-1} + (1 + c) B A (eq. 15, 16). `--pam.rank 0` trains all weights instead, with the loss at
+theta_{t-1} + (1 + c)(theta - theta_{t-1}).
 Merging (eq. 8): theta_t = theta_{t-1} + alpha D, D = theta_t* - theta_{t-1}, with the empirical Fishers F_i of eq. 9 and 10
 
     alpha = -sum_i <theta_{t-1} - theta_i*, F_i D> / sum_i <D, F_i D> = -<S (theta_{t-1} - theta_init) - M, D> / <S D, D>,
     S = sum_i F_i,  M = sum_i F_i (theta_i* - theta_init)
 
-so two vectors stand in for every theta_i* and F_i, which the paper stores. All of it concerns the adapted weights only.
+so two vectors replace every theta_i* and F_i, which the paper stores. All of this applies to the adapted weights only.
 
-Where the paper is silent: alpha is clamped to [0, 1], as between the two models lies what its Figure 2 looks at; where
-<S D, D> is 0 or not finite nothing is known of the loss, and alpha = 1 / t. Both alphas are logged. The Fisher sees images
-without augmentation. Gaussian noise (`--pam.perturb gauss`, Table 4) has the norm of the shift it stands for.
+Our choices where the paper is silent: alpha is clamped to [0, 1], the range between the two models, as in its Figure 2;
+alpha = 1 / t if <S D, D> is 0 or a product is not finite. The raw and the clamped alpha are logged. The Fisher sees
+images without augmentation. Gaussian noise (`--pam.perturb gauss`, Table 4) has the norm of the perturbation that it
+replaces.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class PAM(Method):
         return int(config.pam.merge)  # the Fisher pass
 
     def adapted(self) -> Tensor:
-        """The adapted weights as they are, `[m]`, new."""
+        """A copy of the present adapted weights, `[m]`."""
         return self.learner.adapted(self.settings.rank).gather(self.learner.theta)
 
     def begin(self, task: Task) -> Tensors:
@@ -77,7 +79,7 @@ class PAM(Method):
 
 
 class Perturbed(Train):
-    """Eq. 15: one draw, one forward, one backward a step."""
+    """Eq. 15: one draw, one forward and one backward per step."""
 
     trainable: LowRank | AllWeights
 
@@ -112,7 +114,7 @@ class Perturbed(Train):
 
 
 class Coefficient(FisherPass):
-    """The Fisher at theta_t*, then alpha in one more step, so that it is in the log."""
+    """The Fisher at theta_t*, then the merge in one more step, which logs alpha."""
 
     name = "merge"
 

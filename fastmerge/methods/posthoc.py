@@ -8,9 +8,9 @@ full      the un-merged theta_{t-1}, or theta_init  theta_1, ..., theta_t       
 running   the un-merged theta_{t-1}                 the merge of t - 1 tasks, and theta_t   B
 strict    the merged theta_{t-1}                    theta_{t-1} and theta_t; from t = 2 on  C
 
-Under `running` the merged task vector is kept as it was before the rule's scale (MagMax's code keeps it so), hence MagMax and
-task arithmetic end there as under `full`; under `strict` only the merged model exists. Under `full` no rule keeps all models
-either, as sums over them are enough (`fastmerge.merging`): what differs is where training starts.
+Under `running` the rule takes the merged task vector without the rule's scale, as in MagMax's code. So MagMax and task
+arithmetic give the same result as under `full`. Under `strict` only the merged model exists. Even under `full` no rule
+keeps all models, because sums over them are enough (`fastmerge.merging`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastmerge.training import Learner, Phase, Train
 
 class PostHoc(Method):
     """It keeps what rule and protocol need: theta_init (`initial`), the un-merged model (`trained`), and the rule's state.
-    During a task: `previous`, the merged model of the tasks before. `method_of(rule)` is the method of one rule."""
+    During a task: `previous`, the merged model of the previous tasks. `method_of(rule)` makes a rule's class."""
 
     rule_name: ClassVar[str]
 
@@ -47,7 +47,7 @@ class PostHoc(Method):
         base = Base.of(learner.flat, learner.seed_for("rule", rule))
         self.initial = base.theta if RULES[rule].needs_base or self.init == "independent" else None
         if self.initial is None:
-            base.theta = learner.theta  # the rule reads its shape only
+            base.theta = learner.theta  # the rule reads only its shape
         self.rule = build_rule(rule, base, learner.config)
         self.trained: Tensor | None = None
 
@@ -102,7 +102,7 @@ class PostHoc(Method):
 
 
 def method_of(name: str) -> type[PostHoc]:
-    """The method that applies the rule `name` of `RULES`; its facts follow from the rule's."""
+    """The method that applies the rule `name` of `RULES`; its class attributes follow from the rule's."""
     rule = RULES[name]
     fisher = ("fisher",) if rule.needs_fisher else ()
     facts = {"rule_name": name, "groups": tuple(dict.fromkeys((*rule.groups, *fisher)))}
@@ -110,7 +110,7 @@ def method_of(name: str) -> type[PostHoc]:
 
 
 class Merge(Phase):
-    """The merging phase; it has steps only where the rule needs a Fisher. previous: the merge of the tasks before, `[n]`."""
+    """The merging phase; it has steps only if the rule needs a Fisher. previous: merge of the previous tasks, `[n]`."""
 
     name = "merge"
 
@@ -120,7 +120,7 @@ class Merge(Phase):
         self.fisher: FisherPass | None = None
         if method.rule.needs_fisher:
             learner, rank = method.learner, method.learner.config.training.lora_rank
-            # LoRA moves these weights alone; where the models are equal the Fisher does not matter
+            # LoRA moves only these weights; where the models are equal, the Fisher does not matter
             self.adapted = learner.adapted(rank) if rank else None
             self.fisher = FisherPass(learner, task, images, adapted=self.adapted)
         self.steps = self.fisher.steps if self.fisher else 0

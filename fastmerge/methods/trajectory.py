@@ -1,7 +1,7 @@
-"""Train once, merge many: un-merged training does not depend on any merge, so all methods that train so share it.
+"""Train once, merge often: un-merged training does not depend on any merge, so all methods that use it share it.
 
-The first of them writes the model of every task (weights and head) into the run folder; the others read it. They are
-files, not state: a method keeps what its `state_dict()` says, as if it had trained itself, and ends with the same bits.
+The first method writes the model of every task (weights and head) into the run folder; the others read it. These files
+are not state: a method keeps only its `state_dict()` and ends with the same bits as if it had trained itself.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from fastmerge.training import Learner, Phase, Train
 
 
 class Trajectory:
-    """The un-merged models of one seed. folder: where they lie. share: which of 'sequential' and 'independent' training to
-    write down, because others will ask for it or it is to be kept."""
+    """The un-merged models of one seed. folder: their files. share: which of 'sequential' and 'independent' training to
+    save, for other methods or because the user keeps it."""
 
     def __init__(self, folder: Path, share: Collection[str]):
         self.folder, self.share = folder, share
 
     def train(self, learner: Learner, task: Task, images: TaskImages, init: str = "sequential") -> Phase:
-        """The training phase of `task`, or the phase that reads its outcome."""
+        """Return the training phase of `task`, or a phase that reads its saved result."""
         path = self.folder / f"{init}-task-{task.index + 1}.safetensors"
         if path.exists():
             return Reused(learner, path)
         return Recorded(learner, task, images, path) if init in self.share else Train(learner, task, images)
 
     def keep(self) -> None:
-        """No command deletes these models any more; a user may."""
+        """Mark the models as kept: only the user deletes them."""
         if self.folder.exists():
             (self.folder / "keep").touch()
 
     def delete(self) -> None:
-        """Unless they are kept."""
+        """Delete the models unless they are marked as kept."""
         if not (self.folder / "keep").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Recorded(Train):
-    """Training whose outcome, and what it cost, is written down."""
+    """Training that saves its result and the seconds it took."""
 
     def __init__(self, learner: Learner, task: Task, images: TaskImages, path: Path):
         super().__init__(learner, task, images)
@@ -58,7 +58,7 @@ class Recorded(Train):
     def finish(self) -> None:
         super().finish()
         if self.learner.device.type == "cuda":
-            torch.cuda.synchronize(self.learner.device)  # the seconds are of work done, not queued
+            torch.cuda.synchronize(self.learner.device)  # time finished work, not queued work
         about = {"seconds": self.seconds()}
         self.path.parent.mkdir(exist_ok=True)
         save_tensors(self.path, joined(learner=self.learner.state_dict()), about)
@@ -72,7 +72,7 @@ class Recorded(Train):
 
 
 class Reused(Phase):
-    """No steps: it takes over the model that another method trained. seconds_elsewhere: how long that training took."""
+    """A phase without steps that loads the model another method trained. seconds_elsewhere: time of that training."""
 
     name = "train"
     steps = 0
@@ -91,5 +91,5 @@ class Reused(Phase):
         self.seconds_elsewhere = about["seconds"] - self._counted
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """This run was stopped after it wrote the file and before its checkpoint; do not count its own time again."""
+        """This run stopped between writing the file and its checkpoint: do not count its own time twice."""
         self._counted = float(tensors["seconds"])

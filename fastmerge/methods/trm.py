@@ -12,16 +12,16 @@ h = Hessian(L_task) g, all with respect to theta,
 
     dL_tra/dalpha = <g' - 2 lambda2 h, d>,   dL_tra/dbeta = <g' - 2 lambda2 h, P>
 
-exactly, and one fused pass gives both. d, P and the mask are made in registers from theta_{t-1}, theta_t and a seed.
+Both are exact, and one fused pass gives both. It makes d, P and the mask in registers from theta_{t-1}, theta_t, a seed.
 
-Random replacement (end of the method section). Read literally, replace_ratio of theta_init's entries come from
-theta_{t-1} or theta_t and the task vectors are added to that: a replaced entry gets its task vector twice, and the distance
-from theta_init grows by 1.6 per task (`--trm.replace literal`; tests/test_method_trm.py shows it). So the default is
-`anchored`: a replaced entry keeps its value from theta_{t-1} or theta_t and the search moves the others; `none` searches
-the plane alone. theta_init cancels in both, so only `literal` keeps it.
+Random replacement (end of the method section). Read literally, a fraction replace_ratio of theta_init's entries comes
+from theta_{t-1} or theta_t, and the task vectors are added to the result. A replaced entry then gets its task vector
+twice, and the mean distance from theta_init grows 1.6-fold per task (`--trm.replace literal`; see
+tests/test_method_trm.py). So the default is `anchored`: a replaced entry keeps its value from theta_{t-1} or theta_t,
+and the search moves the others. `none` only searches the plane. theta_init cancels in both, so only `literal` keeps it.
 
 Our choices where the paper is silent: the search sees images without augmentation, so the teacher's class tokens are
-computed once per task; the squared norm of eq. 7 is averaged over the batch; Adam with a constant step for alpha, beta.
+computed once per task; the squared norm of eq. 7 is averaged over the batch; Adam updates alpha, beta with a fixed lr.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, o
 
 
 class TRM(Method):
-    """It keeps nothing besides the model; `--trm.replace literal` keeps theta_init.
+    """It keeps only the model, and theta_init under `--trm.replace literal`.
 
     During a task: `previous`, theta_{t-1}.
     """
@@ -112,7 +112,7 @@ class Search(Phase):
     # -- the merge -------------------------------------------------------------------------------------------------
 
     def aim(self, i: int) -> None:
-        """Choose the random numbers of step i's epoch and measure r against d (one pass), which fixes P."""
+        """Choose the random numbers of step i's epoch and compute the products of r and d that define P (one pass)."""
         epoch = i // self.batches.per_epoch if self.settings.direction == "epoch" else 0
         if epoch != self._epoch:
             self._epoch = epoch
@@ -159,7 +159,7 @@ class Search(Phase):
         if self.settings.curvature == "exact":
             with differentiable_attention():
                 return jvp(grad(loss), (theta,), (g,))[1]
-        # s g is 1e-3 of theta's norm: there fp32 rounding and the cubic term are both small (tests bound the error)
+        # s g has 1e-3 of theta's norm, where fp32 rounding and the cubic term are both small (tests bound the error)
         s = 1e-3 * theta.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
         return (grad(loss)(theta + s * g) - grad(loss)(theta - s * g)) / (2 * s)
 
@@ -188,7 +188,7 @@ class Search(Phase):
         energy = g.square().sum()
         loss = l_task.detach() - settings.lambda2 * energy
         if l_pre is not None:
-            (settings.lambda1 * l_pre).backward()  # accumulates: flat.gradient is g' now
+            (settings.lambda1 * l_pre).backward()  # accumulates, so flat.gradient is now g'
             loss += settings.lambda1 * l_pre.detach()
         h = self.curvature_gradient(images, labels, g) if settings.lambda2 else None
         slopes = fk.subspace_gradient(
