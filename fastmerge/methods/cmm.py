@@ -6,7 +6,7 @@
 1. Task t starts from the previous merged weights and trains theta in f_lin(x; theta) = f(x; theta_0) +
    J(x; theta_0)(theta - theta_0), where theta_0 is the starting weights for every task (Algorithm 1 and eq. 2).
 2. theta <- (lam F_t theta_t + (1 - lam) F theta) / F', F <- F' = lam F_t + (1 - lam) F (eq. 4, Algorithm 1), F_t = the second
-   moment of AdamW at the end of the task. Where both Fishers are 0: plain interpolation. No merge after task 1.
+   moment of AdamW at the end of the task. Where both Fishers are 0: plain interpolation. Task 1 is not merged.
 3. Only the last projection is trained on task t, so that the merged model's features match those of the previous one.
 
 Unlike in the released code, the second moment is bias-corrected (`--cmm.fisher adam-raw` is as released; its scale
@@ -146,7 +146,7 @@ class MergeAndAlign(Phase):
             fk.lerp(self.during["previous"], theta, lam, out=theta)
 
     def features(self, theta: Tensor, images: Tensor, projection: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The trained function's features at `theta` `[n]`, with the entries of `projection` replaced."""
+        """The trained function's features at `theta` `[n]`; `projection` replaces entries of theta by name."""
         method, flat = self.method, self.learner.flat
         if method.initial is None or method.tangent is None:
             return functional_call(flat.module, {**flat.as_dict(theta), **(projection or {})}, (images,))

@@ -3,8 +3,8 @@
     python -m fastmerge --method finetune joint
 
 finetune: task t starts from task t-1's weights; plain sequential fine-tuning, the lower bound.
-joint: one task with the images of all tasks, for the same number of epochs; the upper bound. No continual learner has
-this data.
+joint: one task with the images of all tasks, for the same number of epochs. The upper bound: a continual
+learner lacks this data.
 """
 
 from __future__ import annotations

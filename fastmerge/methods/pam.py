@@ -11,7 +11,7 @@ Merging (eq. 8): theta_t = theta_{t-1} + alpha D, D = theta_t* - theta_{t-1}, wi
     alpha = -sum_i <theta_{t-1} - theta_i*, F_i D> / sum_i <D, F_i D> = -<S (theta_{t-1} - theta_init) - M, D> / <S D, D>,
     S = sum_i F_i,  M = sum_i F_i (theta_i* - theta_init)
 
-so two vectors replace every theta_i* and F_i, which the paper stores. All of this applies to the adapted weights only.
+so two vectors replace every theta_i* and F_i, which the paper stores. This applies to the adapted weights only.
 
 Our choices where the paper is silent: alpha is clamped to [0, 1], the range between the two models, as in its Figure 2;
 alpha = 1 / t if <S D, D> is 0 or a product is not finite. The raw and the clamped alpha are logged. The Fisher sees
@@ -114,7 +114,7 @@ class Perturbed(Train):
 
 
 class Coefficient(FisherPass):
-    """The Fisher at theta_t*, then the merge in one more step, which logs alpha."""
+    """The Fisher at theta_t*, then the merge in one more step, so that alpha is logged."""
 
     name = "merge"
 

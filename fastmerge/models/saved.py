@@ -1,4 +1,4 @@
-"""Save and load the final model of a run.
+"""The final model of a run: its tensors, and how to load it.
 
 features, head, recipe = load_model("runs/glyphs-cil5-tiny/trm-seed0/model.safetensors")
 logits = head(features(images), torch.arange(len(recipe["class_names"])))

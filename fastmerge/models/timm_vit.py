@@ -84,7 +84,7 @@ def load_file(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack tensors.)
     """
-    # for example, it resizes position embeddings
+    # such as resizing position embeddings
     mend = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=mend)
