@@ -12,7 +12,8 @@ h = Hessian(L_task) g, all with respect to theta,
 
     dL_tra/dalpha = <g' - 2 lambda2 h, d>,   dL_tra/dbeta = <g' - 2 lambda2 h, P>
 
-Both are exact, and one fused pass gives both. It makes d, P and the mask in registers from theta_{t-1}, theta_t, seed.
+Both are exact. One fused pass computes them; it makes d, P and the mask in registers from theta_{t-1}, theta_t and a
+seed.
 
 Random replacement (end of the method section). Read literally, a fraction replace_ratio of theta_init's entries comes
 from theta_{t-1} or theta_t, and the task vectors are added to the result. A replaced entry then gets its task vector

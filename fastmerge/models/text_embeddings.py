@@ -32,7 +32,7 @@ def text_weights(
 ) -> Tensor:
     """`[classes, d]` fp32 on the CPU: every template encoded and normalised, averaged per class, normalised again.
 
-    Stored in the user's cache folder under a hash of `key`, names and templates; if the folder is unusable, nothing is stored.
+    Stored in the user's cache folder under a hash of `key`, names and templates, if the folder is usable.
     Encoding runs on `device` (results agree up to rounding); `progress(done, prompts)` is called after every batch.
     """
     about = json.dumps([key, list(class_names), list(templates)])
