@@ -106,7 +106,8 @@ class LinearHead(Head):
 class PrototypeHead(Head):
     """logits = scale * cos(feature, mean of the class's normalised features under the starting model).
 
-    It keeps sums and counts, so a class that returns in another domain refines its mean. scale: 100 as in CLIP.
+    It keeps sums and counts, so a class that returns in another domain refines its mean.
+    scale: 100 as in OpenAI's CLIP.
     """
 
     kind = "prototype"
