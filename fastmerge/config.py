@@ -1,4 +1,4 @@
-"""Every setting, declared once: default, default for the tiny model, bounds, source, and what it does.
+"""Every setting, declared once: default, default for the tiny model, bounds, unit, source, and what it does.
 
 Help texts (flags.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
 `flags.resolve` fills what a command line leaves open. A run's `config.json` holds the resolved values, so it repeats the run.
@@ -14,18 +14,18 @@ from typing import Any, Literal
 
 from fastmerge.errors import UserError
 
-LARGEST = 2**31 - 1  # of a whole number, unless its declaration says otherwise
-
 
 @dataclass(frozen=True)
 class Declaration:
     """What `setting` says besides the default.
 
-    tiny: default with the tiny model. derived: how a default that depends on other settings is chosen, in words. source: of
-    the default.
+    tiny: the default with the tiny model. derived: in words, how a default that depends on other settings is chosen.
+    source: where the default comes from. unit: of a number. largest: the largest magnitude of a whole number.
     """
 
     help: str
+    unit: str | None = None
+    largest: int = 2**31 - 1
     tiny: Any = None
     derived: str | None = None
     source: str | None = None
@@ -40,7 +40,7 @@ class Declaration:
         return self.tiny is not None or self.derived is not None
 
     def expected(self) -> str:
-        """The bounds in words; empty without bounds."""
+        """The bounds in words; empty if there are none."""
         if (self.at_least, self.at_most) == (0, 1):
             return "between 0 and 1"
         low = "" if self.at_least is None else "0 or more" if self.at_least == 0 else f"at least {self.at_least}"
@@ -51,6 +51,11 @@ class Declaration:
             filter(None, (f"at least {self.at_least}" if high and self.at_least is not None else low, high))
         )
 
+    def help_text(self) -> str:
+        """What the setting does, then its unit and bounds in brackets."""
+        about = ", ".join(filter(None, (self.unit, self.expected())))
+        return f"{self.help} [{about}]" if about else self.help
+
     def default_text(self, default: Any) -> str:
         """The default in words, for the help."""
         source = f" ({self.source})" if self.source else ""
@@ -59,15 +64,14 @@ class Declaration:
         return f"{default}{source}" + (f"; {self.tiny} with the tiny model" if self.tiny is not None else "")
 
     def check(self, flag: str, value: Any) -> None:
-        """Raise UserError unless every number in `value` is finite and within the bounds; None is no number."""
+        """Raise UserError unless every number in `value` is finite and within the bounds. Skips what is not a number."""
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             if not math.isfinite(number):
                 raise UserError(f"{flag} {number}: expected a finite number")
-            largest = 2**63 - 1 if flag == "--seeds" else LARGEST
-            if isinstance(number, int) and abs(number) > largest:
-                raise UserError(f"{flag} {number}: expected at most {largest}")
+            if isinstance(number, int) and abs(number) > self.largest:
+                raise UserError(f"{flag} {number}: expected at most {self.largest}")
             good = (
                 (self.at_least is None or number >= self.at_least)
                 and (self.above is None or number > self.above)
@@ -124,23 +128,25 @@ class DataSettings:
     )
     data_root: str | None = setting(
         None,
-        "Folder that holds the dataset; never written to.",
+        "Folder that contains the data set. It is never written to.",
     )
     split_file: str | None = setting(
         None,
-        "For --dataset folder without train/ and test/: file that says which image belongs to which.",
+        "A file that says which images are for training and which for testing, for --dataset folder without train/ "
+        "and test/.",
     )
     download: bool = setting(
         False,
-        "Allow downloads (datasets through torchvision, weights from their hub). Without it nothing is fetched.",
+        "Allow downloads (data sets through torchvision, weights from their hub). Without it nothing is fetched.",
     )
     skip_bad_images: bool = setting(
         False,
-        "Go on without unreadable images and count them; otherwise the first one is an error.",
+        "Skip unreadable images and count them; otherwise the first one is an error.",
     )
     crop_scale: float = setting(
         0.9,
         "Smallest area of the random training crop; 0.9 is open_clip's train transform, 0.05 PILOT's.",
+        unit="fraction of the image",
         above=0,
         at_most=1,
     )
@@ -151,8 +157,8 @@ class DataSettings:
     )
     cache_gb: float = setting(
         8.0,
-        "Decoded images (uint8, on the device) up to this many GB each for training and test; beyond it they "
-        "are streamed.",
+        "Room for decoded images (uint8, on the device), each for training and for test. Images beyond it are streamed.",
+        unit="GB",
         at_least=0,
     )
 
@@ -177,14 +183,15 @@ class ScenarioSettings:
     )
     validation: float = setting(
         0.0,
-        "Hold this part of every class's training images out and evaluate on it in place of the test images: "
-        "for choosing settings. 0: train on all, evaluate on the test images.",
+        "Hold out this part of every class's training images and evaluate on it instead of the test images, to "
+        "choose settings. 0: train on all images, evaluate on the test images.",
+        unit="fraction",
         at_least=0,
         below=1,
     )
     eval_classes: Literal["seen", "all"] = setting(
         "seen",
-        "Candidate classes at test time: those seen so far (usual), or all of the dataset (magmax's code).",
+        "Candidate classes at test time: those seen so far (usual), or all of the data set (magmax's code).",
     )
 
 
@@ -213,14 +220,14 @@ class TrainingSettings:
         ("trm", "finetune"),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
-        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... runs a method with "
-        "settings of its own, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false.",
+        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings for one "
+        "run, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false.",
     )
     protocol: tuple[Literal["full", "running", "strict"], ...] = setting(
         ("strict",),
-        "What a merge rule may keep. full: all models, trained without regard to merging. running: the un- "
-        "merged model to train on, and the merged one. strict: the merged model alone, which starts the next "
-        "task (TRM, Fig. 1: A, B, C).",
+        "What a merge rule may keep. full: the un-merged models of all tasks. running: the last un-merged model, "
+        "where training continues, and the merged one. strict: only the merged model, where the next task "
+        "starts (TRM, Fig. 1: A, B, C).",
     )
     init: Literal["sequential", "independent"] = setting(
         "sequential",
@@ -228,14 +235,14 @@ class TrainingSettings:
     )
     keep_trajectory: bool = setting(
         False,
-        "Keep the un-merged models of every task in the run folder (one file per task) until you delete them, "
-        "so that merge rules that are named later need no training. Otherwise they are deleted when the "
-        "command is done.",
+        "Keep the un-merged model of every task in the run folder (one file per task), so that merge rules named "
+        "in a later command need no training. Otherwise they are deleted when the command is done.",
     )
     seeds: tuple[int, ...] = setting(
         (0,),
         "One run per method and seed.",
         at_least=0,
+        largest=2**63 - 1,
     )
     epochs: int = setting(
         15,
@@ -246,14 +253,15 @@ class TrainingSettings:
     )
     merge_epochs: int = setting(
         5,
-        "Epochs of a method's merging phase.",
+        "Epochs of a method's merge phase.",
         tiny=1,
         at_least=0,
         source="TRM, Implementation Details",
     )
     batch_size: int = setting(
         128,
-        "Images per step.",
+        "Batch size of training and of the merge phase.",
+        unit="images",
         tiny=64,
         at_least=1,
         source="TRM",
@@ -267,14 +275,15 @@ class TrainingSettings:
     )
     lora_rank: int = setting(
         0,
-        "Train LoRA of this rank on the key and value projections, folded into the model after every task; 0: "
-        "all weights. For every method that trains as usual; P&M has --pam.rank.",
+        "Train LoRA of this rank on the key and value projections and fold it into the model after every task; 0 "
+        "trains all weights. For the methods with ordinary training; P&M has --pam.rank.",
         at_least=0,
     )
     warmup_steps: int = setting(
         0,
-        "Steps of linear warm-up in every task. 500 in the released code of MagMax and CMM, where most tasks "
-        "are shorter.",
+        "Linear warm-up at the start of every task. The released code of MagMax and CMM uses 500, more than most "
+        "of their tasks have.",
+        unit="steps",
         at_least=0,
     )
     head_lr: float = setting(
@@ -308,7 +317,8 @@ class RunSettings:
     )
     save_every: float = setting(
         60.0,
-        "Seconds between checkpoints inside a task; one is also written after every phase.",
+        "Time between checkpoints inside a task. One is also written after every phase.",
+        unit="seconds",
         at_least=0,
     )
     quiet: bool = setting(
@@ -325,7 +335,8 @@ class TRMSettings:
     )
     replace_ratio: float = setting(
         0.6,
-        "Fraction of replaced entries (paper, Fig. 7).",
+        "Share of replaced entries (paper, Fig. 7).",
+        unit="fraction",
         at_least=0,
         at_most=1,
     )
@@ -340,6 +351,7 @@ class TRMSettings:
     layer_b: int | None = setting(
         None,
         "b of eq. 7, counted from 1. The paper leaves it open.",
+        unit="layer",
         at_least=1,
         derived="half the layers",
     )
@@ -349,7 +361,8 @@ class TRMSettings:
     )
     beta: float = setting(
         0.0,
-        "Start of the orthogonal coefficient, in units of theta. The paper leaves it open.",
+        "Start of the orthogonal coefficient. The paper leaves it open.",
+        unit="units of theta",
     )
     lr: float = setting(
         0.01,
@@ -385,21 +398,22 @@ class TaskArithmeticSettings:
 class TiesSettings:
     density: float = setting(
         0.2,
-        "Part of the entries that trimming keeps (paper).",
+        "Share of the entries that trimming keeps (paper).",
+        unit="fraction",
         above=0,
         at_most=1,
     )
     scope: Literal["global", "tensor"] = setting(
         "global",
-        "Trim over the whole vector (paper, released code) or every tensor for itself (mergekit, peft).",
+        "Trim over the whole vector (paper, released code) or each tensor separately (mergekit, peft).",
     )
     keep: Literal["exactly", "at least"] = setting(
         "exactly",
-        "Entries at the threshold: exactly as many as the density says, or all of them (released code).",
+        "Of the entries at the threshold keep as many as the density asks for, or all (released code).",
     )
     zero: Literal["majority", "positive", "negative"] = setting(
         "majority",
-        "Sign at exactly zero mass: the majority's (released code) or positive (mergekit, peft).",
+        "The sign where the mass is exactly zero: the majority's (released code) or positive (mergekit, peft).",
     )
     scale: float = setting(
         1.0,
@@ -418,7 +432,7 @@ class DareSettings:
     )
     scale: float = setting(
         1.0,
-        "Factor of the averaged task vectors (released code); not read by dare-ties.",
+        "Factor of the averaged task vectors (released code). dare-ties does not use it.",
         above=0,
     )
 
@@ -440,33 +454,36 @@ class MagMaxSettings:
 class FisherSettings:
     accumulate: Literal["sum", "ema", "last"] = setting(
         "sum",
-        "How --method fisher keeps the Fishers of the past: their sum (Matena & Raffel), their moving "
-        "average, the last one.",
+        "What --method fisher keeps of past Fishers: their sum (Matena & Raffel), their moving average, or the "
+        "last one.",
     )
     lam: float = setting(
         0.5,
-        "Weight of the new model for ema and last.",
+        "Weight of the new model under --fisher.accumulate ema and last.",
         at_least=0,
         at_most=1,
     )
     labels: Literal["model", "data"] = setting(
         "model",
-        "For every diagonal Fisher (fisher, cofima, ewc): labels drawn from the model's prediction, which is "
-        "the Fisher information, or those of the data, the empirical Fisher (CoFiMA).",
+        "For fisher, cofima and ewc (P&M has --pam.labels): labels drawn from the model's prediction, which gives "
+        "the Fisher information, or the labels of the data, which give the empirical Fisher (CoFiMA).",
     )
     per: Literal["sample", "batch"] = setting(
         "sample",
-        "Mean of squared gradients of single images, or squared mean gradients of batches (released CoFiMA).",
+        "For fisher, cofima, ewc and pam: mean of the squared gradients of single images, or squared mean gradients "
+        "of batches (released CoFiMA).",
     )
     images: int | None = setting(
         None,
-        "Use this many images of a task, drawn at random.",
+        "For fisher, cofima, ewc and pam: use this many images of a task, drawn at random.",
+        unit="images",
         at_least=1,
         derived="all",
     )
     floor: float = setting(
         0.0,
-        "Added to every entry of a Fisher; 1e-6 in MergeLM. 0: where all Fishers are 0, models are averaged plainly.",
+        "For fisher, cofima, ewc and pam: a constant added to every entry (1e-6 in MergeLM). With 0, models are "
+        "averaged where all Fishers are 0.",
         at_least=0,
     )
 
@@ -519,11 +536,11 @@ class CMMSettings:
     )
     merge: Literal["fisher", "average", "none"] = setting(
         "fisher",
-        "Weigh by AdamW's second moments (eq. 4), interpolate plainly, or do not merge.",
+        "Weight by AdamW's second moments (eq. 4), interpolate with equal weights in all entries, or do not merge.",
     )
     fisher: Literal["adam", "adam-raw"] = setting(
         "adam",
-        "The second moment with bias correction, or as the optimiser holds it (released code).",
+        "The second moment with bias correction, or without (released code).",
     )
     align_epochs: int = setting(
         1,
@@ -543,7 +560,7 @@ class CMMSettings:
     )
     inference: Literal["linearised", "plain"] = setting(
         "linearised",
-        "Evaluate f_lin (released code) or f at the merged weights; the table shows the other one too.",
+        "Evaluate f_lin (released code) or f at the merged weights. The table also shows the other one.",
     )
 
 
@@ -561,27 +578,29 @@ class PAMSettings:
     )
     epsilon: float = setting(
         0.5,
-        "Size of the perturbation in units of the task vector (paper).",
+        "Size of the perturbation (paper).",
+        unit="task vectors",
         at_least=0,
         at_most=1,
     )
     p0: float = setting(
         1 / 3,
-        "Probability of no perturbation; the two signs share the rest (paper).",
+        "Probability of no perturbation; the rest is split evenly between the two signs (paper).",
         at_least=0,
         at_most=1,
     )
     perturb: Literal["task", "gauss", "none"] = setting(
         "task",
-        "Along the task vector, Gaussian noise of the same norm (Table 4), or none (LoRA-M).",
+        "Perturb along the task vector, by Gaussian noise of the same norm (Table 4), or not at all (LoRA-M).",
     )
     merge: bool = setting(
         True,
-        "Merge by the closed form; otherwise alpha is 1 (LoRA).",
+        "Merge by the closed form; without it alpha is 1 (LoRA).",
     )
     labels: Literal["data", "model"] = setting(
         "data",
-        "Labels of the Fisher: those of the data (eq. 9), or drawn from the model's prediction.",
+        "Labels of the Fisher: those of the data (eq. 9), or drawn from the model's prediction. P&M also reads "
+        "the fisher group's images, per and floor.",
     )
 
 
@@ -611,14 +630,14 @@ class CLIPAdapterSettings:
 class EWCSettings:
     lam: float = setting(
         1000.0,
-        "Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 is the "
-        "Laplace approximation for tasks of equal size; the default was chosen on held-out images of the "
+        "Weight of the penalty lam/2 sum F (theta - theta_{t-1})^2. F is a mean over images, so 1 gives the "
+        "Laplace approximation for tasks of equal size. The default was chosen on held-out images of the "
         "default run (docs/LOG.md).",
         at_least=0,
     )
     decay: float = setting(
         1.0,
-        "Factor of the older tasks' Fisher at every task (gamma of online EWC); 1: their sum.",
+        "Factor of the older tasks' Fisher at every task (gamma of online EWC); 1 keeps their sum.",
         at_least=0,
         at_most=1,
     )
@@ -663,9 +682,9 @@ class Config:
     lwf: LwFSettings = field(default_factory=LwFSettings)
 
 
-PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags carry no prefix
+PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
-# These may differ when a run goes on: they choose which results, where and how they are shown, not what the numbers are.
+# These may change when a run continues: they choose which results are made and where they go, not the numbers.
 FREE = {
     "training.method",
     "training.seeds",
@@ -684,7 +703,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines 'group.name: old -> new' for every setting that changes the numbers of a run."""
+    """A line 'group.name: old -> new' for every changed setting that affects the numbers of a run."""
     return [
         f"{group}.{name}: {old.get(group, {}).get(name)!r} -> {value!r}"
         for group, settings in new.items()

@@ -30,8 +30,9 @@ def given_type() -> Any:
         for name, hint in get_type_hints(kind).items():
             declaration, default = declarations()[group][name]
             shown = declaration.default_text(default)
-            text = " ".join(filter(None, (declaration.help, bounds_text(declaration.expected()))))
-            about = tyro.conf.arg(help=text, help_behavior_hint=f"(default: {shown})" if declaration.late else None)
+            about = tyro.conf.arg(
+                help=declaration.help_text(), help_behavior_hint=f"(default: {shown})" if declaration.late else None
+            )
             if declaration.late:
                 hint, default = hint | None, None
             fields.append((name, Annotated[hint, about], dataclasses.field(default=default)))
@@ -40,10 +41,6 @@ def given_type() -> Any:
         group_type: Any = Annotated[(made, tyro.conf.OmitArgPrefixes)] if group in PLAIN_GROUPS else made
         groups.append((group, group_type, dataclasses.field(default_factory=made)))
     return dataclasses.make_dataclass("Given", groups)
-
-
-def bounds_text(expected: str) -> str:
-    return f"[{expected}]" if expected else ""
 
 
 def resolve(given: Any) -> Config:
@@ -81,7 +78,7 @@ def resolve(given: Any) -> Config:
 
 
 def as_flags(values: dict[str, Any], source: str) -> list[str]:
-    """The flags that say what a `config.json` says, so that a file passes the same checks as the command line.
+    """The flags for the settings of a `config.json`, so that a file passes the same checks as the command line.
 
     Raises:
         UserError: an unknown group or setting, with the nearest names.
@@ -101,7 +98,7 @@ def as_flags(values: dict[str, Any], source: str) -> list[str]:
                 flags += [f"--{flag}", *map(str, value)]
             elif isinstance(value, bool) and name != "flip":  # flip has three values, so it is no on/off flag
                 flags += [f"--{flag}" if value else "--" + re.sub(r"([^.]+)$", r"no-\1", flag)]
-            elif value is not None:  # None: the default that depends on other settings
+            elif value is not None:  # None leaves the default that depends on other settings
                 flags += [f"--{flag}", str(value)]
     return flags
 

@@ -1,15 +1,22 @@
 """Flags, config files and their errors: what a user types against what the run gets."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
+import re
+import typing
 
 import pytest
 
 from fastmerge.config import FREE, Config, check, declarations, differences, flag_of, to_dict
 from fastmerge.errors import UserError
+from fastmerge.fisher_pass import FisherPass
 from fastmerge.flags import as_flags, given_type, parse, resolve
+from fastmerge.methods.trm import TRM, Search
+from fastmerge.setup import Setup
 
 SETTINGS = [(group, name) for group, settings in declarations().items() for name in settings]
 
@@ -103,15 +110,6 @@ def test_differences_name_what_changes_the_numbers():
     assert all(name.split(".")[1] in groups[name.split(".")[0]] for name in FREE)
 
 
-def test_help_shows_groups_defaults_and_sources(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for expected in ("data options", "training options", "trm options", "--trm.lambda1", "(eq. 14)", "(default: 0.1)"):
-        assert expected in text
-
-
 @functools.cache
 def parsed(*flags):
     return parse(list(flags))
@@ -121,20 +119,39 @@ def value(group, name, *flags):
     return getattr(getattr(parsed(*flags), group), name)
 
 
-def numeric(group, name):
-    return isinstance(value(group, name), int | float) and not isinstance(value(group, name), bool)
+@pytest.fixture(scope="module")
+def help_of():
+    """The printed help of every flag, with the line breaks and the frame removed."""
+    printed, monkeypatch = io.StringIO(), pytest.MonkeyPatch()
+    monkeypatch.setenv("COLUMNS", "90")  # wider, and tyro prints two columns
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    monkeypatch.undo()
+    assert stop.value.code == 0
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", printed.getvalue()).split())
+    starts = {flag: re.search(rf" --{re.escape(flag)}[ ,]", text) for flag in map(lambda s: flag_of(*s), SETTINGS)}
+    assert all(starts.values()), [flag for flag, start in starts.items() if start is None]
+    ends = sorted(start.start() for start in starts.values()) + [len(text)]
+    return {flag: text[start.start() : ends[ends.index(start.start()) + 1]] for flag, start in starts.items()}
 
 
 @pytest.mark.parametrize(("group", "name"), SETTINGS)
-def test_help_tells_the_default_that_is_used(group, name):
-    """For every setting the words of the help against the values that a command gets."""
+def test_the_printed_help_tells_what_a_setting_does_and_its_default(group, name, help_of):
     declaration, default = declarations()[group][name]
-    text = declaration.default_text(default)
-    if declaration.derived is not None or name == "dataset":
-        return  # derived: the test below
+    text = help_of[flag_of(group, name)]
+    assert " ".join(declaration.help.split()) in text
+    for word in (declaration.unit, declaration.expected(), declaration.source, declaration.derived):
+        assert not word or word in text
+    if declaration.derived is not None or default is None:
+        return  # the tests below
     small = default if declaration.tiny is None else declaration.tiny
-    for flags, used in (([], small), (["--dataset", "imagenet1k"], default)):
-        assert value(group, name, *flags) == used and str(used) in text
+    for flags, used, where in (([], small, "tiny"), (["--dataset", "imagenet1k"], default, "others")):
+        if name != "dataset" or where == "tiny":
+            assert value(group, name, *flags) == used
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    assert f"(default: {shown}" in text
+    if declaration.tiny is not None:
+        assert f"; {declaration.tiny} with the tiny model)" in text
 
 
 def test_derived_defaults_are_what_the_help_says():
@@ -154,15 +171,23 @@ def test_derived_defaults_are_what_the_help_says():
     assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
 
 
-@pytest.mark.parametrize(("group", "name"), [s for s in SETTINGS if numeric(*s)])
+def number_type(group, name):
+    """int or float for a setting that is a number, several numbers or an optional number; None for the others."""
+    hint = typing.get_type_hints(typing.get_type_hints(Config)[group])[name]
+    kinds = {hint, *typing.get_args(hint)} & {int, float}
+    return kinds.pop() if kinds else None
+
+
+@pytest.mark.parametrize(("group", "name"), [s for s in SETTINGS if number_type(*s)])
 def test_numbers_outside_their_bounds_are_refused(group, name):
     declaration, flag = declarations()[group][name][0], f"--{flag_of(group, name)}"
 
     def checked(number):
-        settings = dataclasses.replace(getattr(parsed(), group), **{name: number})
+        given = (number,) if isinstance(value(group, name), tuple) else number
+        settings = dataclasses.replace(getattr(parsed(), group), **{name: given})
         check(dataclasses.replace(parsed(), **{group: settings}))
 
-    bad = [10**20, -(10**20)] if isinstance(value(group, name), int) else [math.nan, math.inf, -math.inf]
+    bad = [10**20, -(10**20)] if number_type(group, name) is int else [math.nan, math.inf, -math.inf]
     bad += [bound + step for bound, step in ((declaration.at_least, -1), (declaration.at_most, 1)) if bound is not None]
     bad += [bound for bound in (declaration.above, declaration.below) if bound is not None]
     for number in bad:
@@ -171,6 +196,44 @@ def test_numbers_outside_their_bounds_are_refused(group, name):
     for bound in (declaration.at_least, declaration.at_most):
         if bound is not None:
             checked(bound)
+
+
+def test_a_seed_may_be_as_large_as_torch_takes_it():
+    assert parse(["--seeds", str(2**63 - 1)]).training.seeds == (2**63 - 1,)
+    with pytest.raises(UserError, match="--seeds 9223372036854775808: expected at most 9223372036854775807"):
+        parse(["--seeds", str(2**63)])
+
+
+def test_defaults_that_the_data_and_the_model_decide():
+    """--flip, --head, --trm.layer-b and --fisher.images have no value before the data and the model are known."""
+    derived = {key: declarations()[key[0]][key[1]][0].derived for key in SETTINGS if value(*key) is None}
+    assert derived == {
+        ("data", "data_root"): None,
+        ("data", "split_file"): None,
+        ("data", "flip"): "only where the data set says that a flip keeps the class",
+        ("model", "head"): "text where the model has a text tower, else prototype",
+        ("trm", "layer_b"): "half the layers",
+        ("fisher", "images"): "all",
+    }
+    setup = Setup(parse([]))
+    learner = setup.learner(0)
+    assert learner.flip is setup.dataset.flip and learner.head.kind == "text"
+    timm_model = ["--model", "test_vit", "--pretrained", "none"]
+    assert Setup(parse(timm_model)).head.kind == "prototype"
+    flip = Setup(parse(["--flip", str(not setup.dataset.flip)])).learner(0).flip
+    assert flip is not setup.dataset.flip
+    task = setup.scenario.tasks[0]
+    images = setup.cache.get(setup.dataset.train, task.train)
+
+    def layers(*flags):
+        learner = setup.learner(0, config=parse(list(flags)))
+        search = Search(TRM(learner), task, images, learner.theta.clone())
+        search.step(0)
+        return search.weights.tolist()
+
+    assert layers() == layers("--trm.layer-b", str(learner.backbone.layers // 2)) != layers("--trm.layer-b", "1")
+    assert FisherPass(learner, task, images).total == len(images)
+    assert FisherPass(setup.learner(0, config=parse(["--fisher.images", "5"])), task, images).total == 5
 
 
 @pytest.mark.parametrize("flags", [[], ["--dataset", "imagenet1k"], ["--scenario", "dil", "--flip", "False"]])
