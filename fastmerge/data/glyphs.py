@@ -9,8 +9,8 @@ at every call and in any batch; only rounding differs between devices. Images ar
 Order of the classes: characters are sorted by the SHA-256 of their names, which mixes the scripts. The first `HELD_OUT`
 are unknown to the embedded backbone (fastmerge.models.tiny), which was pre-trained on all others. Of these held-out
 characters, 50 have names whose words all occur at least `WORD_USES` times in the pre-training names. They come first,
-because only of them can a text head know anything, as of the classes of an ordinary CLIP benchmark. A data set of n classes
-has the first n characters, sorted by code point.
+because a text head needs words that it knows, as in an ordinary CLIP benchmark. A data set of n classes has the first n
+characters, sorted by code point.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _tasks(
     for part, groups in (("train", train), ("test", test)):
         if empty := [name for name, group in zip(names, groups, strict=True) if not len(group)]:
             raise UserError(
-                f"no {part} image for {_some(empty)}: every task needs both parts. Add images, or use fewer tasks."
+                f"no {part} image for {_some(empty)}: a task needs train and test images. Add some, or use fewer tasks."
             )
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 

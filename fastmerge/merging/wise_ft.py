@@ -1,4 +1,4 @@
-"""WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning"): (1 - alpha) theta_init + alpha theta_T of the last model alone."""
+"""WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning"): (1 - alpha) theta_init + alpha theta_T, the last model."""
 
 from __future__ import annotations
 
