@@ -1,8 +1,9 @@
-"""DARE (Yu et al. 2024): drop task-vector entries with probability p, divide the rest by 1 - p; then average or use TIES.
+"""DARE (Yu et al. 2024): drop task-vector entries with probability p, divide the rest by 1 - p; then average or TIES.
 
 The defaults p = 0.1 and scale 1 follow the released merging code. A mask depends on (seed, model, position). If a
-merged model represents the past (`--protocol running`, `strict`), every task drops more of its entries; mergekit's issue
-258 warns of this. After t tasks only a fraction (1 - p)^t of a task vector's entries survives, scaled by 1 / (1 - p)^t.
+merged model represents the past (`--protocol running`, `strict`), every task drops more of its entries; mergekit's
+issue 258 warns of this. After t tasks only a fraction (1 - p)^t of a task vector's entries survives, scaled by
+1 / (1 - p)^t.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """MagMax, also "MaxAbs" (Marczak et al. 2024): theta_init + scale * the task-vector entry of largest magnitude.
 
-The defaults follow the released code for both sequential and independent training: scale 0.5; the later model wins ties.
+As in the released code, the defaults for both sequential and independent training are scale 0.5 and ties to the later
+model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TIES (Yadav et al. 2023): trim task vectors to their largest entries, elect a sign per entry, average what agrees with it.
+"""TIES (Yadav et al. 2023): trim task vectors to their largest entries, elect a sign per entry, average what agrees.
 
 Four accumulators are enough for any number of tasks. The defaults follow the paper: density 0.2, trimming over the
 whole vector, the majority sign at exactly zero mass, and scale 1 (no validation set; MagMax's code uses 0.55).
