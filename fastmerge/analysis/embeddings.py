@@ -58,7 +58,7 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
 
 @torch.no_grad()
 def embed(two: Stages, rows: list[int]) -> Tensor:
-    """Features `[k, d]` of these test images of task 1, on the CPU; from the trained function at the current weights."""
+    """Features `[k, d]` of these test images of task 1, on the CPU: the trained function at the current weights."""
     parts, features = [], two.method.trained_as()
     for part in torch.tensor(rows).split(two.learner.config.training.batch_size):
         pixels, _ = two.tests[0].batch(part)

@@ -19,8 +19,9 @@ from fastmerge.training import Learner, Phase, positions
 
 
 class Score(NamedTuple):
-    """accuracies: per task, percent, among the classes of all tasks; accuracy: over all images. loss: mean over the tasks
-    of the cross-entropy in nats, among the classes of all tasks; loss_own: among the task's own (as in training)."""
+    """accuracies: per task, percent, among the classes of all tasks; accuracy: over all images. loss: mean over the
+    tasks of the cross-entropy in nats, among the classes of all tasks; loss_own: among the task's own (as in
+    training)."""
 
     accuracies: list[float]
     accuracy: float

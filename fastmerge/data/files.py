@@ -39,7 +39,7 @@ def data_root(name: str, root: str | os.PathLike[str] | None) -> str:
     path = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(path):
         what = "is not a folder" if os.path.exists(path) else "does not exist"
-        raise UserError(f"data set {name!r}: --data-root {path} {what}. Pass the folder that holds the data.")
+        raise UserError(f"data set {name!r}: --data-root {path} {what}. Pass the folder that contains the data.")
     return path
 
 
