@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return kinds.add_parser(name, parents=[common], description=text, help=text, epilog=more, allow_abbrev=False)
 
     one = kind("interpolate", "accuracy and loss between the models of two tasks")
-    one.add_argument("--points", type=int, default=11, help="how many weights from 0 to 1 (11)")
+    one.add_argument("--points", type=int, default=11, help="number of weights from 0 to 1 (11)")
     one = kind("embeddings", "features of old classes before and after alignment")
-    one.add_argument("--classes", type=int, default=3, help="how many classes of the first task (3)")
-    one = kind("landscape", "the loss over the plane of P&M's old and new model")
-    one.add_argument("--points", type=int, default=11, help="how many weights per axis (11)")
-    one.add_argument("--after", type=int, help="the task whose merge is looked at, from 2 on (the last one)")
+    one.add_argument("--classes", type=int, default=3, help="number of classes of the first task (3)")
+    one = kind("landscape", "the loss over the plane through P&M's initial, old and new model")
+    one.add_argument("--points", type=int, default=11, help="number of weights per axis (11)")
+    one.add_argument("--after", type=int, help="number of the task whose merge is shown, at least 2 (the last one)")
     one = kind("bars", "accuracy, forgetting and plasticity of finished runs")
     one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
     own, rest = parser.parse_known_args(argv)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
-    """own: the settings of the analysis; rest: those of the trainer."""
+    """Run one analysis; returns the paths that it wrote. own: its settings; rest: the trainer's settings."""
     if own.what == "bars":
         if rest:
             raise UserError(f"bars takes run folders and --out, not {' '.join(rest)}")

@@ -1,6 +1,6 @@
-"""Accuracy, forgetting and plasticity of the methods of finished runs, side by side: P&M, Figure 1.
+"""Accuracy, forgetting and plasticity of the methods of finished runs, side by side (P&M, Figure 1).
 
-Nothing is trained: the numbers come from the results.json of each run folder, one row of bars per folder.
+The numbers come from the results.json of each run folder; each folder gets one row of bars.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ METRICS = {"final_accuracy": "final accuracy", "forgetting": "forgetting", "plas
 
 
 def bars(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write `bars.csv` (COLUMNS; percent, sample deviation over the seeds, 0 for one) and `bars.png` into `out`.
+    """Write `bars.csv` (COLUMNS; percent; sample deviation over the seeds, 0 for one seed) and `bars.png` into `out`.
 
     Raises:
-        UserError: a folder has no results that can be read.
+        UserError: a folder has no readable results.
     """
     rows = [row for folder in folders for row in read(folder)]
     size = (11, 0.6 + len(folders) * 2.6)
@@ -29,7 +29,7 @@ def bars(folders: Sequence[Path], out: Path) -> list[Path]:
 
 
 def read(folder: Path) -> list[tuple]:
-    """Rows of COLUMNS for one run folder; a metric that is not defined (forgetting with one task) has none."""
+    """Rows of COLUMNS for one run folder; an undefined metric (forgetting with one task) has no row."""
     path = folder if folder.suffix == ".json" else folder / "results.json"
     try:
         methods = json.loads(path.read_text())["methods"]
@@ -47,7 +47,7 @@ def read(folder: Path) -> list[tuple]:
             f"{path}: expected the results.json of a finished run ({type(error).__name__}: {error})"
         ) from None
     if not found:
-        raise UserError(f"{path}: holds no finished method")
+        raise UserError(f"{path}: contains no finished method")
     return found
 
 

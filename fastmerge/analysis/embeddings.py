@@ -1,8 +1,8 @@
-"""Features of old classes before and after representation alignment: CMM, Figures 5-7.
+"""Features of old classes before and after representation alignment (CMM, Figures 5-7).
 
-CMM learns two tasks; the test images of a few classes of the first one are embedded by the model of task 1, by the merged
-model, and by the merged model after alignment, and all three are laid out by one t-SNE (van der Maaten & Hinton 2008,
-scikit-learn). t-SNE distorts distances, so the CSV also has the distance of every feature to that of the first model.
+CMM learns two tasks. Three models embed the test images of a few classes of task 1: the model of task 1, the merged
+model, and the merged model after alignment. One t-SNE (van der Maaten & Hinton 2008, scikit-learn) lays out all their
+features. It distorts distances, so the CSV also has the distance between every feature and the first model's feature.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
 
 @torch.no_grad()
 def embed(two: Stages, rows: list[int]) -> Tensor:
-    """Features `[k, d]` of these test images of task 1, on the CPU, at the present weights, as they were trained."""
+    """Features `[k, d]` of these test images of task 1, on the CPU: the trained function at the current weights."""
     parts, features = [], two.method.trained_as()
     for part in torch.tensor(rows).split(two.learner.config.training.batch_size):
         pixels, _ = two.tests[0].batch(part)

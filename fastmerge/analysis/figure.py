@@ -1,4 +1,4 @@
-"""What every analysis leaves: NAME.csv with the numbers and NAME.png with the picture of them."""
+"""The output of every analysis: NAME.csv with the numbers and NAME.png with their plot."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Accuracy and loss between the models of two tasks: CMM, Figures 1, 2 and 4.
+"""Accuracy and loss between the models of two tasks (CMM, Figures 1, 2 and 4).
 
-Task 2 is trained from the un-merged model of task 1, once as usual and once in the tangent space. Both pairs are merged with
-weight lambda for the second model, by plain averaging and by AdamW's second moments (eq. 4); the test images of both tasks
-are classified among the classes of both.
+Tasks 1 and 2 are trained in sequence without a merge, once as usual and once in the tangent space. Both pairs of models
+are merged with weight lambda for the second model, by plain averaging and by AdamW's second moments (eq. 4). The test
+images of both tasks are classified among the classes of both.
 """
 
 from __future__ import annotations

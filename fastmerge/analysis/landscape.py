@@ -1,9 +1,9 @@
-"""The loss over the plane of theta_{t-1} and theta_t*, and where P&M's coefficient lands in it: P&M, Figure 2.
+"""The loss over the plane through theta_init, theta_{t-1} and theta_t*, with P&M's coefficient in it (P&M, Figure 2).
 
-P&M learns t tasks. Before the last merge stand the merged model of the tasks before, theta_{t-1}, and the newly trained
-theta_t*. The weights theta_init + beta (theta_{t-1} - theta_init) + alpha (theta_t* - theta_init) are tried on the test
-images of all t tasks; the path beta = 1 - alpha is what a merge can choose from. For models that were trained without
-perturbation ("M" in the figure) use `--pam.perturb none`.
+P&M learns t tasks. The last merge combines theta_{t-1}, the merged model of the earlier tasks, and theta_t*, the newly
+trained model. The weights theta_init + beta (theta_{t-1} - theta_init) + alpha (theta_t* - theta_init) are evaluated on
+the test images of all t tasks. A merge can choose from the path beta = 1 - alpha. `--pam.perturb none` gives models
+that were trained without perturbation ("M" in the figure).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from fastmerge.methods.pam import PAM
 from fastmerge.setup import Setup
 
 COLUMNS = ("part", "alpha", "beta", "loss", "loss_own", "accuracy")
-FAR = 1.25  # the plane goes from 0 to here
+FAR = 1.25  # alpha and beta range from 0 to this
 
 
 def landscape(setup: Setup, after: int, points: int, out: Path) -> list[Path]:
     """Write `landscape.csv` and `landscape.png` into `out`.
 
-    COLUMNS: part is 'plane', 'path' (beta = 1 - alpha) or 'chosen'; loss, loss_own: mean over the tasks of the cross-entropy
-    in nats, among the classes of all tasks, and among the task's own (what eq. 6 is about); accuracy in percent.
+    COLUMNS: part is 'plane', 'path' (beta = 1 - alpha) or 'chosen'; loss: mean over the tasks of the cross-entropy in
+    nats among the classes of all tasks; loss_own: among the task's own classes (as in eq. 6); accuracy in percent.
     """
     if not setup.config.pam.merge:
-        raise UserError("--pam.no-merge: landscape shows where the merge lands; leave it out")
+        raise UserError("--pam.no-merge: landscape shows where the merge lands; leave this option out")
     stages = Stages(setup, PAM, after)
     method = stages.method
     for number in range(len(stages.tasks)):
@@ -59,9 +59,9 @@ def draw(figure, rows: list[tuple], axis: list[float], after: int) -> None:
         axes.plot([0, 1], [1, 0], "w--", linewidth=1)
         best = min((r for r in rows if r[0] == "path"), key=lambda r: r[column])
         (chosen,) = (r for r in rows if r[0] == "chosen")
-        axes.plot(best[1], best[2], "wo", label=f"least on the path: alpha {best[1]:.2f}, loss {best[column]:.3g}")
+        axes.plot(best[1], best[2], "wo", label=f"lowest on the path: alpha {best[1]:.2f}, loss {best[column]:.3g}")
         axes.plot(chosen[1], chosen[2], "r*", ms=12, label=f"chosen: alpha {chosen[1]:.2f}, loss {chosen[column]:.3g}")
-        axes.set(xlabel=f"alpha: weight of the model of task {after}", ylabel="beta: weight of the model before")
+        axes.set(xlabel=f"alpha: weight of the model of task {after}", ylabel="beta: weight of the previous model")
         axes.set_title(f"loss {title}", fontsize=10)
         axes.legend(fontsize=8, loc="upper right")
         figure.colorbar(colours, ax=axes)

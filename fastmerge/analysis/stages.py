@@ -1,4 +1,4 @@
-"""The first tasks of a scenario learned by a method, stage by stage, and how good any weights are on them."""
+"""Learn the first tasks of a scenario with a method, stage by stage, and score any weights on these tasks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from fastmerge.training import Learner, Phase, positions
 
 
 class Score(NamedTuple):
-    """accuracies: per task, percent, among the classes of all tasks; accuracy: over all images. loss, loss_own: mean over the
-    tasks of the cross-entropy in nats, among the classes of all tasks, and among the task's own (as in training)."""
+    """accuracies: per task, percent, among the classes of all tasks; accuracy: over all images. loss: mean over the
+    tasks of the cross-entropy in nats, among the classes of all tasks; loss_own: among the task's own (as in
+    training)."""
 
     accuracies: list[float]
     accuracy: float
@@ -32,8 +33,8 @@ M = TypeVar("M", bound=Method)
 
 
 class Stages(Generic[M]):
-    """A learner with a method, and the first `count` tasks of the scenario. config: other settings than the command's.
-    during: the tensors of the task at hand."""
+    """A learner with a method, and the first `count` tasks of the scenario. config: settings that replace the
+    command's. during: the tensors of the current task."""
 
     def __init__(self, setup: Setup, method: Callable[[Learner], M], count: int, config: Config | None = None):
         self.learner = setup.learner(setup.config.training.seeds[0], config=config)
@@ -59,12 +60,12 @@ class Stages(Generic[M]):
 
     @torch.no_grad()
     def score(self) -> Score:
-        """On the test images of all tasks, at the present weights."""
+        """Score the current weights on the test images of all tasks."""
         learner, classes = self.learner, torch.tensor(self.classes, device=self.learner.device)
         features = self.method.features()
         own = torch.stack([torch.isin(classes.cpu(), torch.tensor(t.classes)) for t in self.tasks]).to(learner.device)
         counts = [len(t) for t in self.tests]
-        # per task: correct, loss, loss among its own
+        # per task: correct, loss, loss among its own classes
         sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=learner.device)
         for pixels, labels, test in batches(self.tests, learner.config.training.batch_size):
             logits: Tensor = learner.head(features(learner.plain(pixels)), classes)
@@ -80,7 +81,7 @@ class Stages(Generic[M]):
 
 
 def work(phase: Phase | None) -> dict[str, Tensor]:
-    """All steps of a phase; returns the terms of the last one."""
+    """Run all steps of a phase; returns the terms of the last one."""
     terms: dict[str, Tensor] = {}
     if phase is None:
         return terms

@@ -1,4 +1,4 @@
-"""Data sets by name. Nothing is imported before it is asked for, and a user's files are only ever read."""
+"""Data sets by name. A loader is imported on first use. A user's files are only read, never changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmerge.errors import UserError, nearest
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
 
-# name -> "module:loader"; a loader is called with the root and those of load_dataset's options that it declares.
+# name -> "module:loader"; a loader takes the root and declares the options of load_dataset that it accepts.
 DATASETS: dict[str, str] = {
     "glyphs": "fastmerge.data.glyphs:load",
     "folder": "fastmerge.data.folder:load",
@@ -24,12 +24,12 @@ DATASETS: dict[str, str] = {
 def load_dataset(
     name: str, root: str | None = None, *, download: bool = False, skip_bad_images: bool = False, **options: Any
 ) -> Dataset:
-    """The data set `name` found under `root` (None: the data set brings its own data).
+    """Load the data set `name` from `root` (None for a data set that needs no files).
 
-    download allows a data set that can be fetched to fetch itself into `root`. skip_bad_images: go on without
-    unreadable images and count them, instead of stopping at the first. options: the loader's own keywords, such as
-    `split_file` of `folder`; None means not given. Raises UserError for an unknown name, an option that this data set
-    does not have, and data that are missing or damaged.
+    download: let a data set that can be downloaded fetch itself into `root`. skip_bad_images: skip and count
+    unreadable images instead of stopping at the first one. options: keywords of the loader, such as `split_file` of
+    `folder`; None means not given. Raises UserError for an unknown name, an option that this data set does not have,
+    and missing or damaged data.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
@@ -39,6 +39,6 @@ def load_dataset(
     if unknown := sorted(given.keys() - known):
         takes = f"it takes: {', '.join(sorted(known))}" if known else "it takes none"
         raise UserError(f"data set {name!r} has no option {', '.join(unknown)}; {takes}. Leave the option out.")
-    # Not every data set can be downloaded or have bad files; these two flags are about the run, not about one data set.
+    # Not every data set can be downloaded or have bad files; these two flags belong to the run, not to one data set.
     given |= {k: v for k, v in (("download", download), ("skip_bad_images", skip_bad_images)) if k in known}
     return loader(root, **given)

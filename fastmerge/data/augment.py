@@ -1,7 +1,7 @@
-"""Augmentation in batches on the device, after the data path of Keller Jordan's cifar10-airbench.
+"""Batched augmentation on the device, after the data path of Keller Jordan's cifar10-airbench.
 
-Parameters are drawn on the CPU, so a generator's seed means the same crops on every device, and on the CPU the same
-bits. Images are [b, 3, S, S].
+Parameters are drawn on the CPU, so a seed gives the same crops on every device; on the CPU it also gives the same bits.
+Images are [b, 3, S, S].
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ def random_resized_crop(
 ) -> Tensor:
     """A random crop of every image, resized back to S x S: uint8 [b, 3, S, S] -> float32 in 0..1 on the same device.
 
-    Crops are drawn as in torchvision's RandomResizedCrop (Inception crop, Szegedy et al. 2015): area uniform in `scale`,
-    aspect ratio log-uniform in `ratio`, the first of ten draws that fits, else the whole image. Different: borders are
-    not rounded to whole pixels, and the square that is cropped was cut from the image before. Bilinear; a crop is never
-    larger than the result, so no antialias is needed. flip: mirror half of the images.
+    Crops are drawn as in torchvision's RandomResizedCrop (Inception crop, Szegedy et al. 2015): area uniform in
+    `scale`, aspect ratio log-uniform in `ratio`, the first of ten draws that fits, else the whole image. Two
+    differences: borders are not rounded to whole pixels, and the input has already been cropped to a square. Bilinear;
+    a crop is never larger than the result, so antialiasing is not needed. flip: mirror each image with probability 1/2.
 
-    generator: on the CPU; takes the same number of values whatever the options are.
+    generator: a CPU generator; the options do not change how many values are drawn from it.
     """
     b, _, size, _ = images.shape
     u = torch.rand(b, 23, generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * u[:, :10]
     low, high = math.log(ratio[0]), math.log(ratio[1])
     root_ratio = torch.exp(0.5 * (low + (high - low) * u[:, 10:20]))
-    width, height = area.sqrt() * root_ratio, area.sqrt() / root_ratio  # of the image's side
+    width, height = area.sqrt() * root_ratio, area.sqrt() / root_ratio  # fractions of the image's side
     fits = (width <= 1) & (height <= 1)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
     whole = ~fits.any(1)
     width, height = (x.gather(1, first).squeeze(1).masked_fill(whole, 1.0) for x in (width, height))
-    # grid_sample's square is -1..1: a crop of width w may move its centre by 1 - w to either side.
+    # grid_sample coordinates run from -1 to 1: the centre of a crop of width w can move by 1 - w to either side.
     x, y = (2 * u[:, 20] - 1) * (1 - width), (2 * u[:, 21] - 1) * (1 - height)
     if flip:
         width = torch.where(u[:, 22] < 0.5, -width, width)
     crop = torch.stack([width, x, height, y]).to(images.device, non_blocking=True)[..., None]  # [4, b, 1]
     line = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # pixel centres
-    # Not affine_grid: its matrix product is slower than this, and rounds positions to TF32 where that is allowed.
+    # affine_grid is not used: its matrix product is slower, and rounds positions to TF32 where TF32 is allowed.
     grid = torch.empty(b, size, size, 2, device=images.device)
     grid[..., 0] = (crop[0] * line + crop[1])[:, None, :]
     grid[..., 1] = (crop[2] * line + crop[3])[:, :, None]
@@ -65,6 +65,6 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 @cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[c, 1, 1] on the device, copied there once and not at every step."""
-    with torch.inference_mode(False):  # whoever asks first must not decide what the tensor can be used for
+    """`values` as [c, 1, 1] on the device; cached, to copy them once and not at every step."""
+    with torch.inference_mode(False):  # else a first call in inference would make the tensor unusable in training
         return torch.tensor(values, device=device)[:, None, None]

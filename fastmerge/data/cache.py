@@ -1,9 +1,9 @@
-"""Decode once: a task's images as one uint8 tensor on the device, and the next task's decoded meanwhile.
+"""Image cache: decodes a task's images once into a uint8 tensor on the device, and prefetches the next task's images.
 
 A task is trained for many epochs on the same few thousand images, so its images are decoded and resized once and then
-picked by index (the data path of Keller Jordan's cifar10-airbench). What does not fit the budget is streamed: decoded
-batch by batch, ahead of their use. Both ways give the same pixels, and leave out the same unreadable images, so a run
-does not depend on the budget.
+picked by index (the data path of Keller Jordan's cifar10-airbench). A set that does not fit the memory budget is
+streamed: its batches are decoded shortly before use. Both ways give the same pixels and leave out the same unreadable
+images, so the results of a run do not depend on the budget.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastmerge.data.dataset import Split
 from fastmerge.data.files import host_pixels
 from fastmerge.errors import UserError
 
-CHUNK = 256  # images decoded at a time: what a copy to the device carries, and how soon a decoder can be stopped
-LOOK_AHEAD = 3  # batches decoded before they are asked for
+CHUNK = 256  # images decoded and copied to the device at a time; a decoder can be stopped between chunks
+LOOK_AHEAD = 3  # batches decoded ahead of their use
 CPU = torch.device("cpu")
 
 
 class TaskImages:
-    """Images of one task in memory. labels: [n] int64 on the device. skipped: unreadable images that were left out.
+    """Images of one task in memory. labels: [n] int64 on the device. skipped: number of unreadable images left out.
 
     images: [n, 3, S, S] uint8 on the device.
     """
@@ -40,7 +40,7 @@ class TaskImages:
         return len(self.labels)
 
     def plan(self, order: Iterable[Tensor]) -> None:
-        """Announce the batches to come, in order. Only streaming makes use of it."""
+        """Announce the coming batches, in order. Only StreamedImages uses them."""
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images uint8 [b, 3, S, S] and labels [b], both on the device, for index [b] int64 on the CPU."""
@@ -49,13 +49,13 @@ class TaskImages:
 
 
 class StreamedImages(TaskImages):
-    """The same, decoded at every use; batches that `plan` announced are decoded ahead by a background thread."""
+    """TaskImages decoded at every use. On the host, a background thread decodes the batches announced by `plan`."""
 
     def __init__(
         self, split: Split, indices: np.ndarray, size: int, device: torch.device, ahead: ThreadPoolExecutor
     ) -> None:
         n = len(indices)
-        if split.skip_bad:  # known before the first batch, so that epochs have the length they have in memory
+        if split.skip_bad:  # find unreadable images now, so that an epoch is as long as in memory
             chunks = (split.read(indices[i : i + CHUNK], 8, CPU)[1] for i in range(0, n, CHUNK))
             indices = indices[torch.cat(list(chunks)).numpy()]
         self.split, self.indices, self.size, self._ahead = split, indices, size, ahead
@@ -65,7 +65,7 @@ class StreamedImages(TaskImages):
         self._decoded: deque[tuple[Tensor, Future[Tensor]]] = deque()
 
     def plan(self, order: Iterable[Tensor]) -> None:
-        """A batch in another order than announced is decoded when it is asked for."""
+        """Announce the batches; a batch requested out of this order is decoded on request."""
         for _, future in self._decoded:
             future.cancel()
         self._decoded.clear()
@@ -91,17 +91,17 @@ class StreamedImages(TaskImages):
         images, good = self.split.read(self.indices[index.numpy()], self.size, where)
         if not good.all():
             name = self.split.ids[self.indices[index[~good][0]]]
-            raise UserError(f"image {name} could be read before and no longer can. Leave the data alone during a run.")
+            raise UserError(f"image {name} could be read before but not now. Do not change the data during a run.")
         return images
 
 
 class ImageCache:
     """The images of a run at `size` pixels on `device`.
 
-    budget_bytes: most bytes of pixels in memory, for sets that are kept (test images) and, once more, for sets that are
-    not (a task's train images and, beside them, the prefetched next ones); at most a quarter of the memory that is free
-    at the start. A set that does not fit is streamed. Memory does not grow with the number of tasks otherwise: a set
-    that is not kept lives as long as the caller holds it.
+    budget_bytes: limit on the bytes of pixels in memory; it applies once to the kept sets (test images) and once to the
+    others (a task's train images plus the prefetched next ones). It is reduced to a quarter of the memory that is free
+    at the start, if that is less. A set that does not fit is streamed. A set that is not kept lives as long as the
+    caller holds it, so only the kept sets make memory grow with the number of tasks.
     """
 
     def __init__(self, size: int, device: torch.device | str, budget_bytes: int = 8_000_000_000) -> None:
@@ -116,7 +116,7 @@ class ImageCache:
     def get(self, split: Split, indices: np.ndarray, keep: bool = False) -> TaskImages:
         """The images `indices` of `split`, decoded now unless they were prefetched or kept.
 
-        Raises UserError for an unreadable image (also one met by `prefetch`), and where no image is readable.
+        Raises UserError for an unreadable image (also one found by `prefetch`), and if no image is readable.
         """
         key = (split, indices.tobytes())
         if key in self._kept:
@@ -144,9 +144,9 @@ class ImageCache:
         return images
 
     def prefetch(self, split: Split, indices: np.ndarray) -> None:
-        """Start to decode in the background what a later `get` will ask for; nothing where it would not fit.
+        """Start decoding the images of a later `get` in the background; do nothing if they would not fit the budget.
 
-        The background thread works on the host only: a device's work is left to the thread that owns it.
+        The background thread works on the host only, because only one thread may use the device.
         """
         key = (split, indices.tobytes())
         room = self.budget_bytes - self._current_bytes
@@ -202,5 +202,5 @@ def _free_bytes(device: torch.device) -> int:
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: the budget alone counts
+    except (OSError, StopIteration):  # not Linux: only budget_bytes is the limit
         return 1 << 62

@@ -1,8 +1,8 @@
-"""CIFAR-100 and CIFAR-10 (Krizhevsky 2009) through torchvision's pickles; fetched only when asked.
+"""CIFAR-100 and CIFAR-10 (Krizhevsky 2009): torchvision reads the published pickles, and downloads them on request.
 
-The pickles are looked for in `root/cifar-100-python` (`root/cifar-10-batches-py`), where torchvision puts them, and in
-`root` itself. Images are 32x32; other sizes are made by torch's bicubic resize with antialias on the host, so that
-every device gets the same pixels. Prompts: the 18 that OpenAI's CLIP uses for both data sets.
+The pickles are expected in `root/cifar-100-python` (`root/cifar-10-batches-py`), where torchvision puts them, or in
+`root` itself. Images are 32x32; torch's bicubic resize with antialias makes other sizes on the host, so that every
+device gets the same pixels. Prompts: the 18 that OpenAI's CLIP uses for both data sets.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_cifar10(root: str | None, *, download: bool = False) -> Dataset:
 
 
 def _load(name: str, source: type[CIFAR10], root: str | None, download: bool) -> Dataset:
-    """Raises UserError: not found (says where it was looked for), damaged files, a failed download."""
+    """Raises UserError for missing files (the message lists the paths tried), damaged files, or a failed download."""
     if download and root is not None:
         try:
             os.makedirs(os.path.expanduser(root), exist_ok=True)
@@ -55,9 +55,9 @@ def _load(name: str, source: type[CIFAR10], root: str | None, download: bool) ->
     if folder is None and not download:
         raise UserError(
             f"data set {name!r} not found: looked for the files {', '.join(files)} in {usual} and in {root}. "
-            "Pass --download to fetch it, or --data-root DIR where it lies."
+            "Pass --download to fetch it, or --data-root DIR, the folder that contains it."
         )
-    # torchvision joins root, base_folder and file name, so any folder can be named by its parent and its own name.
+    # torchvision joins root, base_folder and file name, so a parent and a folder name select any folder.
     parent, own = os.path.split(os.path.abspath(folder or usual))
     located = type(source.__name__, (source,), {"base_folder": own})
     try:

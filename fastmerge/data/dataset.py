@@ -1,6 +1,6 @@
-"""What a data set is to the rest of the package: two splits of labelled images that can be read at any size.
+"""The data set interface: two splits of labelled images that can be read at any size.
 
-A new data set is one file with a `load(root, ...) -> Dataset` and one line in `fastmerge.data.DATASETS`.
+A new data set needs one file with a `load(root, ...) -> Dataset` and one line in `fastmerge.data.DATASETS`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The train or the test part. Images have no order of their own: position i means the same image on every machine.
+    """The train or the test part. The order of the images is fixed: position i is the same image on every machine.
 
     labels: [n] int64, class index in natural order; domains: [n] int64, domain index (0 where there is one domain);
-    ids: [n] stable names, such as paths relative to the root (what the manifest's hash covers).
+    ids: [n] stable names, such as paths relative to the root (part of the manifest's hash).
 
-    read(indices [k] int64, size S, device) gives images uint8 [k, 3, S, S] on the device and good bool [k] on the CPU.
-    The same index gives the same pixels at every call, whatever the other indices; it is called from several threads.
-    An image that cannot be read raises `UserError` naming it; with `skip_bad` its pixels are 0 and good is False.
-    on_device: `read` makes the pixels with the device's own arithmetic. Otherwise they are decoded on the host, are the
-    same for every device, and `ImageCache` may decode them in the background.
+    read(indices [k] int64, size S, device) returns images uint8 [k, 3, S, S] on the device and good bool [k] on the
+    CPU. An index gives the same pixels at every call, whatever the other indices; several threads call `read`.
+    If an image cannot be read, `read` raises a `UserError` that names it; with `skip_bad` its pixels are 0 and good is
+    False. on_device: `read` computes the pixels on the device. Otherwise it decodes them on the host, they are the same
+    for every device, and `ImageCache` may decode them in the background.
     """
 
     labels: np.ndarray
@@ -46,7 +46,7 @@ class Split:
         return len(self.labels)
 
     def subset(self, indices: np.ndarray) -> Split:
-        """Some of the images: `indices` [k] int64."""
+        """The split of the images at `indices` [k] int64."""
         return replace(
             self,
             labels=self.labels[indices],
@@ -58,7 +58,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Two splits and their names.
+    """Two splits, with the names of their classes and domains.
 
     templates: prompt templates with one `{}` for the class name. flip: whether a mirrored image keeps its class
     (False for characters). notes: what a reader of the results should know about this copy of the data; they go into
@@ -87,9 +87,10 @@ class Dataset:
                 raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
 
     def held_out(self, part: float) -> Dataset:
-        """The training images alone: this part of every class and domain becomes the test split, at least one image stays.
+        """Replace the test split: hold out the fraction `part` of the training images of every class and domain.
 
-        For choosing settings without a look at the test images. Which images: a fixed permutation, the same for every run.
+        This allows choosing settings without the test images. At least one image of each group stays in training. A
+        fixed permutation selects the images, the same in every run.
         """
         order = np.random.RandomState(0).permutation(len(self.train))
         groups = (self.train.labels * len(self.domain_names) + self.train.domains)[order]
@@ -98,5 +99,5 @@ class Dataset:
             members = order[groups == group]
             held[members[: min(round(part * len(members)), len(members) - 1)]] = True
         train, test = (self.train.subset(np.flatnonzero(rows)) for rows in (~held, held))
-        note = f"--validation: {len(test)} of {len(self.train)} training images are held out; accuracies are of these"
+        note = f"--validation: {len(test)} of {len(self.train)} training images are held out; accuracies are on these"
         return replace(self, train=train, test=test, notes=(*self.notes, note))

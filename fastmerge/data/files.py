@@ -1,9 +1,9 @@
-"""Image files: listing folders of them, and decoding them to squares of uint8 pixels on a thread pool.
+"""Image files: lists folders, and decodes images to squares of uint8 pixels on a thread pool.
 
-Decoding: RGB, shorter side resized to `size` (bicubic with antialias), centre crop. Where this differs from
-torchvision's Resize + CenterCrop: crop and resize are one step on the exact square, where torchvision rounds the longer
-side to whole pixels first; and a JPEG more than twice too large is shrunk by 2, 4 or 8 in its DCT, which is faster.
-EXIF rotation is ignored, as torchvision does.
+Decoding: RGB, shorter side resized to `size` (bicubic with antialias), centre crop. Two differences from torchvision's
+Resize + CenterCrop: crop and resize are one step on the exact square, whereas torchvision first rounds the longer side
+to whole pixels; and a JPEG with sides of at least 4 * `size` is first shrunk by 2, 4 or 8 in its DCT, which is faster.
+EXIF rotation is ignored, as in torchvision.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def image_suffixes() -> frozenset[str]:
 
 
 def data_root(name: str, root: str | os.PathLike[str] | None) -> str:
-    """`root` as an existing folder, or UserError: `name` is the data set that needs it."""
+    """Return the path of the existing folder `root`, or raise UserError. name: the data set that needs it."""
     if root is None:
         raise UserError(f"data set {name!r} needs a folder: pass --data-root DIR.")
     path = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(path):
         what = "is not a folder" if os.path.exists(path) else "does not exist"
-        raise UserError(f"data set {name!r}: --data-root {path} {what}. Pass the folder that holds the data.")
+        raise UserError(f"data set {name!r}: --data-root {path} {what}. Pass the folder that contains the data.")
     return path
 
 
@@ -77,7 +77,7 @@ def decode(path: str, size: int) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; what is transparent becomes white."""
+    """Convert to 8-bit RGB on a white background."""
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit values at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -88,8 +88,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def host_pixels(shape: tuple[int, ...]) -> Tensor:
-    """Zeros, uint8, on the host and outside the heap: large buffers that come and go between small ones that stay would
-    leave it full of holes, and a long run's memory would grow."""
+    """uint8 zeros on the host, outside the heap: large short-lived buffers between small long-lived ones would fragment
+    the heap, and the memory of a long run would grow."""
     size = math.prod(shape)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape) if size else torch.zeros(shape).byte()
 
@@ -101,7 +101,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 class FileReader:
-    """`Split.read` for files `root/ids[i]`: decoded in parallel (Pillow lets go of the interpreter lock)."""
+    """`Split.read` for the files `root/ids[i]`, decoded in parallel (Pillow releases the interpreter lock)."""
 
     def __init__(self, root: str, ids: Sequence[str], skip_bad: bool) -> None:
         self.root, self.ids, self.skip_bad = root, ids, skip_bad
@@ -115,11 +115,11 @@ class FileReader:
             path = os.path.join(self.root, self.ids[indices[position]])
             try:
                 pixels[position] = decode(path, size).transpose(2, 0, 1)
-            except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+            except Exception as error:  # Pillow's decoders raise almost any exception for a damaged file
                 if not self.skip_bad:
                     raise UserError(
                         f"cannot read image {path}: {error}. Fix or remove the file, or pass --skip-bad-images "
-                        "to go on without it."
+                        "to continue without it."
                     ) from error
                 good[position] = False
 

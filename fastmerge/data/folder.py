@@ -1,17 +1,18 @@
-"""Images in class folders. Understood as they lie, never modified:
+"""Images in class folders. Reads these layouts in place and never modifies them:
 
     {train,test|val}/<class>/<image>
     {train,test|val}/<domain>/<class>/<image>
     <domain>/{train,test|val}/<class>/<image>
     <class>/<image>, or <domain>/<class>/<image>, with a split file
 
-A split file (`split_file.py`) says which image is for training; images that it does not list are left out.
+A split file (`split_file.py`) lists the images for training and for testing; all other images are left out.
 
-A class is called as its folder with `_` read as a space; where all folders are WordNet ids (ImageNet-R, -A, -100), as
-ImageNet-1K calls that class. Classes are the union over domains and parts, in code-point order of the folder names, so
-a class that one domain lacks shifts no label. Images are sorted by domain, class, name.
+A class is named after its folder, with `_` replaced by a space. If all folders are WordNet ids (ImageNet-R, -A, -100),
+classes have their ImageNet-1K names. Classes are the union over domains and parts, in code-point order of the folder
+names, so a class that is missing from one domain shifts no label. Images are sorted by domain, class, name.
 
-`train`, `test` and `val` are matched in any case; with both `test` and `val`, `test` is used. Hidden files are ignored.
+`train`, `test` and `val` match in upper and lower case; if both `test` and `val` exist, `test` is used. Hidden files
+are ignored unless a split file lists them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastmerge.data.files import FileReader, data_root, listing
 from fastmerge.data.split_file import read as read_split_file
 from fastmerge.errors import UserError
 
-LAYOUTS = """Layouts understood:
+LAYOUTS = """Supported layouts:
   {train,test|val}/<class>/<image>
   {train,test|val}/<domain>/<class>/<image>
   <domain>/{train,test|val}/<class>/<image>
@@ -37,7 +38,7 @@ LAYOUTS = """Layouts understood:
 
 
 class ClassFolder(NamedTuple):
-    """One folder of images: `path` relative to the root, with '/'; `domain` is '' where there is one domain."""
+    """One folder of images: `path` relative to the root, with '/'; `domain` is '' if there is only one."""
 
     domain: str
     name: str
@@ -52,9 +53,9 @@ def load(
     skip_bad_images: bool = False,
     flip: bool = False,
 ) -> Dataset:
-    """The data set under `root`. flip: whether a mirrored image keeps its class, which a folder cannot tell.
+    """Load the data set under `root`. flip: whether a mirrored image keeps its class, which the folders do not tell.
 
-    Raises UserError: no layout found (lists the paths looked at), a class folder without images, a bad split file.
+    Raises UserError for an unknown layout (with the paths tried), a class folder without images, or a bad split file.
     """
     root = data_root("folder", root)
     notes: list[str] = []
@@ -68,8 +69,8 @@ def load(
         class_names = {wnid: known.get(wnid, wnid) for wnid in folders}
         unknown = len(folders - known.keys())
         notes.append(
-            "class folders are WordNet ids: classes are called as in ImageNet-1K"
-            + (f", {unknown} that it does not have by their id" if unknown else "")
+            "class folders are WordNet ids: classes have their ImageNet-1K names"
+            + (f", but {unknown} not in ImageNet-1K keep their ids" if unknown else "")
         )
     return assemble(
         os.path.basename(os.path.abspath(root)) or "folder",
@@ -96,7 +97,7 @@ def assemble(
     notes: Iterable[str] = (),
     class_names: dict[str, str] | None = None,
 ) -> Dataset:
-    """Class folders as a Dataset. class_names: what a folder's class is called, where `_` for a space is not enough."""
+    """Make a Dataset of class folders. class_names: folder -> class name, if replacing `_` by a space is not enough."""
     folders = sorted({f.name for f in (*train, *test)})
     domains = sorted({f.domain for f in (*train, *test)})
     label, domain = {f: i for i, f in enumerate(folders)}, {d: i for i, d in enumerate(domains)}
@@ -151,7 +152,7 @@ def _domains_outside(root: str, looked: list[str], notes: list[str]) -> tuple[li
     if not train:
         raise UserError("no train and test images found. " + looked_for(looked) + "\n" + LAYOUTS)
     if others:
-        notes.append(f"not a domain, left out (no train and test folder inside): {', '.join(others)}")
+        notes.append(f"folders left out because they have no train and test folders: {', '.join(others)}")
     return train, test
 
 
@@ -163,9 +164,9 @@ def looked_for(looked: list[str]) -> str:
 def find_parts(
     folder: str, looked: list[str], notes: list[str], tests: tuple[str, ...] = ("test", "val"), layouts: str = LAYOUTS
 ) -> tuple[str, str] | None:
-    """Names of the train and the test folder in `folder`, in any case, or None. What was looked for goes to `looked`.
+    """Return the names of the train and the test folder in `folder`, or None. Upper and lower case match.
 
-    Raises UserError where only one of the two is there.
+    Appends the paths tried to `looked`. Raises UserError if only one of the two exists.
     """
     looked.append(os.path.join(folder, f"{{{','.join(('train', *tests))}}}"))
     by_lower = {name.lower(): name for name in _folders(folder)}
@@ -183,7 +184,7 @@ def _folders(*path: str) -> list[str]:
 
 
 def _holds_domains(part: str) -> bool:
-    """Whether the folders in `part` hold class folders: the first one that is not empty decides."""
+    """Whether the folders in `part` contain class folders, judged by the first one that is not empty."""
     for name in _folders(part):
         images, folders = listing(os.path.join(part, name))
         if images or folders:
@@ -197,17 +198,17 @@ def class_folders(root: str, path: str, domain: str = "") -> list[ClassFolder]:
     full = os.path.join(root, *path.split("/"))
     if loose and not folders:
         raise UserError(
-            f"{full}: {len(loose)} images lie in no class folder; sort them into <class>/ folders.\n{LAYOUTS}"
+            f"{full}: {len(loose)} images are in no class folder; sort them into <class>/ folders.\n{LAYOUTS}"
         )
     if not folders:
         raise UserError(f"{full} is empty: expected class folders in it.\n{LAYOUTS}")
     found = [ClassFolder(domain, name, f"{path}/{name}", listing(os.path.join(full, name))[0]) for name in folders]
     if empty := [f.name for f in found if not f.images]:
-        others = f", like {len(empty) - 1} others" if len(empty) > 1 else ""
+        others = f"; {len(empty) - 1} other folders have none either" if len(empty) > 1 else ""
         inside = _folders(full, empty[0])
         instead = f" but the folders {', '.join(inside[:3])}" if inside else ""
         raise UserError(
-            f"empty class folder: {os.path.join(full, empty[0])} holds no images{instead}{others}. "
+            f"empty class folder: {os.path.join(full, empty[0])} contains no images{instead}{others}. "
             f"Put images there or remove the folder.\n{LAYOUTS}"
         )
     return found
@@ -222,7 +223,9 @@ def _split_by_file(root: str, split_file: str) -> tuple[list[ClassFolder], list[
         folder, _, image = path.rpartition("/")
         depth = path.count("/") if depth is None else depth
         if depth not in (1, 2) or path.count("/") != depth:
-            raise UserError(f"{where}: {path!r} should be <class>/<image>, or <domain>/<class>/<image> in every entry.")
+            raise UserError(
+                f"{where}: expected <class>/<image>, or <domain>/<class>/<image> in every entry, got {path!r}."
+            )
         if path in part_of:
             raise UserError(f"{where}: {path!r} is listed twice (first for {part_of[path]}); list every image once.")
         full = os.path.join(root, folder)
@@ -230,7 +233,7 @@ def _split_by_file(root: str, split_file: str) -> tuple[list[ClassFolder], list[
             on_disk[folder] = frozenset(os.listdir(full)) if os.path.isdir(full) else frozenset()
         if image not in on_disk[folder]:
             raise UserError(
-                f"{where}: there is no {os.path.join(full, image)}. Write paths relative to --data-root {root}."
+                f"{where}: {os.path.join(full, image)} does not exist. Write paths relative to --data-root {root}."
             )
         part_of[path] = part
         parts[part].setdefault(folder, []).append(image)

@@ -1,15 +1,16 @@
 """Glyphs: 913 Unicode characters in twelve DejaVu faces, embedded in the package. The default data set; needs no files.
 
-Classes are characters with their Unicode names, domains are the font families (a family never seen is a real shift, a
-style hardly one). The atlas is rendered once by scripts/render_glyphs.py. An image is one of its glyphs under random affine
-jitter, blur, colours and noise, all of them a function of (split seed, index): the same image at every call and for any
-batch; only rounding differs between devices. Images are made on the device, in batches, at 32 x 32 pixels.
+Classes are characters with their Unicode names. Domains are the font families: an unseen family is a real shift, an
+unseen style hardly one. scripts/render_glyphs.py rendered the atlas. An image is one of its glyphs with random affine
+jitter, blur, colours and noise. These depend only on the split's seed and the image's number, so an image is the same
+at every call and in any batch; only rounding differs between devices. Images are made on the device, in batches, at
+32 x 32 pixels.
 
-Which classes: characters are put in the order of the SHA-256 of their names, which scatters the scripts. The first
-`HELD_OUT` are unknown to the embedded backbone (fastmerge.models.tiny), which was pre-trained on all others. Of the
-held-out characters those come first whose names consist of words that at least `WORD_USES` pre-training names use, 50
-characters: only for them can a text head know anything, as it does of the classes of an ordinary CLIP benchmark. A data
-set of n classes has the first n, sorted by code point.
+Order of the classes: characters are sorted by the SHA-256 of their names, which mixes the scripts. The first `HELD_OUT`
+are unknown to the embedded backbone (fastmerge.models.tiny), which was pre-trained on all others. Of these held-out
+characters, 50 have names whose words all occur at least `WORD_USES` times in the pre-training names. They come first,
+because a text head needs words that it knows, as in an ordinary CLIP benchmark. A data set of n classes has the first n
+characters, sorted by code point.
 """
 
 from __future__ import annotations
@@ -39,37 +40,37 @@ TEMPLATES = ("{}", "a {}", "the {}")
 HELD_OUT = 100
 WORD_USES = 3
 SEEDS = {"train": 1, "test": 2}
-CHUNK = 512  # images made at a time: the intermediate floats stay in the cache of a CPU
+CHUNK = 512  # images made at a time, so few that the intermediate floats stay in the CPU's cache
 
 
 @dataclass(frozen=True)
 class Jitter:
-    """Half ranges, uniform unless said otherwise."""
+    """Ranges of uniform random values: [-x, x] unless the comment says otherwise."""
 
     rotation: float = 12.0  # degrees
-    scale: float = 0.2  # of the logarithm
+    scale: float = 0.2  # logarithm of the zoom
     shear: float = 0.15
     shift: float = 2.5  # pixels
-    blur: float = 1.0  # largest weight of the blurred glyph against the sharp one; smallest 0
-    contrast: float = 0.35  # smallest difference of the dark ink and the light paper, largest 1
-    tint: float = 0.1  # added to every channel of ink and of paper
-    noise: float = 0.2  # largest standard deviation relative to the contrast; smallest 0
+    blur: float = 1.0  # [0, x]: weight of the blurred glyph; the sharp glyph has the rest
+    contrast: float = 0.35  # [x, 1]: difference between light paper and dark ink
+    tint: float = 0.1  # added to every channel of ink and paper
+    noise: float = 0.2  # [0, x]: standard deviation relative to the contrast
 
 
 JITTER = Jitter()
-UNIFORMS = 16  # random numbers that one image takes
+UNIFORMS = 16  # random numbers per image
 
 
 @functools.cache
 def characters() -> tuple[tuple[str, str], ...]:
-    """(code point such as 'U+0041', lower-case Unicode name) of every row of the atlas, by code point."""
+    """(code point such as 'U+0041', lower-case Unicode name) of every row of the atlas, in code-point order."""
     lines = (ASSETS / "glyphs.tsv").read_text(encoding="ascii").splitlines()
     return tuple((code, name) for code, name in (line.split("\t") for line in lines))
 
 
 @functools.cache
 def order() -> tuple[int, ...]:
-    """Rows of the atlas: the first n are the classes of a data set of n, see the module docstring."""
+    """Rows of the atlas; the first n are the classes of a data set of n classes (see the module docstring)."""
     names = [name for _, name in characters()]
     scattered = sorted(range(len(names)), key=lambda row: hashlib.sha256(names[row].encode()).digest())
     held_out, pretraining = scattered[:HELD_OUT], scattered[HELD_OUT:]
@@ -79,7 +80,7 @@ def order() -> tuple[int, ...]:
 
 
 def pretraining_rows() -> tuple[int, ...]:
-    """Rows of the atlas that the embedded backbone was pre-trained on, by code point."""
+    """Rows of the atlas that the embedded backbone was pre-trained on, in code-point order."""
     return tuple(sorted(order()[HELD_OUT:]))
 
 
@@ -95,14 +96,14 @@ def atlas() -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _on(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The atlas [characters * faces, 32, 32] uint8, and a bank of normals [65536] float32 that noise is cut from."""
+    """The atlas [characters * faces, 32, 32] uint8, and a bank of normals [65536] float32 that supplies the noise."""
     # RandomState is the one numpy generator whose normals never change between versions.
     bank = torch.from_numpy(np.random.RandomState(0).standard_normal(1 << 16).astype(np.float32))
     return torch.tensor(atlas()).view(-1, SIZE, SIZE).to(device), bank.to(device)
 
 
 def _blur(glyph: Tensor) -> Tensor:
-    """[1 4 6 4 1] / 16 in both directions, for [k, 32, 32]. Ink keeps two pixels from the border, so nothing wraps."""
+    """[1 4 6 4 1] / 16 in both directions, for [k, 32, 32]. The outer two pixels hold no ink, so nothing wraps."""
     for dim in (1, 2, 1, 2):
         glyph = torch.lerp(glyph.roll(1, dim).add_(glyph.roll(-1, dim)).mul_(0.5), glyph, 0.5)
     return glyph
@@ -122,7 +123,7 @@ def uniforms(seed: int, index: np.ndarray) -> np.ndarray:
 
 
 def render(cells: np.ndarray, u: np.ndarray, device: torch.device, jitter: Jitter = JITTER, size: int = SIZE) -> Tensor:
-    """Images uint8 [k, 3, size, size] of the cells [k] (atlas row * 12 + face), jittered as u [k, UNIFORMS] says."""
+    """Images uint8 [k, 3, size, size] of the cells [k] (atlas row * 12 + face), jittered by u [k, UNIFORMS]."""
     chunks = (slice(i, i + CHUNK) for i in range(0, max(1, len(cells)), CHUNK))
     return torch.cat([_render(cells[chunk], u[chunk], device, jitter, size) for chunk in chunks])
 
@@ -137,10 +138,10 @@ def _render(cells: np.ndarray, u: np.ndarray, device: torch.device, jitter: Jitt
     ink = (middle - contrast / 2)[:, None] + jitter.tint * signed[:, 8:11]
     paper = (middle + contrast / 2)[:, None] + jitter.tint * signed[:, 11:14]
     blur, noise = jitter.blur * u[:, 14], jitter.noise * u[:, 15]
-    window = (u[:, 7] * (len(bank) - SIZE * SIZE)).astype(np.int64)  # of the noise
+    window = (u[:, 7] * (len(bank) - SIZE * SIZE)).astype(np.int64)  # start in the noise bank
 
-    # From a pixel of the image to the atlas: undo shift, rotation, scale, shear. All products are written out: a
-    # batched matrix product may round differently for another batch size.
+    # Map a pixel of the image to the atlas: undo shift, rotation, scale, shear. All products are written out, because
+    # a batched matrix product may round differently for another batch size.
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     matrix = np.stack([cos + shear * sin, sin - shear * cos, cos, -sin], 1)  # x from x, x from y; y from y, y from x
     numbers = np.concatenate([matrix, shift, blur[:, None], noise[:, None], paper * 255, (ink - paper) * 255], 1)
@@ -163,11 +164,11 @@ def _render(cells: np.ndarray, u: np.ndarray, device: torch.device, jitter: Jitt
 
 
 def _split(part: str, rows: Sequence[int], per_face: int) -> Split:
-    """Every class in every face, per_face times. Ids carry the position in the *atlas*: n does not change an image."""
+    """Every class in every face, per_face times. The number of classes does not change an image."""
     n_faces = len(FACES)
     label, face, copy = (a.reshape(-1) for a in np.indices((len(rows), n_faces, per_face), dtype=np.int64))
     cell = np.asarray(rows, np.int64)[label] * n_faces + face
-    number = copy * len(characters()) * n_faces + cell  # names the image, whatever the other classes and copies
+    number = copy * len(characters()) * n_faces + cell  # does not depend on the other classes or copies
     codes = [characters()[row][0] for row in rows]
     ids = [f"{part}/{FACES[f]}/{codes[c]}/{i}" for c, f, i in zip(label, face, copy, strict=True)]
     seed = SEEDS[part]
@@ -180,9 +181,9 @@ def _split(part: str, rows: Sequence[int], per_face: int) -> Split:
 
 
 def load(root: str | None = None, *, classes: int = 50, train_per_face: int = 6, test_per_face: int = 3) -> Dataset:
-    """The glyphs data set: classes * 12 faces * (train_per_face, test_per_face) images, domains sans, mono, serif.
+    """The glyphs data set: classes * 12 faces * (train_per_face, test_per_face) images; domains sans, mono, serif.
 
-    Raises UserError for a root (there are no files), more classes than there are characters, or sizes below 1.
+    Raises UserError for a root (there are no files), fewer than 2 classes or more than characters, or sizes below 1.
     """
     if root is not None:
         raise UserError(f"data set 'glyphs' is part of the package and reads no files; leave the data root {root} out.")

@@ -1,9 +1,9 @@
-"""ImageNet-1K (ILSVRC 2012) as it lies on disk: `{train,val}/<wnid>/*.JPEG` under the root or a usual folder in it.
+"""ImageNet-1K (ILSVRC 2012), read in place: `{train,val}/<wnid>/*.JPEG` under the root or a usual folder in it.
 
-The validation images are the test part. A copy with some of the 1000 wnids only is used as it is, and says so.
+The validation images are the test part. A copy with only some of the 1000 wnids is used as it is, with a warning.
 
 Class names: open_clip's 1000 curated names, in the order of timm's synset list (sorted wnids); prompts: OpenAI's 80.
-Two names stand for two classes each (missile, sunglasses), in OpenAI's list too; they are left so, and noted.
+Two names (missile, sunglasses) belong to two classes each, as in OpenAI's list; they are kept, with a warning.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BASES = (
     "imagenet/ILSVRC/Data/CLS-LOC",
     "Data/CLS-LOC",
 )
-LAYOUT = "Layout understood: {train,val}/<wnid>/<image>, with wnids like n01440764."
+LAYOUT = "Supported layout: {train,val}/<wnid>/<image>, with wnids like n01440764."
 
 
 def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
     """ImageNet-1K under `root`.
 
-    Raises UserError: not found (lists the paths looked at), a flat `val`, a folder that is no wnid, an empty folder.
+    Raises UserError for missing data (with the paths tried), a flat `val`, a folder that is no wnid, an empty folder.
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -40,8 +40,8 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
         images, folders = listing(os.path.join(root, part))
         if images and not folders:
             raise UserError(
-                f"{os.path.join(root, part)} is flat: {len(images)} images lie directly in it, their classes are "
-                "unknown. Sort them into one folder per wnid (the script valprep.sh does it for val). " + LAYOUT
+                f"{os.path.join(root, part)} is flat: {len(images)} images are directly in it, so their classes are "
+                "unknown. Sort them into one folder per wnid (the script valprep.sh does this for val). " + LAYOUT
             )
     train, test = (class_folders(root, part) for part in parts)
     names = class_names()
@@ -49,7 +49,7 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
         if folder.name not in names:
             raise UserError(
                 f"{os.path.join(root, folder.path)}: {folder.name!r} is not one of the 1000 wnids of ImageNet-1K. "
-                "Move it away, or use --dataset folder for classes of your own. " + LAYOUT
+                "Move it away, or use --dataset folder for your own classes. " + LAYOUT
             )
     notes, present = [], {folder.name for folder in train}
     if len(present) < 1000:
@@ -71,7 +71,7 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
 
 
 def _find(root: str) -> tuple[str, tuple[str, str]]:
-    """The folder that holds the two parts, and their names."""
+    """The folder that contains the two parts, and the names of the parts."""
     looked: list[str] = []
     for base in BASES:
         folder = os.path.join(root, base) if base else root

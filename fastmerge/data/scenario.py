@@ -1,4 +1,4 @@
-"""A data set cut into a sequence of tasks, and the manifest that says how.
+"""Scenarios: a data set split into a sequence of tasks, and the manifest that records the split.
 
 Class-incremental ('cil'): tasks are consecutive slices of the class order. Domain-incremental ('dil'): one task per
 domain, one label space.
@@ -20,12 +20,12 @@ import numpy as np
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.errors import UserError, nearest
 
-FEW_TEST_IMAGES = 5  # fewer than this many for a class is worth a warning: one image moves its accuracy by over 20 %
+FEW_TEST_IMAGES = 5  # a class with fewer gets a warning: one image changes its accuracy by more than 20 %
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """classes: natural class indices in the order of the class order (dil: all classes).
+    """classes: natural class indices, sorted as in the class order (dil: all classes).
 
     train, test: int64 indices into `dataset.train` and `dataset.test`, ascending.
     """
@@ -39,9 +39,9 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """kind: 'cil' or 'dil'. class_order: every class index once, in the order in which the classes come.
+    """kind: 'cil' or 'dil'. class_order: every class index once, in the order of their appearance.
 
-    domain_order: dil: domain index of every task; cil: empty.
+    domain_order: the domain index of every task (dil), or empty (cil).
     """
 
     kind: str
@@ -57,12 +57,12 @@ class Scenario:
         return self.class_order[: sum(len(task.classes) for task in self.tasks[: t + 1])]
 
     def joined(self) -> Scenario:
-        """All tasks as one, for joint training."""
+        """The scenario with all tasks joined into one, for joint training."""
         train, test = (np.unique(np.concatenate([getattr(t, part) for t in self.tasks])) for part in ("train", "test"))
         return replace(self, tasks=(Task(0, "all tasks", self.class_order, train, test),))
 
     def manifest(self) -> dict[str, Any]:
-        """What was trained on what, for JSON: order and its hash, classes and counts per task, hash of the splits."""
+        """The record of the scenario, for JSON: order and its hash, classes and counts per task, hash of the splits."""
         data, names = self.dataset, self.dataset.class_names
         order = self.class_order if self.kind == "cil" else self.domain_order
         return {
@@ -92,13 +92,13 @@ class Scenario:
 def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: str = "natural") -> Scenario:
     """`dataset` as a sequence of tasks.
 
-    class_order: 'natural'; an integer s: `numpy.random.RandomState(s).permutation` (1993 is the order of iCaRL, PyCIL
-    and PILOT); or a file that lists all classes, as indices or names, as JSON or one a line. In 'dil' it orders the
-    domains.
+    class_order: 'natural'; an integer s for `numpy.random.RandomState(s).permutation` (1993 gives the order of iCaRL,
+    PyCIL and PILOT); or a file that lists all classes by index or name, as JSON or one per line. With 'dil' it orders
+    the domains.
     tasks: number of tasks; sizes differ by at most one class, larger ones first. 'dil': number of domains, or None.
 
-    Raises UserError: more tasks than classes, a class without train images, a task without test images, a file that
-    is not a permutation, 'dil' with one domain.
+    Raises UserError for more tasks than classes, a class without train images, a task without test images, a file that
+    is not a permutation, or 'dil' with one domain.
     """
     if kind not in ("cil", "dil"):
         raise UserError(f"unknown scenario {kind!r}.{nearest(kind, ('cil', 'dil'))} There are: cil, dil.")
@@ -140,7 +140,7 @@ def _tasks(
     for part, groups in (("train", train), ("test", test)):
         if empty := [name for name, group in zip(names, groups, strict=True) if not len(group)]:
             raise UserError(
-                f"no {part} image for {_some(empty)}: the accuracy would be undefined. Add images, or use fewer tasks."
+                f"no {part} image for {_some(empty)}: a task needs train and test images. Add some, or use fewer tasks."
             )
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 
@@ -153,15 +153,15 @@ def task_bounds(classes: int, tasks: int) -> list[tuple[int, int]]:
 
 
 def read_order(spec: str, names: Sequence[str], what: str) -> tuple[int, ...]:
-    """The order of `names` that `spec` stands for; see build_scenario. what: 'class' or 'domain', for messages."""
+    """The order of `names` that `spec` gives; see build_scenario. what: 'class' or 'domain', for messages."""
     n = len(names)
     if spec == "natural":
         return tuple(range(n))
     if re.fullmatch(r"-?\d+", spec):
         seed = int(spec)
         if not 0 <= seed < 2**32:
-            raise UserError(f"--class-order {spec}: a seed lies between 0 and 2**32 - 1.")
-        return tuple(np.random.RandomState(seed).permutation(n).tolist())  # the same as np.random.seed(seed) and on
+            raise UserError(f"--class-order {spec}: a seed must be between 0 and 2**32 - 1.")
+        return tuple(np.random.RandomState(seed).permutation(n).tolist())  # as np.random.seed(seed), then permutation
     path = os.path.expanduser(spec)
     if not os.path.isfile(path):
         raise UserError(
@@ -183,7 +183,7 @@ def _order_from_file(path: str, names: Sequence[str], what: str) -> tuple[int, .
     order = []
     for entry in entries:
         index = entry if type(entry) is int else None
-        if isinstance(entry, str):  # a name wins over an integer: classes may be called 0, 1, 2
+        if isinstance(entry, str):  # a name takes precedence over an index: classes may be called 0, 1, 2
             index = by_name.get(entry, int(entry) if entry.isdecimal() else None)
         if index == -1:
             raise UserError(f"{where}: more than one {what} is called {entry!r}; list indices 0..{n - 1} instead.")
@@ -200,14 +200,14 @@ def _order_from_file(path: str, names: Sequence[str], what: str) -> tuple[int, .
 
 
 def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """name -> index, also with `_` for a space; -1 for a name that several have."""
+    """name -> index, also with `_` for a space; -1 for a name that occurs several times."""
     counts = Counter(names)
     by_name = {name: i if counts[name] == 1 else -1 for i, name in enumerate(names)}
     return {name.replace(" ", "_"): i for name, i in by_name.items()} | by_name
 
 
 def _tokens(text: str, names: Sequence[str]) -> list[str]:
-    """Words, unless the lines are names that hold spaces."""
+    """The words of `text`, or its lines if names contain spaces."""
     lines, words, known = [line.strip() for line in text.splitlines()], text.split(), _by_name(names)
     return words if len(lines) == 1 or all(word in known or word.isdecimal() for word in words) else lines
 
@@ -228,7 +228,7 @@ def split_hash(*splits: Split) -> str:
 
 
 def _group(keys: np.ndarray, groups: int) -> list[np.ndarray]:
-    """Positions of every key 0..groups-1, ascending."""
+    """For every key 0..groups-1, its positions in ascending order."""
     order = np.argsort(keys, kind="stable")
     return np.split(order, np.cumsum(np.bincount(keys, minlength=groups))[:-1])
 
@@ -249,7 +249,7 @@ def _warnings(dataset: Dataset) -> list[str]:
         found.append(f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images: {_some(few)}")
     if double := [name for name, count in Counter(names).items() if count > 1]:
         found.append(
-            f"{len(double)} names stand for several classes each, which a text head cannot tell apart: {_some(double)}"
+            f"{len(double)} names belong to several classes each, which a text head cannot tell apart: {_some(double)}"
         )
     return found
 

@@ -1,7 +1,7 @@
-"""Split files: which image is for training and which for testing.
+"""Split files: lists of the images for training and for testing.
 
-Either JSON, `{"train": [path, ...], "test": [path, ...]}`, or lines `train path` / `test path`; paths are relative to the
-root of the data set.
+A split file is JSON, `{"train": [path, ...], "test": [path, ...]}`, or lines `train path` / `test path`. Paths are
+relative to the root of the data set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastmerge.errors import UserError
 def read(split_file: str) -> Iterable[tuple[str, str, str]]:
     """Yield (`train` or `test`, path, place in the file) for every entry.
 
-    Raises UserError: a file that cannot be read, or an entry of another form.
+    Raises UserError for a file that cannot be read, or an entry of another form.
     """
     form = 'Expected JSON {"train": [path, ...], "test": [path, ...]} or lines "train path" / "test path".'
     try:
@@ -38,5 +38,5 @@ def read(split_file: str) -> Iterable[tuple[str, str, str]]:
         entries = ((words[0], words[-1].strip(), f"{split_file}, line {number}") for number, words in lines)
     for part, path, where in entries:
         if part not in ("train", "test") or part == path:
-            raise UserError(f"{where}: {part!r} is neither 'train' nor 'test' with a path after it. {form}")
+            raise UserError(f"{where}: expected 'train' or 'test' with a path after it, got {part!r}. {form}")
         yield part, path.removeprefix("./"), where

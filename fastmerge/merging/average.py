@@ -1,4 +1,4 @@
-"""Weight average, uniform soup (Wortsman et al. 2022, "Model soups"): the mean of the models, kept as a running mean."""
+"""Weight averaging, the uniform soup (Wortsman et al. 2022, "Model soups"): the running mean of the models."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""DARE (Yu et al. 2024): drop entries of a task vector with probability p, divide the rest by 1 - p; then average, or TIES.
+"""DARE (Yu et al. 2024): drop task-vector entries with probability p, divide the rest by 1 - p; then average or TIES.
 
-p 0.1 and scale 1 as in the released code's merging. Masks are functions of (seed, model, position). Where a merged model
-stands in for the past (`--protocol running`, `strict`), it is thinned out again at every task, which mergekit's issue 258
-warns of: after t tasks only a fraction (1 - p)^t of a task vector's entries survives, each scaled up by 1 / (1 - p)^t.
+The defaults p = 0.1 and scale 1 follow the released merging code. A mask depends on (seed, model, position). If a
+merged model represents the past (`--protocol running`, `strict`), every task drops more of its entries; mergekit's
+issue 258 warns of this. After t tasks only a fraction (1 - p)^t of a task vector's entries survives, scaled by
+1 / (1 - p)^t.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Dare(Rule):
 
 
 class DareTies(Ties):
-    """The thinned task vectors merged by TIES with the settings of `ties`; p is `dare`'s."""
+    """TIES on the task vectors after dropping. p is a setting of `dare`; the other settings are those of `ties`."""
 
     groups = ("dare", "ties")
 
@@ -41,5 +42,5 @@ class DareTies(Ties):
 
 
 def dropped(rule: Rule, theta: Tensor, p: float) -> Tensor:
-    """The task vector of `theta` after dropping, new."""
+    """The task vector of `theta` after dropping, as a new tensor."""
     return fk.dare_delta(theta, p, initial=rule.base.theta, seed=rule.base.seed, subsequence=rule.fed)

@@ -2,12 +2,12 @@
 
     theta <- ((1 - lam) F theta + lam F_t theta_t) / F',   F' = (1 - lam) F + lam F_t;   plain interpolation where F' = 0
 
-accumulate  lam    F afterwards   what it is
+accumulate  lam    new F          meaning
 sum         1/t    F' (the mean)  sum_t F_t theta_t / sum_t F_t, Fisher merging of all models
 ema         set    F'             the recursion of CMM's merge
-last        set    F_t            CoFiMA: the last two Fishers only, as released (CoFiMA issue 3)
+last        set    F_t            CoFiMA: only the last two Fishers, as released (CoFiMA issue 3)
 
-CoMA is the plain interpolation with lam. The released CoFiMA clamps its Fishers to at most 1e-4 and divides 0 by 0; we do
+CoMA is plain interpolation with lam. The released CoFiMA clamps its Fishers to at most 1e-4 and divides 0 by 0; we do
 neither. The released Fisher merging (MergeLM) adds 1e-6 to every entry: `--fisher.floor`.
 """
 
@@ -20,7 +20,7 @@ from fastmerge.merging.rule import Rule
 
 
 class Fisher(Rule):
-    """Beside the merged model its Fisher must live on, so `restart` keeps that."""
+    """The merged model needs its Fisher, so `restart` and `forget` keep the Fisher."""
 
     groups = ("fisher",)
     needs_base = False

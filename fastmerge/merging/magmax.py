@@ -1,6 +1,7 @@
-"""MagMax, also "MaxAbs" (Marczak et al. 2024): theta_init + scale * per entry the task vector of largest magnitude.
+"""MagMax, also "MaxAbs" (Marczak et al. 2024): theta_init + scale * the task-vector entry of largest magnitude.
 
-Scale 0.5 and the later model at ties, as in the released code, for sequential and for independent training.
+As in the released code, the defaults for both sequential and independent training are scale 0.5 and ties to the later
+model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class MagMax(Rule):
         (largest,) = self.zeros("largest")
         if self.settings.ties == "later":
             fk.magmax_update_(largest, theta, initial=self.base.theta)
-        else:  # the op gives ties to what it is fed
+        else:  # in a tie the op keeps its second argument, so swap the two
             new = fk.axpy(theta, self.base.theta, -1.0)
             self.kept["largest"] = fk.magmax_update_(new, largest)
 

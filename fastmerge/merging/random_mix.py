@@ -1,6 +1,6 @@
-"""RandMix: every entry from one of the models, each equally likely (a baseline of the MagMax paper).
+"""RandMix (a baseline of the MagMax paper): every entry comes from one of the models, all equally likely.
 
-As a stream: the t-th model takes over a fraction 1 / t of the entries, drawn by position, so no two models are held at once.
+The t-th model replaces each entry with probability 1 / t, drawn by position, so only the current mix is kept.
 """
 
 from __future__ import annotations

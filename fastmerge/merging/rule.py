@@ -1,7 +1,7 @@
-"""What every merge rule is: fed one model at a time with `update`, asked for the merged model with `merged`.
+"""The interface of merge rules: `update` takes in one model at a time, `merged` writes the merged model.
 
-A rule never holds T models where sums over them are enough; `state_dict()` is all it holds. Models are flat vectors `[n]`
-fp32; `Base` says what they have in common: where they started, and where their tensors lie.
+A rule keeps a fixed number of accumulators instead of T models; `state_dict()` is its whole state. Models are flat
+vectors `[n]` fp32; `Base` has what they share: the initial weights, and the positions of the tensors in the vector.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastmerge.flat import FlatModel
 
 @dataclass
 class Base:
-    """theta: `[n]` theta_init. bounds: ascending 0, ..., n, one stretch per tensor (with the padding behind it). sizes:
-    entries of each tensor without padding. seed: for rules that draw."""
+    """theta: `[n]` theta_init. bounds: ascending 0, ..., n; each interval is one tensor and the padding after it.
+    sizes: entries of each tensor without padding. seed: for random rules."""
 
     theta: Tensor
     bounds: list[int] = field(default_factory=list)
@@ -32,24 +32,25 @@ class Base:
 
     @classmethod
     def of(cls, flat: FlatModel, seed: int) -> Base:
-        """A copy of the model's present weights as the base."""
+        """A base with a copy of the model's current weights."""
         return cls(flat.theta.detach().clone(), [*flat.offsets[:-1], flat.numel], list(flat.sizes), seed)
 
     def whole(self) -> tuple[list[int], list[int]]:
-        """(bounds, sizes) of the vector as one tensor."""
+        """(bounds, sizes) that treat the vector as one tensor."""
         return [0, self.theta.numel()], [sum(self.sizes)]
 
 
 class Rule:
-    """Common to all rules: the base, the settings, how many models came, and the tensors that are kept.
+    """Base class: the base, the settings, the number of models, and the kept tensors.
 
-    A subclass says how it takes a model in (`_take`) and writes the merge (`_write`); both may read `count`, the number of
-    models in the merge, the one at hand included, and `fed`, the number that ever came: the subsequence of a rule that draws.
+    A subclass defines how it takes in a model (`_take`) and writes the merge (`_write`). Both may read `count`, the
+    number of models in the merge including the current one, and `fed`, the number of models ever taken in, which
+    random rules use as subsequence.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()  # the groups of settings it reads
     needs_base: ClassVar[bool] = True  # whether theta_init must be kept
-    needs_fisher: ClassVar[bool] = False  # whether update() takes the model's diagonal Fisher
+    needs_fisher: ClassVar[bool] = False  # whether update() needs the model's diagonal Fisher
 
     def __init__(self, base: Base, *settings: Any):
         self.base = base
@@ -58,7 +59,7 @@ class Rule:
         self.kept: dict[str, Tensor] = {}
 
     def update(self, theta: Tensor, fisher: Tensor | None = None) -> None:
-        """Take in one more model `[n]`; neither it nor `fisher` `[n]` is changed or held."""
+        """Take in one more model `[n]`; neither `theta` nor `fisher` `[n]` is changed or kept."""
         self.count, self.fed = self.count + 1, self.fed + 1
         try:
             self._take(theta, fisher)
@@ -67,10 +68,10 @@ class Rule:
             raise
 
     def merged(self, out: Tensor) -> Tensor:
-        """Write the merge of the models so far into `out` `[n]` (none of the models) and return it.
+        """Write the merge of the models so far into `out` `[n]` and return it.
 
         Raises:
-            ValueError: there was no model yet.
+            ValueError: no model has been taken in yet.
         """
         if self.empty:
             raise ValueError(f"{type(self).__name__}: no model to merge yet; call update() first")
@@ -82,12 +83,12 @@ class Rule:
         return not self.count
 
     def restart(self, theta: Tensor) -> None:
-        """Begin anew with `theta` as the only model: the merge of all tasks so far stands in for them."""
+        """Start again with `theta`, the merge of all tasks so far, as the only model."""
         self.forget()
         self.update(theta)
 
     def forget(self) -> None:
-        """Let go of everything but what must live on beside the merged model."""
+        """Drop all tensors except those that the merged model needs later, such as its Fisher."""
         self.kept.clear()
         self.count = 0
 
@@ -96,7 +97,7 @@ class Rule:
         return fk.lerp(self.base.theta, theta, 1 / getattr(self.settings, "scale", 1.0))
 
     def zeros(self, *names: str) -> list[Tensor]:
-        """The kept tensors of these names, zero at first."""
+        """The kept tensors with these names; new ones are zero."""
         for name in names:
             if name not in self.kept:
                 self.kept[name] = torch.zeros_like(self.base.theta)
@@ -112,7 +113,7 @@ class Rule:
         }
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
-        raise TypeError(f"{type(self).__name__} does not say how it takes in a model")
+        raise TypeError(f"{type(self).__name__} does not define how it takes in a model")
 
     def _write(self, out: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not say how it merges")
+        raise TypeError(f"{type(self).__name__} does not define how it merges")

@@ -2,8 +2,8 @@
 
     slerp(a, b, t) = sin((1 - t) w) / sin w  a + sin(t w) / sin w  b,   cos w = <a, b> / (||a|| ||b||)
 
-The t-th model comes in with weight 1 / t, so two models meet halfway. Nearly parallel tensors (|cos| > 0.9995) are
-interpolated linearly, as in mergekit; fine-tuned models of one start usually are. Not independent of the order.
+The t-th model has weight 1 / t, so two models are merged halfway. Nearly parallel tensors (|cos| > 0.9995) are
+interpolated linearly, as in mergekit; models fine-tuned from one start usually are. The result depends on the order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Model Stock (Jang et al. 2024) in O(T): theta_init + t * mean task vector, t from the mean cosine of the task vectors.
+"""Model Stock (Jang et al. 2024) in O(T): theta_init + t * mean task vector; t from their mean cosine.
 
-One ratio per tensor. Cosines below 0 are taken as 0, where the formula has no meaning (see `fastmerge_kernels.stock`).
+Each tensor has its own t. A negative mean cosine counts as 0, because the formula has no meaning there
+(see `fastmerge_kernels.stock`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Task arithmetic (Ilharco et al. 2023): theta_init + scale * sum of the task vectors; default scale 0.4 as released.
 
-The scale does not fall with the number of tasks, so it must be chosen for it: 1 / T gives the average.
+The scale does not shrink with the number of tasks T, so choose it for T: 1 / T gives the average.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""TIES (Yadav et al. 2023): trim every task vector to its largest entries, elect a sign per entry, average what agrees.
+"""TIES (Yadav et al. 2023): trim task vectors to their largest entries, elect a sign per entry, average what agrees.
 
-Four accumulators serve any number of tasks. Defaults are the paper's: density 0.2, trimmed over the whole vector, exactly
-zero mass takes the majority sign, scale 1 (no validation set; MagMax's code uses 0.55). `--ties.scope tensor` trims every
-tensor for itself, as mergekit and peft do. `--ties.keep "at least"` keeps all ties at the threshold, as the released code
-(which also keeps one entry more). Padding is not counted.
+Four accumulators are enough for any number of tasks. The defaults follow the paper: density 0.2, trimming over the
+whole vector, the majority sign at exactly zero mass, and scale 1 (no validation set; MagMax's code uses 0.55).
+`--ties.scope tensor` trims every tensor separately, as mergekit and peft do. `--ties.keep "at least"` keeps all entries
+tied at the threshold, as in the released code (which also keeps one more entry). Padding is not counted.
 """
 
 from __future__ import annotations

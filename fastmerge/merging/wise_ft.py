@@ -1,4 +1,7 @@
-"""WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning"): (1 - alpha) theta_init + alpha theta_T of the last model alone."""
+"""WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning"): (1 - alpha) theta_init + alpha theta_T.
+
+theta_T is the last model; earlier models have no influence.
+"""
 
 from __future__ import annotations
 
