@@ -26,7 +26,23 @@ def read(path):
 
 
 def test_interpolate(data, tmp_path, capsys):
-    assert main(["interpolate", "--points", "3", "--out", str(tmp_path / "f"), "--data-root", str(data), *FLAGS]) == 0
+    assert (
+        main(
+            [
+                "interpolate",
+                "--points",
+                "3",
+                "--cmm.merge",
+                "none",
+                "--out",
+                str(tmp_path / "f"),
+                "--data-root",
+                str(data),
+                *FLAGS,
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.split() == [str(tmp_path / "f" / f"interpolate.{e}") for e in ("csv", "png")]
     rows = read(tmp_path / "f" / "interpolate.csv")
     assert len(rows) == 12 and {float(r["lambda"]) for r in rows} == {0.0, 0.5, 1.0}

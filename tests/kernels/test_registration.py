@@ -312,6 +312,24 @@ def test_cache_is_used_and_follows_the_sources(monkeypatch, tmp_path):
     assert results == [(0, 1), (1, 0), (0, 1)]
 
 
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "names a class that is gone"])
+def test_a_damaged_cache_file_is_made_anew(monkeypatch, tmp_path, ending, damage):
+    import numba
+    from fastmerge_kernels.cpu import cache
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert cache.loop(addition)(1, 2, np.ones(1, np.float32)) == 4
+    (file,) = tmp_path.rglob(f"*{ending}")
+    whole = file.read_bytes()
+    gone = b"cfastmerge_kernels.cpu.memory\nGone\n."  # a pickle
+    file.write_bytes({"cut": whole[:-10], "emptied": b""}.get(damage, gone))
+    for misses in (1, 0):  # compiled again, then loaded again
+        function = cache.loop(addition)
+        assert function(1, 2, np.ones(1, np.float32)) == 4
+        assert len(function.stats.cache_misses) == misses
+
+
 def test_the_cache_key_covers_every_file(tmp_path):
     """A changed constant in any file of the package (a tile size, say) is another fingerprint."""
     from fastmerge_kernels.cpu import cache
