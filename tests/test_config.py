@@ -1,4 +1,4 @@
-"""Flags, config files and their errors: what a user types against what the run gets."""
+"""Flags and config files: what the user types, the configuration of the run, and the errors."""
 
 import dataclasses
 import functools
@@ -127,11 +127,11 @@ def numeric(group, name):
 
 @pytest.mark.parametrize(("group", "name"), SETTINGS)
 def test_help_tells_the_default_that_is_used(group, name):
-    """For every setting the words of the help against the values that a command gets."""
+    """The help of every setting states the default that a command gets."""
     declaration, default = declarations()[group][name]
     text = declaration.default_text(default)
     if declaration.derived is not None or name == "dataset":
-        return  # derived: the test below
+        return  # the test below covers derived defaults
     small = default if declaration.tiny is None else declaration.tiny
     for flags, used in (([], small), (["--dataset", "imagenet1k"], default)):
         assert value(group, name, *flags) == used and str(used) in text

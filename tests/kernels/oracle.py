@@ -24,7 +24,7 @@ def vectors(count: int, n: int, dtype=torch.float32, device="cpu", seed=0) -> li
 
 
 def assert_rounded(actual: Tensor, expected: Tensor, scale: Tensor | float, steps: float = 8.0) -> None:
-    """Assert that actual is within half a unit of its dtype + `steps` fp32 roundings of `scale`, with equal NaN and inf."""
+    """Assert |actual - expected| <= half a unit of the dtype + `steps` fp32 roundings of `scale`; equal NaN and inf."""
     actual, kind = actual.detach().cpu(), torch.finfo(actual.dtype)
     exact = actual.double()
     expected = torch.where(expected.abs() > kind.max * (1 + kind.eps / 4), expected.sign() * torch.inf, expected)
