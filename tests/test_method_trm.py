@@ -267,7 +267,7 @@ def distances(replace, tasks=10, n=20_000):
 
 def test_the_literal_replacement_diverges():
     """Read literally, 60 % of the entries get their task vector twice: per task the mean distance from theta_init grows
-    by a factor of 1 + 0.6 = 1.6, its norm by sqrt(0.6 * 2^2 + 0.4) = 1.67. The other readings grow like a random walk."""
+    1.6-fold (1 + 0.6), its norm sqrt(0.6 * 2^2 + 0.4) = 1.67-fold. The other readings grow like a random walk."""
     literal, anchored, plane = (distances(r) for r in ("literal", "anchored", "none"))
     ratios = [b / a for a, b in zip(literal[4:], literal[5:], strict=False)]
     assert ratios == pytest.approx([2.8**0.5] * 5, rel=0.05)
