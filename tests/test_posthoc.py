@@ -121,7 +121,7 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
             merged = torch.where(total == 0, ((t - 1) * merged + theta) / t, weighed).float()
             known = total
         torch.testing.assert_close(after[task.index], merged, rtol=1e-4, atol=1e-5)
-    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # and not the merged model again
+    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # no second merged model
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
         ("average", "full", 3),  # merged, trained, mean
         ("average", "running", 2),
         ("average", "strict", 1),
-        ("magmax", "full", 4),  # and theta_init
+        ("magmax", "full", 4),  # plus theta_init
         ("magmax", "running", 3),
         ("magmax", "strict", 2),
         ("ties", "full", 7),

@@ -159,7 +159,7 @@ OTHERS = {  # a post-hoc rule with shared training, one with a Fisher, and other
 }
 
 
-OFTEN = ("magmax-full",)  # every method takes at least ten seconds
+OFTEN = ("magmax-full",)  # not slow tests; each method takes at least ten seconds
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in OTHERS])

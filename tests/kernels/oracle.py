@@ -40,7 +40,7 @@ def assert_rounded(actual: Tensor, expected: Tensor, scale: Tensor | float, step
 
 
 def assert_sums(actual: Tensor, expected: Tensor, absolute: Tensor) -> None:
-    """Assert |actual - expected| <= 3e-6 of the sum of absolute terms: normals are exact to 1e-6, products to 1e-7."""
+    """Assert |actual - expected| <= 3e-6 of the sum of absolute terms; normals are good to 1e-6, products to 1e-7."""
     assert actual.dtype == torch.float64
     error = (actual.cpu() - expected).abs()
     assert bool((error <= 3e-6 * absolute + 1e-30).all()), f"error {error.tolist()}, terms {absolute.tolist()}"
