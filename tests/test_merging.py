@@ -103,7 +103,7 @@ def each(function, *models, **settings):
     return {n: function(*(m[n] for m in models), **settings) for n in models[0]}
 
 
-# -- the formulas of the papers ------------------------------------------------------------------------------------------
+# -- the formulas of the papers ----------------------------------------------------------------------------------------
 
 
 def mean(*xs):
