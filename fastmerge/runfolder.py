@@ -42,7 +42,7 @@ class StopRequest:
 
 
 class RunFolder:
-    """The folder of one command. Opening it locks it, checks settings and images against its files, and writes those."""
+    """The folder of one command. Opening it locks it, compares settings and images with its files, and writes them."""
 
     def __init__(self, config: Config, environment: dict[str, Any], manifest: dict[str, Any]):
         self.path = Path(config.run.run_dir)
@@ -172,7 +172,7 @@ class Record:
                 where = ", ".join(f"{k} {v}" for k, v in about.items())
                 self.waiting.clear()
                 raise UserError(
-                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. The last good state is saved there; "
+                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. A checkpoint there, if any, is valid; "
                     "try a smaller --lr (for the merging phase, --trm.lr or --trm.lambda2) with another --run-dir"
                 )
             self._line(about | values)

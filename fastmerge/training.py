@@ -63,7 +63,7 @@ class Learner:
 
     Attributes:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
-        initial: `[n]` copy of the starting weights if the head needs them (prototypes) and the backbone changes; else None.
+        initial: `[n]` copy of the starting weights, or None if no head needs them (prototypes) or the backbone is frozen.
 
     frozen: the method never changes the backbone.
     """
