@@ -63,7 +63,7 @@ class Learner:
 
     Attributes:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
-        initial: `[n]` copy of the starting weights, or None if no head needs them (prototypes) or the backbone is frozen.
+        initial: `[n]` copy of the starting weights; None if frozen, or if the head is not of prototypes.
 
     frozen: the method never changes the backbone.
     """
@@ -165,7 +165,7 @@ class Batches:
 
 def learning_rate(peak: float, i: int, steps: int, warmup: int = 0) -> float:
     """Linear warm-up over `warmup` steps, then cosine annealing from `peak` to 0 at i = `steps` (Loshchilov & Hutter
-    2017, eq. 5, one cycle). A task of at most `warmup` steps never anneals, as in the released code of MagMax and CMM."""
+    2017, eq. 5, one cycle). A task of up to `warmup` steps never anneals, as in the released code of MagMax and CMM."""
     if i < warmup:
         return peak * (i + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup)))

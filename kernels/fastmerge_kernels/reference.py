@@ -15,7 +15,7 @@ from .philox import PURPOSES, key_words, threshold
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
-    """Philox4x32 of counters [4, n] with a two-word key: uint64 [4, n] of 32-bit words (Salmon et al. 2011, sec. 3.3)."""
+    """Philox4x32 of counters [4, n] with a two-word key: uint64 [4, n] of 32-bit words (Salmon 2011, sec. 3.3)."""
     x, (k0, k1), low, half = counter.astype(np.uint64), key, np.uint64(0xFFFFFFFF), np.uint64(32)
     for r in range(rounds):
         a, b = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
@@ -114,7 +114,7 @@ def trm_direction(previous, current, *, seed, subsequence, replace="anchored", r
 
 
 def perpendicular(direction: Tensor) -> tuple[float, float]:
-    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. If d = 0, c = 0. If r is parallel to d (to 1e-3 rad), (c, 0), so P = 0."""
+    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. If d = 0, c = 0. If r is parallel to d (to 1e-3 rad), (c, 0): P = 0."""
     rd, dd, rr = (float(x) for x in direction)
     c = 0.0 if dd == 0 else rd / dd
     square = rr - c * rd
