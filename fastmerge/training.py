@@ -63,7 +63,7 @@ class Learner:
 
     Attributes:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
-        initial: `[n]` copy of the starting weights; None if frozen, or if the head is not of prototypes.
+        initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
     frozen: the method never changes the backbone.
     """

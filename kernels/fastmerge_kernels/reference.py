@@ -114,7 +114,7 @@ def trm_direction(previous, current, *, seed, subsequence, replace="anchored", r
 
 
 def perpendicular(direction: Tensor) -> tuple[float, float]:
-    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. If d = 0, c = 0. If r is parallel to d (to 1e-3 rad), (c, 0): P = 0."""
+    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. d = 0: c = 0. r parallel to d (to 1e-3 rad): (c, 0), so P = 0."""
     rd, dd, rr = (float(x) for x in direction)
     c = 0.0 if dd == 0 else rd / dd
     square = rr - c * rd
