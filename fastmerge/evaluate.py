@@ -88,7 +88,7 @@ def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
 
     final_accuracy, final_accuracy_macro: A_T, `micro` and `macro` over the tasks seen.
     aaa, aaa_macro: average anytime accuracy, (1/T) sum_t A_t (PILOT's "average accuracy", "average incremental accuracy").
-    forgetting: mean over j < T of max_l R[l][j] - R[T][j], over all rows l including the last, so >= 0 (PILOT, mammoth).
+    forgetting: mean over j < T of max_l R[l][j] - R[T][j], over all l including T, so >= 0 (PILOT, mammoth).
     forgetting_before_last: the same with l < T only; may be negative (Chaudhry et al. 2018; continuum, FACIL).
     bwt: backward transfer, mean over j < T of R[T][j] - R[j][j] (Lopez-Paz & Ranzato 2017).
     plasticity: mean over j of R[j][j] (learning accuracy, Riemer et al. 2019).

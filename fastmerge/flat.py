@@ -27,11 +27,11 @@ class FlatModel:
     Attributes:
         module: the module itself; its trainable parameters become views of `theta`.
         theta: `[n]` parameter, `dtype`; the only parameter to optimise. `theta.grad` is `gradient`.
-        gradient: `[n]`, same dtype; `backward()` accumulates into it. Clear it with `zero_grad()`; never set it to None.
+        gradient: `[n]`, same dtype; `backward()` adds to it. Clear it with `zero_grad()`, never set it to None.
         names, shapes, sizes: per tensor, in buffer order (sorted names).
         offsets: `len(names) + 1` element offsets; tensor i is `theta[offsets[i] : offsets[i] + sizes[i]]`.
 
-    Tied parameters are stored once, under the first of their sorted names. Frozen parameters (`requires_grad=False`) and
+    Tied parameters are stored once, under their first sorted name. Frozen parameters (`requires_grad=False`) and
     buffers stay in the module as they are. Parameters of other floating dtypes are converted to `dtype`.
 
     Raises:
@@ -63,7 +63,7 @@ class FlatModel:
         self._bind(buffer)
 
     def views(self, flat: Tensor) -> Iterator[Tensor]:
-        """Yield shaped views of the tensors in `flat` (`[n]`, any dtype) in the order of `names`; writes go to `flat`."""
+        """Yield shaped views of `flat` (`[n]`, any dtype) in the order of `names`; writes go to `flat`."""
         for offset, size, shape in zip(self.offsets, self.sizes, self.shapes, strict=False):
             yield flat[offset : offset + size].view(shape)
 

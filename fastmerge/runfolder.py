@@ -172,7 +172,7 @@ class Record:
                 where = ", ".join(f"{k} {v}" for k, v in about.items())
                 self.waiting.clear()
                 raise UserError(
-                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. A checkpoint there, if any, is valid; "
+                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. Any checkpoint there is valid; "
                     "try a smaller --lr (for the merging phase, --trm.lr or --trm.lambda2) with another --run-dir"
                 )
             self._line(about | values)
