@@ -64,7 +64,7 @@ for write in (lambda: save_tensors(Path({str(path)!r}), {{"x": torch.ones(1_000_
 
 
 def test_unwritable_and_unreadable(tmp_path):
-    with pytest.raises(UserError, match="nothing was written there before"):
+    with pytest.raises(UserError, match="there is no previous version"):
         save_json(tmp_path / "missing" / "r.json", {})
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not a checkpoint")

@@ -72,7 +72,7 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert run(*flags, "--run-dir", tmp_path / "r", "--quiet") == 0  # finished: shows the results and trains nothing
     assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
     text = capsys.readouterr().out
-    assert "final acc" in text and "finished before" not in text
+    assert "final acc" in text and "already finished" not in text
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_bad_images(capsys, tmp_path):
 def test_non_finite_loss(capsys, tmp_path, data):
     flags = ("--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", "finetune", "--quiet")
     text = bad(capsys, *flags, "--lr", "1e30", "--clip", "0", "--epochs", 8, "--run-dir", tmp_path / "r")
-    assert "loss became nan" in text and "task 0" in text and "step" in text and "last good state" in text
+    assert "loss became nan" in text and "task 0" in text and "step" in text and "checkpoint there is valid" in text
     assert not (tmp_path / "r" / "finetune-seed0" / "result.json").exists()
 
 
@@ -199,7 +199,7 @@ def test_changed_images_are_noticed(capsys, tmp_path):
     flags = ("--dataset", "folder", "--data-root", root, "--tasks", 2, "--method", "finetune", "--quiet")
     assert run(*flags, "--run-dir", tmp_path / "r") == 0
     Image.new("RGB", (24, 24)).save(root / "train" / "colour_0" / "new.png")
-    assert "the dataset changed" in bad(capsys, *flags, "--run-dir", tmp_path / "r")
+    assert "the data set changed" in bad(capsys, *flags, "--run-dir", tmp_path / "r")
 
 
 def test_two_processes_in_one_folder(capsys, tmp_path, data):
