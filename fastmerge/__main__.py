@@ -39,14 +39,13 @@ def run(config: Any) -> int:
     """Prepare, run every method and seed, and report. Return the exit code."""
     # imported here so that --help and flag errors appear at once
     from fastmerge.checkpoint import save_json, save_text
-    from fastmerge.config import to_dict
     from fastmerge.console import Console
     from fastmerge.evaluate import metrics, zero_shot
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import environment
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
-    from fastmerge.models.saved import model_tensors
+    from fastmerge.models.saved import model_tensors, recipe
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
     from fastmerge.report import (
@@ -121,17 +120,10 @@ def run(config: Any) -> int:
                     "seconds": state.seconds,
                     "bad_images": state.bad_images,
                 }
-                recipe = {
-                    "method": run.label,
-                    "seed": run.seed,
-                    "config": to_dict(run.config),
-                    "class_names": setup.dataset.class_names,
-                    "head": learner.head.kind,
-                    "features": method.features().kind,
-                    "final_accuracy": result["final_accuracy"],
-                }
-                names = [task.name for task in run.scenario.tasks]
-                record.finish(result, names, model_tensors(learner.backbone, learner.head, method.features()), recipe)
+                names, features = [task.name for task in run.scenario.tasks], method.features()
+                about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}
+                about = recipe(learner, features, run.scenario, len(names) - 1, **about)
+                record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about)
                 del learner, method
             else:
                 console.line(f"{run.label} seed {run.seed}: already finished")

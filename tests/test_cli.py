@@ -11,11 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from fastmerge.__main__ import main
-from fastmerge.data.augment import normalise, to_float
-from fastmerge.data.files import decode
-from fastmerge.errors import UserError
 from fastmerge.evaluate import metrics
-from fastmerge.models.saved import load_model
 
 QUICK = (
     "--model tiny --pretrained none --epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --head prototype"
@@ -73,31 +69,6 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
     text = capsys.readouterr().out
     assert "final acc" in text and "already finished" not in text
-
-
-@pytest.mark.parametrize(
-    ("method", "head"),
-    [("trm", "linear"), ("trm", "prototype"), ("trm", "text"), ("cmm", "text"), ("clip-adapter", "text")],
-)
-def test_the_final_model_can_be_used(data, tmp_path, method, head):
-    """The loaded model has the final accuracy that the run reported, also where the method's features need more than
-    the backbone."""
-    flags = ["--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", method, "--quiet", "--head", head]
-    assert run(*flags, "--run-dir", tmp_path / "r") == 0
-    features, loaded, recipe = load_model(tmp_path / "r" / f"{method}-seed0" / "model.safetensors")
-    result = json.loads((tmp_path / "r" / "results.json").read_text())["methods"][method]["0"]
-    backbone = features.backbone
-    correct = total = 0
-    for c, name in enumerate(recipe["class_names"]):
-        for path in sorted((data / "test" / name.replace(" ", "_")).iterdir()):
-            pixels = normalise(
-                to_float(torch.tensor(decode(path, 32)).permute(2, 0, 1)[None]), backbone.mean, backbone.std
-            )
-            correct += int(loaded(features(pixels), torch.arange(6)).argmax(1)) == c
-            total += 1
-    assert 100 * correct / total == pytest.approx(result["final_accuracy"])
-    with pytest.raises(UserError, match="not a checkpoint"):
-        load_model(data / "test" / "colour_0" / "0.jpg")
 
 
 def test_same_seed_same_bits_other_seed_other_bits(data, tmp_path):
