@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +13,9 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fastmerge.data.scenario import Task
+from fastmerge.output import plain
 from fastmerge.plan import Run
-from fastmerge.report import clock
+from fastmerge.report import clock, results_table
 from fastmerge.runfolder import State
 from fastmerge.training import PHASES, Phase
 
@@ -72,9 +75,8 @@ class Console:
     """All output of a command. `quiet` leaves the final table and errors."""
 
     def __init__(self, quiet: bool = False, file: Any = None):
-        self.rich = RichConsole(file=file, highlight=False, soft_wrap=True)
-        if not self.rich.is_terminal:
-            self.rich.width = 140  # rich would cut the table to 80 columns in a file
+        # named, because rich takes a stream without a name for utf-8
+        self.rich = RichConsole(file=file or sys.stdout, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self.live: Progress | None = None
         self._text = ""
@@ -83,6 +85,15 @@ class Console:
     def line(self, text: str, style: str | None = None) -> None:
         if not self.quiet:
             self.rich.print(text, style=style, markup=False)
+
+    def table(self, rows: list[list[str]]) -> None:
+        """The result table, also where `quiet`; as wide as the terminal, and as wide as it needs to be in a file."""
+        rows = [[plain(cell, self.rich.encoding) for cell in row] for row in rows]
+        limit = self.rich.width if self.rich.is_terminal or "COLUMNS" in os.environ else None
+        table, left_out = results_table(rows, limit)
+        self.rich.print(table, width=table.width, no_wrap=True, overflow="ignore", crop=False)
+        if left_out:
+            self.line(f"not shown here, but in results.md: {', '.join(left_out)}")
 
     def encoding(self, done: int, prompts: int) -> None:
         """The text head is being made; it is cached, so this is waited for once."""

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -73,14 +75,33 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
     return rows
 
 
-def results_table(rows: list[list[str]]) -> Table:
-    """For the terminal."""
-    table = Table()
-    for number, title in enumerate(rows[0]):
-        table.add_column(title, justify="right" if number else "left")
+# the first to go where a terminal is too narrow; results.md has them all
+LEAST = ("grows", "kept", "peak memory", "merge", "train", "plasticity", "seeds", "AAA", "forgetting")
+
+
+def results_table(rows: list[list[str]], width: int | None = None) -> tuple[Table, list[str]]:
+    """For the terminal: the table, and the columns that were left out to fit `width` characters (None: no limit).
+
+    A name or a number is never cut: a table that is too wide without these columns stays too wide.
+    """
+    left_out: list[str] = []
+    for title in LEAST:
+        if width is None or _width(rows, left_out) <= width:
+            break
+        left_out.append(title)
+    shown = [k for k, title in enumerate(rows[0]) if title not in left_out]
+    table = Table(width=_width(rows, left_out))
+    for k in shown:
+        table.add_column(rows[0][k], justify="right" if k else "left", no_wrap=True)
     for row in rows[1:]:
-        table.add_row(*row)
-    return table
+        table.add_row(*(escape(row[k]) for k in shown))
+    return table, [title for title in rows[0] if title in left_out]
+
+
+def _width(rows: list[list[str]], without: list[str]) -> int:
+    """Of the table with its frame: a line before every column, two spaces within, and the last line."""
+    columns = [column for column in zip(*rows, strict=True) if column[0] not in without]
+    return sum(max(map(cell_len, column)) + 3 for column in columns) + 1
 
 
 def results_markdown(rows: list[list[str]]) -> str:

@@ -1,5 +1,6 @@
 """The command line end to end on small folders: what a run writes, and what every kind of bad input is answered with."""
 
+import gc
 import json
 import os
 
@@ -243,4 +244,22 @@ def test_full_disk_while_saving(capsys, tmp_path, data, monkeypatch):
     assert "No space left on device" in text and "unharmed" in text and "same command" in text
     assert not list((tmp_path / "r" / "trm-seed0").glob("*.part"))
     checkpoint.load_tensors(tmp_path / "r" / "trm-seed0" / "checkpoint.safetensors")
+    assert run(*flags) == 0
+
+
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError, 1), (torch.OutOfMemoryError, 2)])
+def test_an_unexpected_error_says_where_the_run_is_and_how_to_report_it(
+    capsys, tmp_path, data, monkeypatch, error, code
+):
+    from fastmerge import evaluate
+
+    flags = ("--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", "finetune", "--quiet")
+    flags = (*flags, "--run-dir", tmp_path / "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "positions", lambda *_: (_ for _ in ()).throw(error("no room")))
+        assert run(*flags) == code
+    text = capsys.readouterr().err
+    assert "no room" in text and f"The run is saved in {tmp_path / 'r'}" in text and "same command" in text
+    assert ("Traceback" in text) == ("Please report it" in text) == (code == 1)
+    gc.collect()  # the frames hold the folder's lock
     assert run(*flags) == 0
