@@ -1,6 +1,6 @@
 """Every setting, declared once: default, default for the tiny model, bounds, unit, source, and what it does.
 
-Help texts (flags.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
+Help texts (help.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
 `flags.resolve` fills what a command line leaves open. A run's `config.json` holds the resolved values, so it repeats the run.
 """
 
@@ -103,6 +103,12 @@ def flag_of(group: str, name: str) -> str:
     return (name if group in PLAIN_GROUPS else f"{group}.{name}").replace("_", "-")
 
 
+def no_flag_of(group: str, name: str) -> str:
+    """The flag that switches a setting off, without dashes in front: no-flip, trm.no-merge-first."""
+    before, dot, last = flag_of(group, name).rpartition(".")
+    return f"{before}{dot}no-{last}"
+
+
 def check(config: Config) -> None:
     """Check every value that can be checked without data.
 
@@ -153,7 +159,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="only where the data set says that a flip keeps the class",
+        derived="as the data set says: on for imagenet1k and cifar, else off",
     )
     cache_gb: float = setting(
         8.0,

@@ -47,7 +47,9 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
         setting, equals, value = pair.partition("=")
         setting = setting.strip().replace("-", "_")
         mine = {s: g for g in method.groups[::-1] for s in vars(getattr(config, g))}
-        if not equals or setting not in mine:
+        if setting in mine and not equals:
+            raise UserError(f"--method {spec}: {setting} needs a value, as in {name}:{setting}=VALUE")
+        if setting not in mine:
             hint = f" Its settings are: {', '.join(mine)}." if mine else f" {name} has no settings of its own."
             raise UserError(
                 f"--method {spec}: expected {name}:SETTING=VALUE, got {pair!r}.{nearest(setting, mine)}{hint}"

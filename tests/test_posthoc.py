@@ -214,11 +214,12 @@ def test_a_method_with_settings_of_its_own():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("ties:densty", "expected ties:SETTING=VALUE.*Did you mean: density"),
         ("ties:densty=0.5", "Did you mean: density"),
-        ("ties:density", "expected ties:SETTING=VALUE"),
+        ("ties:density", "density needs a value, as in ties:density=VALUE"),
         ("ties:density=2", "--ties.density 2.0: expected above 0"),
         ("cmm:tangent=maybe", "cmm.tangent is true or false"),
-        ("cmm:lam=much", "a value does not fit"),
+        ("cmm:lam=much", "cmm.lam much: expected a number"),
         ("average:scale=1", "average has no settings of its own"),
         ("tise:scale=1", "unknown method 'tise'"),
     ],
