@@ -35,15 +35,87 @@ def test_work_by_hand():
     assert w.remaining == [{"train": 90, "merge": 60, "evaluate": 4 + 10}, {"train": 90, "merge": 0, "evaluate": 14}]
     assert work("dil").remaining[0]["evaluate"] == 20
     assert w.of(0, task=1, phase=1) == {"train": 0, "merge": 40, "evaluate": 10}
-    assert w.seconds_left() is None and w.fraction() == 0
-    w.done(0, "train", 90, 9.0)  # 0.1 s an image; a merge image is taken for 4 of them, an evaluated one for 0.3
-    assert w.seconds_left() == pytest.approx(0.1 * (60 * 4 + 14 * 0.3 + 90 + 14 * 0.3))
-    w.done(0, "merge", 60, 60.0)  # measured: 1 s an image
-    assert w.seconds_left() == pytest.approx(0.1 * 90 + 28 * 0.3 * (0.1 + 0.25) / 2)
+    assert w.seconds_left() is None and w.fraction() == 0 and w.left(0) == ""
+    w.done(0, "train", 5, 1000.0)  # the first step compiles: it says nothing
+    for _ in range(4):
+        w.done(0, "train", 5, 0.5)
+    assert w.cost("trm", "train") is None
+    w.done(0, "train", 5, 0.5)  # the fifth: 0.1 s an image
+    assert w.cost("trm", "train") == pytest.approx(0.1) == w.cost("finetune", "train")
+    assert w.cost("finetune", "evaluate") == pytest.approx(0.03)
+    assert w.seconds_left() is None and w.left(0) == ""  # a merge was not measured
+    assert w.seconds_left(1) == pytest.approx(0.1 * (90 + 14 * 0.3)) and w.left(1) == "00:09 left in run 2 of 2"
+    w.at(0, 1)  # the first task needed no merge
+    assert w.remaining[0] == {"train": 60, "merge": 40, "evaluate": 10}
+    for _ in range(2):
+        w.done(0, "merge", 10, 6.0)  # slow: known after a few seconds
+    assert w.seconds_left() == pytest.approx(20 * 0.6 + 0.1 * (60 + 10 * 0.3 + 90 + 14 * 0.3))
+    assert w.left(0) == f"{clock(w.seconds_left())} left"
     for run, left in enumerate(w.remaining):
         for kind, images in dict(left).items():
             w.done(run, kind, images, 1.0)
     assert w.fraction() == 1 and w.seconds_left() == 0
+
+
+def test_a_phase_that_takes_other_images_than_planned_is_learned():
+    w = work()
+    for _ in range(10):
+        w.done(1, "train", 3, 0.3)
+        w.done(1, "evaluate", 4, 0.04)  # every image in several ways
+    w.at(1, 1)
+    assert w.share == {("finetune", "train"): 1.0, ("finetune", "evaluate"): 10.0}
+    assert w.seconds_left(1) == pytest.approx(60 * 0.1 + 10 * 10 * 0.01)
+    w.at(1, 1, 0, 3)  # continues within a task: what was done of it before is not known
+    w.done(1, "train", 3, 0.3)
+    w.at(1, 2)
+    assert w.share["finetune", "train"] == 1.0
+
+
+def test_the_time_left_is_right_or_not_told():
+    """A command of two methods, simulated: a first step that compiles, merges 20 times as dear as training."""
+    seconds = {"train": 0.1, "merge": 2.0, "evaluate": 0.02}
+    tasks = [types.SimpleNamespace(index=i, train=np.arange(100), test=np.arange(20)) for i in range(5)]
+    five = types.SimpleNamespace(kind="cil", tasks=tasks)
+    epochs = {"trm": {"train": 3, "merge": 1}, "finetune": {"train": 3, "merge": 0}}
+    w = Work([Run(name, name, None, 0, None, five, epochs[name], None) for name in epochs])
+    steps = []  # (run, task, kind, images, seconds)
+    for run in range(2):
+        for task in range(5):
+            left = w.per_task[run][task] | ({"merge": 0} if task == 0 else {})
+            for kind, images in left.items():
+                first = 60.0 * ((task, kind) in ((0, "train"), (1, "merge")))
+                steps += [(run, task, kind, 10, 10 * seconds[kind] + first * (k == 0)) for k in range(images // 10)]
+    told, now = 0, (0, 0)
+    for k, (run, task, kind, images, took) in enumerate(steps):
+        if (run, task) != now:
+            w.at(run, task)
+            now = run, task
+        w.done(run, kind, images, took)
+        truth = sum(step[-1] for step in steps[k + 1 :])
+        if (guess := w.seconds_left()) is not None:
+            told += 1
+            assert guess == pytest.approx(truth, rel=0.05, abs=125)  # the two compilations of the second method
+    assert told > len(steps) / 2
+
+
+@pytest.mark.parametrize(("steps", "batches", "epochs"), [(6, 6, 2), (7, 6, 2), (4, 3, 1), (2, 3, 1), (1, 3, 1)])
+def test_epochs_are_counted_to_their_number(steps, batches, epochs):
+    """A phase may end with a step without images (P&M's merge), or take a part of an epoch (a Fisher of few images)."""
+    out = io.StringIO()
+    console = Console(file=out)
+    console.start(work_runs := [Run("pam", "pam", None, 0, None, scenario(), {"train": 0, "merge": 1}, None)])
+    console.run, console._clock = 0, 0.0
+
+    def rows(i):
+        assert i < batches
+        return range(3)
+
+    phase = types.SimpleNamespace(steps=steps, batches=types.SimpleNamespace(steps=batches, per_epoch=3, rows=rows))
+    for i in range(steps):
+        console._printed = -1e9
+        console.step(work_runs[0].scenario.tasks[0], "merge", i, phase, {"loss": 1.0})
+    shown = [line.split("epoch ")[1].split(" ")[0] for line in out.getvalue().splitlines()]
+    assert shown == [f"{min(i // 3, epochs - 1) + 1}/{epochs}" for i in range(steps)]
 
 
 def test_clock_and_number():
