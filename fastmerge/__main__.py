@@ -93,6 +93,7 @@ def run(config: Any) -> int:
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
     from fastmerge.report import (
+        below,
         comparison,
         header,
         results_markdown,
@@ -210,6 +211,8 @@ def run(config: Any) -> int:
     save_text(folder.path / "results.md", results_markdown(table))
     console.table(table)
     console.line(comparison(results, starting))
+    for text in below(results, starting):
+        console.line(f"warning: {text}", style="yellow")
     console.line(f"results, plots and models: {folder.path}")
     return 0
 

@@ -244,6 +244,11 @@ class TrainingSettings:
         "Keep the un-merged model of every task in the run folder (one file per task), so that merge rules named "
         "in a later command need no training. Otherwise they are deleted when the command is done.",
     )
+    nearest_mean: bool = setting(
+        True,
+        "Put nearest-mean into the table, with the first seed: class means of the starting model's features. A method "
+        "that ends below it was not worth its training. It costs about a forward pass over all images.",
+    )
     seeds: tuple[int, ...] = setting(
         (0,),
         "One run per method and seed.",
@@ -696,6 +701,7 @@ FREE = {
     "training.seeds",
     "training.protocol",
     "training.keep_trajectory",
+    "training.nearest_mean",
     "run.device",
     "run.run_dir",
     "run.save_every",

@@ -10,6 +10,7 @@ from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError, nearest
 from fastmerge.flags import changed
 from fastmerge.methods import METHODS
+from fastmerge.report import BASELINE
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
 
 
 def plan(config: Config, scenario: Scenario) -> list[Run]:
-    """The runs that a command stands for, in the order in which they run."""
-    runs = []
+    """The runs that a command stands for, in the order in which they run; the last is the baseline of every table."""
+    runs: list[Run] = []
     for seed in config.training.seeds:
         trained: set[str] = set()  # un-merged trainings that a run before makes and shares
         for spec in config.training.method:
@@ -77,6 +78,9 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
                 )
                 own = scenario.joined() if method.joint else scenario
                 runs.append(Run(label, name, protocol, seed, its, own, epochs, shared))
+    if config.training.nearest_mean and all(run.method != BASELINE for run in runs):
+        nothing = {"train": 0, "merge": 0}
+        runs.append(Run(BASELINE, BASELINE, None, config.training.seeds[0], config, scenario, nothing, None))
     return runs
 
 

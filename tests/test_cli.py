@@ -20,6 +20,7 @@ from fastmerge.models.saved import load_model
 
 QUICK = (
     "--model tiny --pretrained none --epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --head prototype"
+    " --no-nearest-mean"
 ).split()
 
 
@@ -35,13 +36,15 @@ def run(*flags):
 def test_a_run_writes_everything(data, tmp_path, capsys):
     flags = ["--dataset", "folder", "--data-root", data, "--tasks", 3, "--method", "trm", "finetune", "--seeds", 0, 1]
     before = {p: p.stat().st_mtime_ns for p in data.rglob("*")}
-    assert run(*flags, "--run-dir", tmp_path / "r") == 0
+    assert run(*flags, "--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r") == 0
     out = capsys.readouterr().out
-    assert "class-incremental, 3 tasks with 3 x 2 classes" in out and "±" in out and "plain fine-tuning" in out
+    assert "class-incremental, 3 tasks with 3 x 2 classes" in out and "±" in out and "against plain fine-tuning" in out
+    assert "against nearest-mean" in out and "flips off (--flip switches them on)" in out
     assert {p: p.stat().st_mtime_ns for p in data.rglob("*")} == before  # user data is never touched
 
     results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert set(results["methods"]) == {"trm", "finetune"} and set(results["methods"]["trm"]) == {"0", "1"}
+    seeds = {method: list(its) for method, its in results["methods"].items()}
+    assert seeds == {"trm": ["0", "1"], "finetune": ["0", "1"], "nearest-mean": ["0"]}
     for method, kept_models in (("trm", 1), ("finetune", 1)):
         for seed, result in results["methods"][method].items():
             matrix = result["accuracy_matrix"]
@@ -70,7 +73,8 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["tasks"]
     assert json.loads((tmp_path / "r" / "environment.json").read_text())["versions"]["torch"]
 
-    assert run(*flags, "--run-dir", tmp_path / "r", "--quiet") == 0  # finished: shown again, nothing is trained
+    flags += ["--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r", "--quiet"]
+    assert run(*flags) == 0  # finished: shown again, nothing is trained
     assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
     text = capsys.readouterr().out
     assert "final acc" in text and "finished before" not in text
@@ -142,6 +146,8 @@ def test_bad_names(capsys, tmp_path):
     assert "Did you mean: finetune" in bad(capsys, "--method", "fintune", *r)
     text = bad(capsys, "--model", "ViT-B-61", "--pretrained", "openai", *r)
     assert "ViT-B-61" in text and "ViT-B-16" in text
+    text = bad(capsys, "--model", "ViT-B-16", "--pretrained", "openai", *r)
+    assert "--download" in text and "--model tiny" in text
     assert not (tmp_path / "r").exists()  # nothing is half written
 
 

@@ -10,7 +10,7 @@ import pytest
 from fastmerge.console import Console, Work
 from fastmerge.output import Stream
 from fastmerge.plan import Run
-from fastmerge.report import LEAST, clock, growth, number, results_markdown, results_rows
+from fastmerge.report import LEAST, below, clock, comparison, growth, number, results_markdown, results_rows
 
 
 def scenario(kind="cil"):
@@ -206,3 +206,26 @@ def test_a_stream_that_cannot_be_written_is_told_from_a_reader_that_left():
         stream.close()  # nothing is left in the buffer to fail again
     assert isinstance(gone.failed, BrokenPipeError) and gone.lost is None
     assert full.lost is not None and "No space left" in str(full.lost)
+
+
+def test_a_method_below_the_starting_model_is_named():
+    def ends(**final):
+        return {name: {"0": {"final_accuracy": a}, "1": {"final_accuracy": a + 2}} for name, a in final.items()}
+
+    results = ends(trm=59.0, finetune=39.0, ewc=49.0) | {"nearest-mean": {"0": {"final_accuracy": 55.0}}}
+    starting = {"final_accuracy": 45.0}
+    assert below(results, starting) == [
+        "finetune ends at 40.0 %, below zero-shot (45.0 %) and nearest-mean (55.0 %): "
+        "the starting model does better without this training",
+        "ewc ends at 50.0 %, below nearest-mean (55.0 %): the starting model does better without this training",
+    ]
+    assert below(ends(trm=59.0), None) == []
+    assert comparison(results, starting) == (
+        "trm ends at 60.0 % (+15.0 against zero-shot, +20.0 against plain fine-tuning, +5.0 against nearest-mean); "
+        "finetune ends at 40.0 % (-5.0 against zero-shot, -15.0 against nearest-mean); "
+        "ewc ends at 50.0 % (+5.0 against zero-shot, +10.0 against plain fine-tuning, -5.0 against nearest-mean)"
+    )
+    many = ends(trm=59.0, finetune=39.0, ewc=49.0, lwf=48.0, cmm=61.0, joint=90.0)
+    assert comparison(many, None) == "best: cmm ends at 62.0 % (+22.0 against plain fine-tuning)"
+    alone = {"nearest-mean": {"0": {"final_accuracy": 55.0}}}
+    assert comparison(alone, starting) == "nearest-mean ends at 55.0 % (+10.0 against zero-shot)"

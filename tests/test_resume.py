@@ -20,7 +20,7 @@ SERVER.set_forkserver_preload(["fastmerge.loop", "fastmerge.methods", "open_clip
 
 FLAGS = (
     "--dataset folder --model tiny --pretrained none --tasks 3 --epochs 2 --merge-epochs 2 --batch-size 8 --lr 1e-3"
-    " --device cpu --quiet"
+    " --device cpu --quiet --no-nearest-mean"
     " --method trm --save-every 0 --trm.direction epoch --head prototype"
 ).split()
 
