@@ -1,6 +1,6 @@
 """Every setting, declared once: default, default for the tiny model, bounds, unit, source, and what it does.
 
-Help texts (flags.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
+Help texts (help.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
 `flags.resolve` fills what a command line leaves open. A run's `config.json` holds the resolved values, so it repeats the run.
 """
 
@@ -103,6 +103,12 @@ def flag_of(group: str, name: str) -> str:
     return (name if group in PLAIN_GROUPS else f"{group}.{name}").replace("_", "-")
 
 
+def no_flag_of(group: str, name: str) -> str:
+    """The flag that switches a setting off, without dashes in front: no-flip, trm.no-merge-first."""
+    before, dot, last = flag_of(group, name).rpartition(".")
+    return f"{before}{dot}no-{last}"
+
+
 def check(config: Config) -> None:
     """Check every value that can be checked without data.
 
@@ -153,7 +159,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="only where the data set says that a flip keeps the class",
+        derived="as the data set says: on for imagenet1k and cifar, else off",
     )
     cache_gb: float = setting(
         8.0,
@@ -237,6 +243,11 @@ class TrainingSettings:
         False,
         "Keep the un-merged model of every task in the run folder (one file per task), so that merge rules named "
         "in a later command need no training. Otherwise they are deleted when the command is done.",
+    )
+    nearest_mean: bool = setting(
+        True,
+        "Put nearest-mean into the table, with the first seed: class means of the starting model's features. A method "
+        "that ends below it was not worth its training. It costs about a forward pass over all images.",
     )
     seeds: tuple[int, ...] = setting(
         (0,),
@@ -690,6 +701,7 @@ FREE = {
     "training.seeds",
     "training.protocol",
     "training.keep_trajectory",
+    "training.nearest_mean",
     "run.device",
     "run.run_dir",
     "run.save_every",

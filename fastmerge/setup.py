@@ -54,6 +54,11 @@ class Setup:
     def random_weights(self) -> bool:
         return self.config.model.pretrained == "none"
 
+    @property
+    def flip(self) -> bool:
+        """Whether training images are mirrored at random."""
+        return self.dataset.flip if self.config.data.flip is None else self.config.data.flip
+
     def _prepare(self, seed: int) -> None:
         torch.manual_seed(seed)  # --pretrained none draws weights
         model = self.config.model

@@ -1,5 +1,6 @@
 """The command line end to end on small folders: the files that a run writes, and the errors for bad input."""
 
+import gc
 import json
 import os
 
@@ -15,6 +16,7 @@ from fastmerge.evaluate import metrics
 
 QUICK = (
     "--model tiny --pretrained none --epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --head prototype"
+    " --no-nearest-mean"
 ).split()
 
 
@@ -30,13 +32,15 @@ def run(*flags):
 def test_a_run_writes_everything(data, tmp_path, capsys):
     flags = ["--dataset", "folder", "--data-root", data, "--tasks", 3, "--method", "trm", "finetune", "--seeds", 0, 1]
     before = {p: p.stat().st_mtime_ns for p in data.rglob("*")}
-    assert run(*flags, "--run-dir", tmp_path / "r") == 0
+    assert run(*flags, "--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r") == 0
     out = capsys.readouterr().out
-    assert "class-incremental, 3 tasks with 3 x 2 classes" in out and "±" in out and "plain fine-tuning" in out
+    assert "class-incremental, 3 tasks with 3 x 2 classes" in out and "±" in out and "against plain fine-tuning" in out
+    assert "against nearest-mean" in out and "flips off (--flip switches them on)" in out
     assert {p: p.stat().st_mtime_ns for p in data.rglob("*")} == before  # user data never changes
 
     results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert set(results["methods"]) == {"trm", "finetune"} and set(results["methods"]["trm"]) == {"0", "1"}
+    seeds = {method: list(its) for method, its in results["methods"].items()}
+    assert seeds == {"trm": ["0", "1"], "finetune": ["0", "1"], "nearest-mean": ["0"]}
     for method, kept_models in (("trm", 1), ("finetune", 1)):
         for seed, result in results["methods"][method].items():
             matrix = result["accuracy_matrix"]
@@ -65,7 +69,8 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["tasks"]
     assert json.loads((tmp_path / "r" / "environment.json").read_text())["versions"]["torch"]
 
-    assert run(*flags, "--run-dir", tmp_path / "r", "--quiet") == 0  # finished: shows the results and trains nothing
+    flags += ["--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r", "--quiet"]
+    assert run(*flags) == 0  # finished: shown again, nothing is trained
     assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
     text = capsys.readouterr().out
     assert "final acc" in text and "already finished" not in text
@@ -112,6 +117,8 @@ def test_bad_names(capsys, tmp_path):
     assert "Did you mean: finetune" in bad(capsys, "--method", "fintune", *r)
     text = bad(capsys, "--model", "ViT-B-61", "--pretrained", "openai", *r)
     assert "ViT-B-61" in text and "ViT-B-16" in text
+    text = bad(capsys, "--model", "ViT-B-16", "--pretrained", "openai", *r)
+    assert "--download" in text and "--model tiny" in text
     assert not (tmp_path / "r").exists()  # no run folder is created
 
 
@@ -214,4 +221,22 @@ def test_full_disk_while_saving(capsys, tmp_path, data, monkeypatch):
     assert "No space left on device" in text and "unharmed" in text and "same command" in text
     assert not list((tmp_path / "r" / "trm-seed0").glob("*.part"))
     checkpoint.load_tensors(tmp_path / "r" / "trm-seed0" / "checkpoint.safetensors")
+    assert run(*flags) == 0
+
+
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError, 1), (torch.OutOfMemoryError, 2)])
+def test_an_unexpected_error_says_where_the_run_is_and_how_to_report_it(
+    capsys, tmp_path, data, monkeypatch, error, code
+):
+    from fastmerge import evaluate
+
+    flags = ("--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", "finetune", "--quiet")
+    flags = (*flags, "--run-dir", tmp_path / "r")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "positions", lambda *_: (_ for _ in ()).throw(error("no room")))
+        assert run(*flags) == code
+    text = capsys.readouterr().err
+    assert "no room" in text and f"The run is saved in {tmp_path / 'r'}" in text and "same command" in text
+    assert ("Traceback" in text) == ("Please report it" in text) == (code == 1)
+    gc.collect()  # the frames hold the folder's lock
     assert run(*flags) == 0
