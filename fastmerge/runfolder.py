@@ -1,6 +1,6 @@
 """A run on the disk: what lies where, what may continue, and what is written when.
 
-runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  plots/
+runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  report.html  plots/
 runs/<name>/trajectory-seed<seed>/   un-merged models that several methods share; deleted at the end (but --keep-trajectory)
 runs/<name>/<method>-seed<seed>/metrics.jsonl      every step and every task
                                 accuracy.csv       the accuracy matrix

@@ -71,6 +71,7 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
             assert all({"L_task", "L_pre", "gradient_energy", "alpha", "beta"} <= set(s) for s in merges)
     assert {p.name for p in (tmp_path / "r" / "plots").iterdir()} >= {"accuracy.png", "matrix-trm-seed0.png"}
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["tasks"]
+    assert "fastmerge.load(" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "r" / "environment.json").read_text())["versions"]["torch"]
 
     flags += ["--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r", "--quiet"]
