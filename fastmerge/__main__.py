@@ -89,6 +89,7 @@ def run(config: Any) -> int:
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
     from fastmerge.models.saved import model_tensors, recipe
+    from fastmerge.page import page
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
     from fastmerge.report import (
@@ -199,13 +200,14 @@ def run(config: Any) -> int:
         {"zero_shot": starting, "methods": results, "summary": summary(results)},
     )
     draw(folder.path / "plots", results, starting)
-    table = results_rows(results, starting)
+    table, verdict, warned = results_rows(results, starting), comparison(results, starting), below(results, starting)
     save_text(folder.path / "results.md", results_markdown(table))
+    save_text(folder.path / "report.html", page(folder.path, results, starting, table, [verdict, *warned]))
     console.table(table)
-    console.line(comparison(results, starting))
-    for text in below(results, starting):
+    console.line(verdict)
+    for text in warned:
         console.line(f"warning: {text}", style="yellow")
-    console.line(f"results, plots and models: {folder.path}")
+    console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0
 
 

@@ -67,6 +67,7 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
             assert all({"L_task", "L_pre", "gradient_energy", "alpha", "beta"} <= set(s) for s in merges)
     assert {p.name for p in (tmp_path / "r" / "plots").iterdir()} >= {"accuracy.png", "matrix-trm-seed0.png"}
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["tasks"]
+    assert "fastmerge.load(" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "r" / "environment.json").read_text())["versions"]["torch"]
 
     flags += ["--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r", "--quiet"]
@@ -117,7 +118,7 @@ def test_bad_names(capsys, tmp_path):
     assert "Did you mean: finetune" in bad(capsys, "--method", "fintune", *r)
     text = bad(capsys, "--model", "ViT-B-61", "--pretrained", "openai", *r)
     assert "ViT-B-61" in text and "ViT-B-16" in text
-    text = bad(capsys, "--model", "ViT-B-16", "--pretrained", "openai", *r)
+    text = bad(capsys, "--model", "ViT-B-16-quickgelu", "--pretrained", "openai", *r)
     assert "--download" in text and "--model tiny" in text
     assert not (tmp_path / "r").exists()  # no run folder is created
 
