@@ -22,6 +22,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         f"{kind}, {len(sizes)} tasks with {shown} classes, order {manifest['order_sha256']}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
+        f"images are normalised with {backbone.normalisation}",
         f"results go to {folder.path}",
     ]
 
