@@ -1,7 +1,7 @@
-"""Atomic files: a checkpoint is either the old one or the new one, whatever kills the process in between.
+"""Atomic file writes: if a write is interrupted, the file is still the complete old or new version.
 
-One safetensors file holds tensors and, as JSON in its metadata, everything else. It is written beside its target, flushed
-to the disk, and renamed over it; so a full disk or a killed process leaves the old file valid.
+A checkpoint is one safetensors file with the tensors and, as JSON in its metadata, everything else. Every file is
+written beside its target, flushed to disk and renamed, so a full disk or a killed process leaves the old file valid.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fastmerge.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)` then rename to `path`.
+    """Call `write(temporary)`, then rename the temporary file to `path`.
 
     Raises:
-        UserError: the file cannot be written (full disk, no permission); what stood at `path` before is untouched.
+        UserError: the file cannot be written (full disk, no permission); a previous file at `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -34,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        kept = "the older version there is unharmed" if path.exists() else "nothing was written there before"
+        kept = "the previous version is unharmed" if path.exists() else "there is no previous version"
         raise UserError(
             f"cannot write {path}: {error}; {kept}. Free space or fix the permissions, then run the same command again"
         ) from None
@@ -52,8 +52,8 @@ def save_json(path: Path, values: Any) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write `tensors` (any device, dtype, shape; views are copied out) and the JSON-able `about` as one file."""
-    # a view would drag its whole storage along, and safetensors refuses shared storages
+    """Write `tensors` (any device, dtype, shape; views are copied) and `about` (as JSON) to one file."""
+    # copy views: a view would keep its whole storage, and safetensors rejects shared storage
     own = {
         name: t.detach().to("cpu", copy=t.untyped_storage().nbytes() != t.nbytes).contiguous()
         for name, t in tensors.items()
@@ -64,26 +64,26 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote: tensors on the CPU, and `about`.
+    """Read a file of `save_tensors`: tensors on the CPU, and `about`.
 
     Raises:
-        UserError: the file cannot be read or is not such a file.
+        UserError: the file cannot be read or `save_tensors` did not write it.
     """
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a checkpoint of fastmerge ({error}); delete it to start this run anew") from None
+        raise UserError(f"{path}: not a fastmerge checkpoint ({error}); delete it to restart this run") from None
 
 
 def resident(tensors: dict[str, Tensor]) -> int:
-    """Bytes that the tensors hold."""
+    """Size of the tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries 'prefix.name', without the prefix."""
+    """The entries named 'prefix.name', with the prefix removed."""
     return {k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")}
 
 

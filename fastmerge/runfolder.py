@@ -1,12 +1,12 @@
-"""A run on the disk: what lies where, what may continue, and what is written when.
+"""Files of a run: where they are, when they are written, and whether a run may continue.
 
 runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  plots/
-runs/<name>/trajectory-seed<seed>/   un-merged models that several methods share; deleted at the end (but --keep-trajectory)
-runs/<name>/<method>-seed<seed>/metrics.jsonl      every step and every task
+runs/<name>/trajectory-seed<seed>/   un-merged models that methods share; deleted at the end without --keep-trajectory
+runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per task
                                 accuracy.csv       the accuracy matrix
-                                model.safetensors  the one model at the end; its recipe is in the metadata
+                                model.safetensors  the final model; its recipe is in the metadata
                                 result.json        this run's part of results.json
-                                checkpoint.safetensors   while it runs; the same command goes on from it
+                                checkpoint.safetensors   during the run; the same command continues from it
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from fastmerge.config import Config, differences, to_dict
 from fastmerge.errors import UserError
 from fastmerge.training import PHASES
 
-FLUSH_STEPS = 20  # steps between host reads of the losses: a read per step would stall a GPU
+FLUSH_STEPS = 20  # steps between host reads of the losses: reading every step would stall a GPU
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; everything up to the last step is saved."""
+    """A signal stopped the run; the last checkpoint continues it."""
 
 
 class StopRequest:
-    """Set by a signal handler, looked at between steps."""
+    """Set by a signal handler and checked between steps."""
 
     signal: int | None = None
 
 
 class RunFolder:
-    """The folder of one command. Opening it locks it, checks that its settings agree, and writes the three descriptions."""
+    """The folder of one command. Opening it locks it, compares settings and images with its files, and writes them."""
 
     def __init__(self, config: Config, environment: dict[str, Any], manifest: dict[str, Any]):
         self.path = Path(config.run.run_dir)
@@ -51,14 +51,14 @@ class RunFolder:
             self._lock = self._locked()
         except OSError as error:
             raise UserError(
-                f"--run-dir {self.path}: cannot write there ({error}); choose another with --run-dir"
+                f"--run-dir {self.path}: cannot write there ({error}); choose another folder with --run-dir"
             ) from None
         old = self.path / "config.json"
         if old.exists():
             changed = differences(self._read(old), to_dict(config))
             if changed:
                 raise UserError(
-                    f"--run-dir {self.path} holds a run with other settings:\n  "
+                    f"--run-dir {self.path} contains a run with other settings:\n  "
                     + "\n  ".join(changed)
                     + "\nUse the same settings to continue it, or another --run-dir"
                 )
@@ -70,14 +70,14 @@ class RunFolder:
             if known is not None and known != manifest["sha256"]:
                 raise UserError(
                     f"--run-dir {self.path} was made with other images (split hash {known}, now {manifest['sha256']}): "
-                    "the dataset changed on the disk. Restore it, or use another --run-dir"
+                    "the data set changed on disk. Restore it, or use another --run-dir"
                 )
         save_json(old, to_dict(config))
         save_json(self.path / "environment.json", environment)
         save_json(self.path / "manifest.json", manifest)
 
     def _locked(self) -> TextIO:
-        """Hold a lock on the folder for as long as this process lives (where the system has file locks)."""
+        """Lock the folder until this process ends (if the system has file locks)."""
         file = open(self.path / ".lock", "w")
         try:
             import fcntl
@@ -87,7 +87,7 @@ class RunFolder:
             pass
         except BlockingIOError:
             raise UserError(
-                f"--run-dir {self.path}: another fastmerge process is at work there; wait, or choose another"
+                f"--run-dir {self.path}: another fastmerge process uses it; wait, or choose another folder"
             ) from None
         return file
 
@@ -106,7 +106,7 @@ class RunFolder:
 
 @dataclass
 class State:
-    """The position in a run, besides its tensors. phase: index into PHASES, len(PHASES) is evaluation."""
+    """The position in a run and its results so far. phase: index into PHASES; len(PHASES) means evaluation."""
 
     task: int = 0
     phase: int = 0
@@ -115,10 +115,10 @@ class State:
     kept_bytes: list[int] = field(default_factory=list)  # after every task
     peak_memory_bytes: list[int] = field(default_factory=list)  # of every task
     test_counts: list[int] = field(default_factory=list)  # test images of every task evaluated
-    also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of other ways to use the weights
+    also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of `also_evaluated`, by name
     bad_images: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "evaluate"), 0.0))
-    log_bytes: int = 0  # length of metrics.jsonl at this state: what a stopped process wrote beyond it is cut off
+    log_bytes: int = 0  # length of metrics.jsonl at this state; later lines are cut off when the run continues
 
 
 class Record:
@@ -131,12 +131,12 @@ class Record:
         self._saved_at = time.monotonic()
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of this run if it ended before."""
+        """The result of this run if it is already complete."""
         path = self.folder / "result.json"
         return RunFolder._read(path) if path.exists() else None
 
     def open(self) -> tuple[State, dict[str, Tensor]]:
-        """The state to go on from, and the tensors saved with it (none for a fresh start)."""
+        """The state to continue from and the tensors saved with it (none for a new run)."""
         self.folder.mkdir(exist_ok=True)
         state = State()
         tensors: dict[str, Tensor] = {}
@@ -150,16 +150,16 @@ class Record:
         return state, tensors
 
     def log(self, about: dict[str, Any], terms: dict[str, Tensor]) -> None:
-        """Note the terms (0-d tensors) of a step; they are read from the device every few steps."""
+        """Log the terms (0-d tensors) of a step; they are read from the device every FLUSH_STEPS steps."""
         self.waiting.append((about, terms))
         if len(self.waiting) >= FLUSH_STEPS:
             self.flush()
 
     def flush(self) -> dict[str, float]:
-        """Write what waits; returns the newest terms.
+        """Write the waiting terms; return the newest.
 
         Raises:
-            UserError: a loss is not finite. The checkpoint on the disk is older than that, so it is a good one.
+            UserError: a loss is not finite. The checkpoint on disk is older, so it is valid.
         """
         values: dict[str, float] = {}
         for about, terms in self.waiting:
@@ -172,7 +172,7 @@ class Record:
                 where = ", ".join(f"{k} {v}" for k, v in about.items())
                 self.waiting.clear()
                 raise UserError(
-                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. The last good state is saved there; "
+                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. Any checkpoint there is valid; "
                     "try a smaller --lr (for the merging phase, --trm.lr or --trm.lambda2) with another --run-dir"
                 )
             self._line(about | values)
@@ -188,12 +188,12 @@ class Record:
             ) from None
 
     def task(self, values: dict[str, Any]) -> None:
-        """Note the end of a task."""
+        """Log the results of a task."""
         self.flush()
         self._line(values)
 
     def save(self, state: State, tensors: dict[str, Tensor]) -> None:
-        """Replace the checkpoint. The metrics are on the disk before it."""
+        """Flush the metrics to disk, then replace the checkpoint."""
         self.flush()
         try:
             self._log.flush()
@@ -207,13 +207,13 @@ class Record:
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time to save, by the clock or because a signal came."""
+        """Whether to save now: `save_every` seconds have passed or a signal arrived."""
         return StopRequest.signal is not None or time.monotonic() - self._saved_at >= self.save_every
 
     def finish(
         self, result: dict[str, Any], names: list[str], model: dict[str, Tensor], recipe: dict[str, Any]
     ) -> None:
-        """Write the model and the results; the checkpoint goes last, so a stop in between repeats this step."""
+        """Write the model and the results, then delete the checkpoint, so an interrupted call is repeated."""
         self._log.close()
         save_tensors(self.folder / "model.safetensors", model, recipe)
         write_atomically(self.folder / "accuracy.csv", lambda path: _csv(path, result["accuracy_matrix"], names))
