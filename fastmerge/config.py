@@ -118,6 +118,8 @@ def check(config: Config) -> None:
     for group, settings in declarations().items():
         for name, (declaration, _) in settings.items():
             declaration.check(f"--{flag_of(group, name)}", getattr(getattr(config, group), name))
+    if (config.model.mean is None) != (config.model.std is None):
+        raise UserError("--mean and --std belong together: give both or none")
     for name in ("method", "protocol", "seeds"):
         values, one = getattr(config.training, name), name.removesuffix("s")
         if not values:
@@ -212,6 +214,21 @@ class ModelSettings:
         "openai",
         "Tag | checkpoint file | none (random weights).",
         derived="glyphs for tiny, openai for ViT-B-16-quickgelu",
+    )
+    mean: tuple[float, float, float] | None = setting(
+        None,
+        "Mean of the three colour channels, for normalisation; give the deviation too.",
+        unit="of pixels in 0..1",
+        at_least=0,
+        at_most=1,
+        derived="as the weights were trained",
+    )
+    std: tuple[float, float, float] | None = setting(
+        None,
+        "Standard deviation of the three colour channels.",
+        unit="of pixels in 0..1",
+        above=0,
+        derived="as the weights were trained",
     )
     head: Literal["text", "linear", "prototype"] | None = setting(
         None,

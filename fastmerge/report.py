@@ -28,6 +28,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "
         + ("on (--no-flip switches them off)" if setup.flip else "off (--flip switches them on)"),
+        f"images are normalised with {backbone.normalisation}",
         f"results go to {folder.path}",
     ]
 

@@ -16,6 +16,7 @@ from fastmerge.data.scenario import build_scenario
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
+from fastmerge.models.normalisation import Normalisation
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ class Setup:
     def _prepare(self, seed: int) -> None:
         torch.manual_seed(seed)  # --pretrained none draws weights
         model = self.config.model
-        self.backbone, encoder = load_backbone(model.model, model.pretrained, download=self.config.data.download)
+        given = Normalisation(model.mean, model.std, "--mean and --std") if model.mean and model.std else None
+        self.backbone, encoder = load_backbone(
+            model.model, model.pretrained, download=self.config.data.download, normalisation=given
+        )
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
         self._seed = seed
 

@@ -123,6 +123,8 @@ def test_ways_to_write_a_value():
         ("--trm.layer-b 0", "--trm.layer-b"),
         ("--lr nan", "--lr nan: expected a finite number"),
         ("--batch-size 99999999999999999999", "--batch-size"),
+        ("--mean 0.5 0.5 0.5", "--mean and --std belong together"),
+        ("--mean 0.5 0.5 127 --std 1 1 1", "--mean 127.0: expected between 0 and 1"),
         ("--model ViT-L-14", "--pretrained is not given for --model ViT-L-14"),
     ],
 )
@@ -255,12 +257,14 @@ def test_a_seed_may_be_as_large_as_torch_takes_it():
 
 
 def test_defaults_that_the_data_and_the_model_decide():
-    """--flip, --head, --trm.layer-b and --fisher.images have no value before the data and the model are known."""
+    """These settings have no value before the data and the model are known."""
     derived = {key: declarations()[key[0]][key[1]][0].derived for key in SETTINGS if value(*key) is None}
     assert derived == {
         ("data", "data_root"): None,
         ("data", "split_file"): None,
         ("data", "flip"): "as the data set says: on for imagenet1k and cifar, else off",
+        ("model", "mean"): "as the weights were trained",
+        ("model", "std"): "as the weights were trained",
         ("model", "head"): "text where the model has a text tower, else prototype",
         ("trm", "layer_b"): "half the layers",
         ("fisher", "images"): "all",
@@ -297,5 +301,6 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
     }
     assert left == {
-        "data.data_root", "data.split_file", "data.flip", "model.head", "trm.layer_b", "fisher.images",
+        "data.data_root", "data.split_file", "data.flip", "model.mean", "model.std", "model.head", "trm.layer_b",
+        "fisher.images",
     }  # fmt: skip
