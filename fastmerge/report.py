@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fastmerge.results import METRICS
+
 
 def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     """What is about to run, in a few lines."""
@@ -109,7 +111,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for method, seeds in results.items():
         table[method] = {}
-        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
+        for name in METRICS:
             values = [r[name] for r in seeds.values() if r[name] is not None]
             spread = statistics.stdev(values) if len(values) > 1 else None
             table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Setup:
     """Resolves data and weights at once, so that nothing is missing later, and makes fresh learners.
 
-    Attributes: scenario (with its dataset), device, backbone and head of the first seed, cache for decoded images.
+    Attributes: scenario (with its dataset), device, backbone and head of the first seed, cache for decoded images;
+    text_sha256: hash of the text tower that a text head comes from, else None.
 
     progress(done, prompts) is called while a text head is made. Raises UserError where something is missing.
     """
@@ -58,6 +59,7 @@ class Setup:
         model = self.config.model
         self.backbone, encoder = load_backbone(model.model, model.pretrained, download=self.config.data.download)
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
+        self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self._seed = seed
 
     def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:
