@@ -78,8 +78,8 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
 def results_table(rows: list[list[str]]) -> Table:
     """For the terminal."""
     table = Table()
-    for number, title in enumerate(rows[0]):
-        table.add_column(title, justify="right" if number else "left")
+    for title in rows[0]:
+        table.add_column(title, justify="left" if title in ("run", "method") else "right")
     for row in rows[1:]:
         table.add_row(*row)
     return table
