@@ -1,3 +1,3 @@
-"""fastmerge: continual learning by model merging. One process, one model at the end. Run `python -m fastmerge --help`."""
+"""fastmerge: continual learning by model merging, in one process, to one model. See `python -m fastmerge --help`."""
 
 __version__ = "0.1.0"

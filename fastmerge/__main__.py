@@ -1,10 +1,11 @@
-"""Flags in, runs, table out.
+"""The command line: read the flags, run every method and seed, print a table.
 
-    python -m fastmerge                                                     # embedded glyphs and tiny CLIP, no download
+    python -m fastmerge                                                     # built-in glyphs and tiny CLIP, no download
     python -m fastmerge --dataset imagenet1k --tasks 100 --data-root DIR    # the main job
     python -m fastmerge --method trm finetune --seeds 0 1 2                 # one comparison table
 
-Exit codes: 0 done, 2 bad input (with what to do), 130 or 143 stopped by a signal (the same command continues).
+Exit codes: 0 done, 2 bad input (the message says what to do), 130 or 143 stopped by a signal (the same command
+continues the run).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastmerge.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     from fastmerge.flags import parse
 
     try:
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        gc.unfreeze()  # what `run` froze, or extension modules complain about leaks at the end
+        gc.unfreeze()  # `run` froze objects; without this, extension modules report leaks at exit
 
 
 def run(config: Any) -> int:
-    """Everything after the flags: prepare, run every method and seed, report. Returns the exit code."""
-    # here, so that --help and wrong flags answer at once
+    """Prepare, run every method and seed, and report. Return the exit code."""
+    # imported here so that --help and flag errors appear at once
     from fastmerge.checkpoint import save_json, save_text
     from fastmerge.config import to_dict
     from fastmerge.console import Console
@@ -63,11 +64,11 @@ def run(config: Any) -> int:
     from fastmerge.setup import Setup
 
     gc.collect()
-    gc.freeze()  # what the imports made stays; without this the collection before every task takes 0.3 s to see that
+    gc.freeze()  # imported objects stay alive; otherwise the collection before every task spends 0.3 s on them
 
     console = Console(config.run.quiet)
     for spec in config.training.method:
-        read_method(spec, config)  # a wrong name is told before any data is read
+        read_method(spec, config)  # reports a wrong name before any data is read
     setup = Setup(config, console.encoding)
     scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
@@ -116,7 +117,7 @@ def run(config: Any) -> int:
                 )
         finished(folder.path)  # a damaged result of another run is told now, not after hours
         console.start(runs, [n for n, result in enumerate(results) if result is not None])
-        if setup.head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
+        if setup.head.kind == "text":  # a text head knows every class, so the untrained model can be evaluated
             learner = setup.learner(seeds[0])
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
@@ -159,7 +160,7 @@ def run(config: Any) -> int:
                 write()
                 del learner, method
             else:
-                console.line(f"{run.label} seed {run.seed}: finished before, kept")
+                console.line(f"{run.label} seed {run.seed}: already finished")
     except Interrupted:
         console.close()
         number = StopRequest.signal or signal.SIGINT
@@ -186,14 +187,14 @@ def run(config: Any) -> int:
 
 
 def request_stop(console: Any) -> Any:
-    """A handler that asks the run to save and stop after this step; the second signal stops at once."""
+    """Return a signal handler: the first signal saves and stops after this step, the second stops at once."""
     from fastmerge.runfolder import StopRequest
 
     def handler(number: int, frame: Any) -> None:
         if StopRequest.signal is not None:
             raise KeyboardInterrupt
         StopRequest.signal = number
-        console.line("stopping after this step (again: at once, back to the last checkpoint)")
+        console.line("stopping after this step (a second signal stops at once, without saving)")
 
     return handler
 

@@ -1,7 +1,7 @@
-"""Atomic files: a checkpoint is either the old one or the new one, whatever kills the process in between.
+"""Atomic file writes: if a write is interrupted, the file is still the complete old or new version.
 
-One safetensors file holds tensors and, as JSON in its metadata, everything else with a checksum. It is written beside its
-target, flushed to the disk, and renamed over it; so a full disk or a killed process leaves the old file valid.
+A checkpoint is one safetensors file with the tensors and, in its metadata, everything else as JSON and a checksum. Every
+file is written beside its target, flushed to disk and renamed, so a full disk or a killed process leaves the old file valid.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from fastmerge.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], older: Path | None = None) -> int:
-    """`write(temporary)` then rename to `path`; returns the bytes written. older: where the file before it goes.
+    """Call `write(temporary)`, then rename the temporary file to `path`; returns the bytes written.
+
+    older: a previous file at `path` is moved there.
 
     Raises:
-        UserError: the file cannot be written (full disk, no permission); what stood at `path` before is untouched.
+        UserError: the file cannot be written (full disk, no permission); a previous file at `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -42,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], older: Path | No
     except (OSError, SafetensorError) as error:
         if temporary.is_file():
             temporary.unlink()
-        kept = "what is there is unharmed" if path.exists() else "nothing was written there before"
+        kept = "the previous version is unharmed" if path.exists() else "there is no previous version"
         raise UserError(
             f"cannot write {path}: {error}; {kept}. Free space or fix the permissions, then run the same command again"
         ) from None
@@ -72,11 +74,11 @@ def _lines(values: Any, indent: str = "") -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any], older: Path | None = None) -> int:
-    """Write `tensors` (any device, dtype, shape; views are copied out) and the JSON-able `about` as one file.
+    """Write `tensors` (any device, dtype, shape; views are copied) and `about` (as JSON) to one file.
 
-    Returns the bytes written. older: where the file before it goes.
+    Returns the bytes written. older: a previous file at `path` is moved there.
     """
-    # a view would drag its whole storage along, and safetensors refuses shared storages
+    # copy views: a view would keep its whole storage, and safetensors rejects shared storage
     own = {
         name: t.detach().to("cpu", copy=t.untyped_storage().nbytes() != t.nbytes).contiguous()
         for name, t in tensors.items()
@@ -86,10 +88,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any], 
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` wrote: tensors on the CPU, and `about`.
+    """Read a file of `save_tensors`: tensors on the CPU, and `about`.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or is not such a file.
+        UserError: the file cannot be read, is damaged, or `save_tensors` did not write it.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -105,7 +107,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         why = "another program wrote it"
     except (OSError, SafetensorError, ValueError, TypeError) as error:  # ValueError: JSON too
         why = str(error)
-    raise UserError(f"{path}: not a checkpoint of fastmerge ({why})")
+    raise UserError(f"{path}: not a fastmerge checkpoint ({why})")
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:
@@ -118,12 +120,12 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 
 
 def resident(tensors: dict[str, Tensor]) -> int:
-    """Bytes that the tensors hold."""
+    """Size of the tensors in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries 'prefix.name', without the prefix."""
+    """The entries named 'prefix.name', with the prefix removed."""
     return {k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")}
 
 

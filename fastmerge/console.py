@@ -1,4 +1,4 @@
-"""What a run says while it runs: one live line with the time left for the whole command, plain lines without a terminal."""
+"""Progress output: one live line with the time left for the whole command, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastmerge.report import clock
 from fastmerge.runfolder import State
 from fastmerge.training import PHASES, Phase
 
-PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
-GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}  # cost of an image relative to training, until it is measured
+PLAIN_SECONDS = 15.0  # between progress lines without a terminal
+GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}  # cost of an image relative to training, used until measured
 
 
 class Work:
-    """Images still to go through, by kind of work, and how long one takes: the time left for the whole command."""
+    """Estimate the time left for the whole command from the images left, by kind of work, and the time per image."""
 
     def __init__(self, runs: Sequence[Run]):
         self.per_task = [self._images(run) for run in runs]
@@ -31,7 +31,7 @@ class Work:
 
     @staticmethod
     def _images(run: Run) -> list[dict[str, int]]:
-        """Images that each task of a run goes through."""
+        """Number of images to process in each task of a run, by kind of work."""
         tests, rows = [len(task.test) for task in run.scenario.tasks], []
         for task in run.scenario.tasks:
             seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
@@ -39,7 +39,7 @@ class Work:
         return rows
 
     def of(self, run: int, task: int, phase: int = 0) -> dict[str, int]:
-        """What one run has before it, from phase `phase` of task `task` on."""
+        """Images left in one run, from phase `phase` of task `task` on."""
         left = dict.fromkeys(GUESS, 0)
         for index, images in enumerate(self.per_task[run][task:], start=task):
             for number, (kind, n) in enumerate(images.items()):
@@ -60,7 +60,7 @@ class Work:
         return 1 - sum(self._units(r) for r in self.remaining) / self.total if self.total else 1.0
 
     def seconds_left(self) -> float | None:
-        """None until something was measured."""
+        """Estimated seconds left; None before the first measurement."""
         cost = {kind: s / n for kind, (s, n) in self.seconds.items() if n}
         if not cost:
             return None
@@ -69,12 +69,12 @@ class Work:
 
 
 class Console:
-    """All output of a command. `quiet` leaves the final table and errors."""
+    """All output of a command. `quiet` prints only the final table and errors."""
 
     def __init__(self, quiet: bool = False, file: Any = None):
         self.rich = RichConsole(file=file, highlight=False, soft_wrap=True)
         if not self.rich.is_terminal:
-            self.rich.width = 140  # rich would cut the table to 80 columns in a file
+            self.rich.width = 140  # otherwise rich cuts the table to 80 columns in a file
         self.quiet = quiet
         self.live: Progress | None = None
         self._text = ""
@@ -85,13 +85,13 @@ class Console:
             self.rich.print(text, style=style, markup=False)
 
     def encoding(self, done: int, prompts: int) -> None:
-        """The text head is being made; it is cached, so this is waited for once."""
+        """Report that the text head is being computed; it is cached, so this wait comes once."""
         if time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             self.line(f"text head: {done} of {prompts} prompts encoded")
 
     def start(self, runs: Sequence[Run], finished: Sequence[int] = ()) -> None:
-        """Begin the progress of a command with these runs; finished: those that ended before."""
+        """Start the progress display for these runs; finished: indices of runs that are already complete."""
         self.work, self.runs, self.run = Work(runs), runs, -1
         for number in finished:
             self.work.remaining[number] = dict.fromkeys(GUESS, 0)
@@ -111,7 +111,7 @@ class Console:
         self.run = run
 
     def begin(self, state: State) -> None:
-        """The loop starts at `state`."""
+        """Start the current run at `state`."""
         self._clock = time.perf_counter()
         run = self.runs[self.run]
         self.work.remaining[self.run] = self.work.of(self.run, state.task, state.phase)

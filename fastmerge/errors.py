@@ -7,16 +7,16 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message names the thing, what was expected, and what to do."""
+    """The message names the problem, what was expected, and what to do."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """`" Did you mean: a, b?"` with the closest of `options`, or `""` where nothing is close."""
+    """`" Did you mean: a, b?"` with the closest of `options`, or `""` if none is close."""
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     return f" Did you mean: {', '.join(by_lower[c] for c in close)}?" if close else ""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the error's message, or its type where it has none."""
+    """The first line of the error's message, or its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,8 @@
-"""THE loop: for every task train, merge, evaluate, record, save. Everything else in this package serves these lines.
+"""The main loop: for every task train, merge, evaluate, record and save.
 
-A run can be stopped at any step and continues from its checkpoint with the same bits. A checkpoint holds the state of the
-learner, of the method and of the current phase, the tensors of the current task, and the position in the run. Every random
-choice is a function of the seed and the step.
+A run can be stopped at any step and continues from its checkpoint with the same bits. A checkpoint holds the state of
+the learner, the method and the current phase, the tensors of the current task, and the position in the run. Every
+random choice is a function of the seed and the step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastmerge.training import PHASES, Learner, Phase
 
 
 class Images:
-    """The scenario's images on the device: the current task's to train on, and the test images."""
+    """The scenario's images on the device: the training images of the current task, and the test images."""
 
     def __init__(self, scenario: Scenario, cache: ImageCache):
         self.scenario, self.cache = scenario, cache
@@ -37,7 +37,7 @@ class Images:
         return images
 
     def tests(self, after: int) -> list[TaskImages]:
-        """Test images to evaluate after task `after`: those of the tasks seen (cil), of all domains (dil)."""
+        """Test images to evaluate after task `after`: of the tasks seen so far (cil) or of all domains (dil)."""
         tasks = self.scenario.tasks if self.scenario.kind == "dil" else self.scenario.tasks[: after + 1]
         return [self.cache.get(self.scenario.dataset.test, task.test, keep=True) for task in tasks]
 
@@ -45,11 +45,11 @@ class Images:
 def learn(
     learner: Learner, method: Method, scenario: Scenario, images: Images, record: Record, console: Console
 ) -> State:
-    """Learn all tasks of the scenario, from the position that `record` holds. Returns the final state.
+    """Learn all tasks of the scenario, starting from the position saved in `record`. Return the final state.
 
     Raises:
-        Interrupted: a signal came; the run is saved.
-        UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is good.
+        Interrupted: a signal arrived; the run can be continued.
+        UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is valid.
     """
     state, saved = record.open()
     during: Tensors = {}  # tensors of the current task
@@ -140,10 +140,10 @@ def learn(
 
 
 def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
-    """The classes an image may belong to at test time after task `after`."""
+    """The candidate classes at test time after task `after`."""
     return range(len(scenario.dataset.class_names)) if config.scenario.eval_classes == "all" else scenario.seen(after)
 
 
 def kept_bytes(learner: Learner, method: Method) -> int:
-    """What lives on from task to task: the learner's model and head, and what the method keeps besides."""
+    """Bytes kept from task to task: the learner's state (model and head) and the method's state."""
     return resident(learner.state_dict()) + resident(method.state_dict())

@@ -1,4 +1,4 @@
-"""Pictures of a finished command: one accuracy matrix per run, and the accuracy over the tasks of all methods in one."""
+"""Plots of a finished command: one accuracy matrix per run, and one plot of accuracy over tasks for all methods."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastmerge.evaluate import micro
 
 
 def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> list[Path]:
-    """Write the plots of `methods[name][seed]` (results as in results.json) as PNG into `folder`; returns their paths."""
+    """Plot `methods[name][seed]` (results as in results.json) to PNG files in `folder`; return their paths."""
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
-    )  # no display, and no state shared with the user's pyplot
+    )  # needs no display and shares no state with pyplot
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -30,7 +30,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
         for seed, result in seeds.items():
             matrix = [[float("nan") if r is None else r for r in row] for row in result["accuracy_matrix"]]
             if len(matrix) == 1:
-                continue  # one number, joint training's
+                continue  # joint training: a single number
             figure = Figure(figsize=(5.2, 4.4), layout="constrained")
             axes = figure.add_subplot()
             image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")

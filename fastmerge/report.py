@@ -1,4 +1,4 @@
-"""What a command says before it starts and what it reports at the end: header, tables, summary."""
+"""Text printed before and after the runs: header, tables, summary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmerge.results import METRICS
 
 
 def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
-    """What is about to run, in a few lines."""
+    """A few lines that describe the command before it starts."""
     scenario, backbone = setup.scenario, setup.backbone
     dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
@@ -29,7 +29,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
 
 
 def warmup_warning(scenario: Any, training: Any) -> str | None:
-    """Where the warm-up never ends: the highest learning rate that the shortest task reaches."""
+    """A warning if the shortest task is shorter than the warm-up, with the learning rate it reaches; else None."""
     steps = training.epochs * -(-min(len(task.train) for task in scenario.tasks) // training.batch_size)
     if steps >= training.warmup_steps:
         return None
@@ -49,7 +49,7 @@ def clock(seconds: float | None) -> str:
 
 
 def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
-    """The comparison table, its header first: mean ± standard deviation over the seeds (sample deviation, from two on)."""
+    """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more)."""
     columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
     rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
     if zero_shot:
@@ -69,14 +69,14 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
                 growth(results[0]["kept_bytes"]),
             ]
         )
-        for name in results[0].get("also", {}):  # the same weights used in another way
+        for name in results[0].get("also", {}):  # the same weights evaluated with other features
             values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
             rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
     return rows
 
 
 def results_table(rows: list[list[str]]) -> Table:
-    """For the terminal."""
+    """The comparison table for the terminal."""
     table = Table()
     for title in rows[0]:
         table.add_column(title, justify="left" if title in ("run", "method") else "right")
@@ -91,7 +91,7 @@ def results_markdown(rows: list[list[str]]) -> str:
 
 
 def growth(kept_bytes: Sequence[int]) -> str:
-    """Θ(T) where a task adds at least a hundredth of what was kept after the first one (a head's new rows are less)."""
+    """Θ(T) if a task adds, on average, at least 1 % of the bytes kept after task 1 (head rows add less); else Θ(1)."""
     if len(kept_bytes) < 2:
         return "–"
     slope = (kept_bytes[-1] - kept_bytes[0]) / (len(kept_bytes) - 1)
@@ -107,7 +107,7 @@ def number(values: Sequence[float | None]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample deviation over the seeds of every metric, per method; the deviation is None with one seed."""
+    """Mean and sample deviation of each metric over the seeds, per method; with one seed the deviation is None."""
     table: dict[str, Any] = {}
     for method, seeds in results.items():
         table[method] = {}
@@ -119,7 +119,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> str:
-    """One sentence: how far each method ends above the starting model and above plain fine-tuning."""
+    """One line: final accuracy of each method (of many, only the best) and its difference from the baselines."""
     final = {m: statistics.mean(r["final_accuracy"] for r in seeds.values()) for m, seeds in results.items()}
     several = len(final) > 4
     base = {"zero-shot": starting["final_accuracy"]} if starting else {}
@@ -128,7 +128,7 @@ def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | No
     lines = []
     best = max(
         (m for m in final if m not in ("joint", "finetune")), key=lambda m: final[m], default=None
-    )  # of many, only this one
+    )  # shown alone if there are many
     for method, accuracy in final.items():
         if several and method != best:
             continue

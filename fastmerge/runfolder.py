@@ -1,13 +1,13 @@
-"""A run on the disk: what lies where, what may continue, and what is written when.
+"""Files of a run: where they are, when they are written, and whether a run may continue.
 
 runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  plots/
-runs/<name>/trajectory-seed<seed>/   un-merged models that several methods share; deleted at the end (but --keep-trajectory)
-runs/<name>/<method>-seed<seed>/metrics.jsonl      every step and every task
+runs/<name>/trajectory-seed<seed>/   un-merged models that methods share; deleted at the end without --keep-trajectory
+runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per task
                                 accuracy.csv       the accuracy matrix
-                                model.safetensors  the one model at the end; its recipe is in the metadata
+                                model.safetensors  the final model; its recipe is in the metadata
                                 result.json        this run's part of results.json
-                                checkpoint.safetensors   while it runs, and checkpoint-before.safetensors, the one
-                                                         before it; the same command goes on from them
+                                checkpoint.safetensors   during the run, and checkpoint-before.safetensors, the one
+                                                         before it; the same command continues from them
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from fastmerge.identity import differences, fingerprint
 from fastmerge.results import expect, read_json, read_result
 from fastmerge.training import PHASES
 
-FLUSH_STEPS = 20  # steps between host reads of the losses: a read per step would stall a GPU
+FLUSH_STEPS = 20  # steps between host reads of the losses: reading every step would stall a GPU
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; everything up to the last step is saved."""
+    """A signal stopped the run; the last checkpoint continues it."""
 
 
 class StopRequest:
-    """Set by a signal handler, looked at between steps."""
+    """Set by a signal handler and checked between steps."""
 
     signal: int | None = None
 
 
 class RunFolder:
-    """The folder of one command. Opening it locks it, checks that what determines the numbers is what it was, and writes
-    the three descriptions; a refused command changes nothing.
+    """The folder of one command. Opening it locks it, compares what determines the numbers with its files, and writes
+    these; a refused command changes nothing.
 
     determined: see `identity.determinants`. warn(text) is called for what a user should know; so are its records'.
     """
@@ -67,7 +67,7 @@ class RunFolder:
             self._lock = self._locked()
         except OSError as error:
             raise UserError(
-                f"--run-dir {self.path}: cannot write there ({error}); choose another with --run-dir"
+                f"--run-dir {self.path}: cannot write there ({error}); choose another folder with --run-dir"
             ) from None
         for name in ("config.json", "environment.json", "manifest.json", "results.json", "results.md"):
             expect(self.path / name)
@@ -125,7 +125,7 @@ class RunFolder:
         return [*old, {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | environment]
 
     def _locked(self) -> TextIO:
-        """Hold a lock on the folder for as long as this process lives (where the system has file locks)."""
+        """Lock the folder until this process ends (if the system has file locks)."""
         file = open(self.path / ".lock", "w")
         try:
             import fcntl
@@ -135,7 +135,7 @@ class RunFolder:
             pass
         except BlockingIOError:
             raise UserError(
-                f"--run-dir {self.path}: another fastmerge process is at work there; wait, or choose another"
+                f"--run-dir {self.path}: another fastmerge process uses it; wait, or choose another folder"
             ) from None
         return file
 
@@ -146,7 +146,7 @@ class RunFolder:
 
 @dataclass
 class State:
-    """The position in a run, besides its tensors. phase: index into PHASES, len(PHASES) is evaluation."""
+    """The position in a run and its results so far. phase: index into PHASES; len(PHASES) means evaluation."""
 
     task: int = 0
     phase: int = 0
@@ -155,11 +155,11 @@ class State:
     kept_bytes: list[int] = field(default_factory=list)  # after every task
     peak_memory_bytes: list[int] = field(default_factory=list)  # of every task
     test_counts: list[int] = field(default_factory=list)  # test images of every task evaluated
-    also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of other ways to use the weights
+    also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of `also_evaluated`, by name
     bad_images: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "evaluate"), 0.0))
     bytes_written: int = 0  # to the disk, without metrics.jsonl and what is written at the end
-    log_bytes: int = 0  # length of metrics.jsonl at this state: what a stopped process wrote beyond it is cut off
+    log_bytes: int = 0  # length of metrics.jsonl at this state; later lines are cut off when the run continues
 
 
 class Record:
@@ -185,12 +185,12 @@ class Record:
         self._saved_at = time.monotonic()
 
     def finished(self) -> dict[str, Any] | None:
-        """The result of this run if it ended before."""
+        """The result of this run if it is already complete."""
         path = self.folder / "result.json"
         return read_result(path) if path.exists() else None
 
     def open(self) -> tuple[State, dict[str, Tensor]]:
-        """The state to go on from, and the tensors saved with it (none for a fresh start).
+        """The state to continue from and the tensors saved with it (none for a new run).
 
         Raises:
             UserError: there are checkpoints, and none of them is good.
@@ -208,7 +208,7 @@ class Record:
         if kept < state.log_bytes:
             self.warn(
                 f"{path} was cut since this run was stopped: {kept} of {state.log_bytes} bytes are left, and the steps in "
-                "the others are missing from it. The run goes on; its results do not depend on that file"
+                "the others are missing from it. The run continues; its results do not depend on that file"
             )
         return state, tensors
 
@@ -225,11 +225,11 @@ class Record:
             for damaged, why in bad:
                 aside = damaged.with_name(damaged.name + ".damaged")
                 os.replace(damaged, aside)
-                self.warn(f"{why}. It is now {aside.name}; this run goes on from the checkpoint before it")
+                self.warn(f"{why}. It is now {aside.name}; this run continues from the checkpoint before it")
             state.bytes_written += path.stat().st_size
             return state, tensors
         if bad:
-            raise UserError(f"{bad[0][1]}. Delete {' and '.join(str(path) for path, _ in bad)} to start this run anew")
+            raise UserError(f"{bad[0][1]}. Delete {' and '.join(str(path) for path, _ in bad)} to restart this run")
         return State(), {}
 
     def _state(self, path: Path, about: dict[str, Any]) -> State:
@@ -241,16 +241,16 @@ class Record:
             raise UserError(f"{path}: its state has another form; another version of fastmerge wrote it") from None
 
     def log(self, about: dict[str, Any], terms: dict[str, Tensor]) -> None:
-        """Note the terms (0-d tensors) of a step; they are read from the device every few steps."""
+        """Log the terms (0-d tensors) of a step; they are read from the device every FLUSH_STEPS steps."""
         self.waiting.append((about, terms))
         if len(self.waiting) >= FLUSH_STEPS:
             self.flush()
 
     def flush(self) -> dict[str, float]:
-        """Write what waits; returns the newest terms.
+        """Write the waiting terms; return the newest.
 
         Raises:
-            UserError: a loss is not finite. The checkpoint on the disk is older than that, so it is a good one.
+            UserError: a loss is not finite. The checkpoint on disk is older, so it is valid.
         """
         values: dict[str, float] = {}
         for about, terms in self.waiting:
@@ -262,9 +262,8 @@ class Record:
             if bad := [name for name, value in values.items() if not math.isfinite(value)]:
                 where = ", ".join(f"{k} {v}" for k, v in about.items())
                 self.waiting.clear()
-                saved = "The last good state is saved there; " if self.checkpoint.exists() else ""
                 raise UserError(
-                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. {saved}"
+                    f"{bad[0]} became {values[bad[0]]} at {where} in {self.folder}. Any checkpoint there is valid; "
                     "try a smaller --lr (for the merging phase, --trm.lr or --trm.lambda2) with another --run-dir"
                 )
             self._line(about | values)
@@ -280,12 +279,12 @@ class Record:
             ) from None
 
     def task(self, values: dict[str, Any]) -> None:
-        """Note the end of a task."""
+        """Log the results of a task."""
         self.flush()
         self._line(values)
 
     def save(self, state: State, tensors: dict[str, Tensor]) -> None:
-        """Replace the checkpoint. The metrics are on the disk before it."""
+        """Flush the metrics to disk, then replace the checkpoint."""
         self.flush()
         try:
             self._log.flush()
@@ -300,13 +299,13 @@ class Record:
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time to save, by the clock or because a signal came."""
+        """Whether to save now: `save_every` seconds have passed or a signal arrived."""
         return StopRequest.signal is not None or time.monotonic() - self._saved_at >= self.save_every
 
     def finish(
         self, result: dict[str, Any], names: list[str], model: dict[str, Tensor], recipe: dict[str, Any]
     ) -> None:
-        """Write the model and the results; the checkpoints go last, so a stop in between repeats this step.
+        """Write the model and the results, then delete the checkpoints, so an interrupted call is repeated.
 
         Adds to `bytes_written` of the result what is written at the end, and the metrics.
         """

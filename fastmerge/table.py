@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     parser = argparse.ArgumentParser(
-        prog="fastmerge table", description="Join the results of several run folders into one table.", allow_abbrev=False
+        prog="fastmerge table",
+        description="Join the results of several run folders into one table.",
+        allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or its results.json")
     paths = list(dict.fromkeys(parser.parse_args(argv).runs))
@@ -30,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 2 + sum(3 + max(map(len, column)) for column in zip(*rows, strict=True))  # cut no number in a file
+        console.width = 2 + sum(
+            3 + max(map(len, column)) for column in zip(*rows, strict=True)
+        )  # cut no number in a file
     console.print(results_table(rows))
     for line in different:
         console.print(line, markup=False)

@@ -1,6 +1,6 @@
-"""Shared by all tests: none may fetch anything, and none writes outside of temporary folders.
+"""Settings for all tests: no test downloads anything or writes outside temporary folders.
 
-A test is `quick` unless it is `slow` or `gpu` or named in LONG; one that takes more than about three seconds belongs there.
+A test is `quick` unless it is `slow`, `gpu` or named in LONG, which lists tests of more than about three seconds.
 """
 
 import os
@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache.name  # text heads are cached there
 
-# files, or functions whose cases take that long together; everything else is quick
+# files, or functions whose cases together take that long
 LONG = {
     "test_alone.py",
     "test_analysis.py",

@@ -1,4 +1,4 @@
-"""The command line end to end on small folders: what a run writes, and what every kind of bad input is answered with."""
+"""The command line end to end on small folders: the files that a run writes, and the errors for bad input."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert run(*flags, "--run-dir", tmp_path / "r") == 0
     out = capsys.readouterr().out
     assert "class-incremental, 3 tasks with 3 x 2 classes" in out and "±" in out and "plain fine-tuning" in out
-    assert {p: p.stat().st_mtime_ns for p in data.rglob("*")} == before  # user data is never touched
+    assert {p: p.stat().st_mtime_ns for p in data.rglob("*")} == before  # user data never changes
 
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert set(results["methods"]) == {"trm", "finetune"} and set(results["methods"]["trm"]) == {"0", "1"}
@@ -69,10 +69,10 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["tasks"]
     assert json.loads((tmp_path / "r" / "environment.json").read_text())[0]["versions"]["torch"]
 
-    assert run(*flags, "--run-dir", tmp_path / "r", "--quiet") == 0  # finished: shown again, nothing is trained
+    assert run(*flags, "--run-dir", tmp_path / "r", "--quiet") == 0  # finished: shows the results and trains nothing
     assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
     text = capsys.readouterr().out
-    assert "final acc" in text and "finished before" not in text
+    assert "final acc" in text and "already finished" not in text
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     [("trm", "linear"), ("trm", "prototype"), ("trm", "text"), ("cmm", "text"), ("clip-adapter", "text")],
 )
 def test_the_final_model_can_be_used(data, tmp_path, method, head):
-    """The loaded model gives the accuracies that the run reported for its last task, also where the method's features
-    need more than the backbone."""
+    """The loaded model has the final accuracy that the run reported, also where the method's features need more than
+    the backbone."""
     flags = ["--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", method, "--quiet", "--head", head]
     assert run(*flags, "--run-dir", tmp_path / "r") == 0
     features, loaded, recipe = load_model(tmp_path / "r" / f"{method}-seed0" / "model.safetensors")
@@ -96,7 +96,7 @@ def test_the_final_model_can_be_used(data, tmp_path, method, head):
             correct += int(loaded(features(pixels), torch.arange(6)).argmax(1)) == c
             total += 1
     assert 100 * correct / total == pytest.approx(result["final_accuracy"])
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="not a fastmerge checkpoint"):
         load_model(data / "test" / "colour_0" / "0.jpg")
 
 
@@ -130,7 +130,7 @@ def test_other_heads(data, tmp_path, head):
 
 
 def bad(capsys, *flags):
-    """The error that a command is answered with; exit code 2 and no traceback."""
+    """Run a command that must exit with code 2; return its error output."""
     assert run(*flags) == 2
     return capsys.readouterr().err
 
@@ -141,7 +141,7 @@ def test_bad_names(capsys, tmp_path):
     assert "Did you mean: finetune" in bad(capsys, "--method", "fintune", *r)
     text = bad(capsys, "--model", "ViT-B-61", "--pretrained", "openai", *r)
     assert "ViT-B-61" in text and "ViT-B-16" in text
-    assert not (tmp_path / "r").exists()  # nothing is half written
+    assert not (tmp_path / "r").exists()  # no run folder is created
 
 
 def test_bad_data(capsys, tmp_path, data):
@@ -169,13 +169,11 @@ def test_bad_images(capsys, tmp_path):
 def test_non_finite_loss(capsys, tmp_path, data):
     flags = ("--dataset", "folder", "--data-root", data, "--tasks", 2, "--method", "finetune", "--quiet")
     text = bad(capsys, *flags, "--lr", "1e30", "--clip", "0", "--epochs", 8, "--run-dir", tmp_path / "r")
-    assert (
-        "loss became nan" in text and "task 0" in text and "step" in text and "last good state" not in text
-    )  # nothing was saved yet
+    assert "loss became nan" in text and "task 0" in text and "step" in text and "checkpoint there is valid" in text
     assert not (tmp_path / "r" / "finetune-seed0" / "result.json").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
 def test_unwritable_run_folder(capsys, tmp_path, data):
     (tmp_path / "locked").mkdir(mode=0o500)
     text = bad(capsys, "--dataset", "folder", "--data-root", data, "--run-dir", tmp_path / "locked" / "r")
@@ -193,7 +191,7 @@ def test_other_settings_in_the_same_folder(capsys, tmp_path, data):
     assert run(*flags, "--run-dir", tmp_path / "r") == 0
     text = bad(capsys, *flags, "--run-dir", tmp_path / "r", "--lr", "0.5")
     assert "training.lr: 0.001 -> 0.5" in text
-    assert run(*flags, "--run-dir", tmp_path / "r", "--method", "trm") == 0  # another method may join
+    assert run(*flags, "--run-dir", tmp_path / "r", "--method", "trm") == 0  # adding a method is allowed
 
 
 def test_changed_images_are_noticed(capsys, tmp_path):
@@ -215,7 +213,7 @@ def test_two_processes_in_one_folder(capsys, tmp_path, data):
 
 
 def test_full_disk_while_saving(capsys, tmp_path, data, monkeypatch):
-    """The second checkpoint does not fit: the first stays, the message says so, and the same command finishes the run."""
+    """If the second checkpoint fails, the first stays intact, the message says so, and the same command continues."""
     from fastmerge import checkpoint
 
     original, count = checkpoint.save_file, [0]

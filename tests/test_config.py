@@ -1,4 +1,4 @@
-"""Flags, config files and their errors: what a user types against what the run gets."""
+"""Flags and config files: what the user types, the configuration of the run, and the errors."""
 
 import contextlib
 import dataclasses

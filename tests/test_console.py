@@ -1,4 +1,4 @@
-"""The time left and the final table, against numbers worked out by hand."""
+"""Compare the time left and the final table with numbers computed by hand."""
 
 import io
 import types
@@ -34,9 +34,9 @@ def test_work_by_hand():
     assert work("dil").remaining[0]["evaluate"] == 20
     assert w.of(0, task=1, phase=1) == {"train": 0, "merge": 40, "evaluate": 10}
     assert w.seconds_left() is None and w.fraction() == 0
-    w.done(0, "train", 90, 9.0)  # 0.1 s an image; a merge image is taken for 4 of them, an evaluated one for 0.3
+    w.done(0, "train", 90, 9.0)  # 0.1 s per image; a merge image counts as 4 of them, an evaluated one as 0.3
     assert w.seconds_left() == pytest.approx(0.1 * (60 * 4 + 14 * 0.3 + 90 + 14 * 0.3))
-    w.done(0, "merge", 60, 60.0)  # measured: 1 s an image
+    w.done(0, "merge", 60, 60.0)  # measured: 1 s per image
     assert w.seconds_left() == pytest.approx(0.1 * 90 + 28 * 0.3 * (0.1 + 0.25) / 2)
     for run, left in enumerate(w.remaining):
         for kind, images in dict(left).items():

@@ -1,4 +1,4 @@
-"""The three storage protocols against their definitions, written out: what is trained from where, and what is merged."""
+"""Compare the three storage protocols with their definitions: where training starts and what is merged."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fastmerge.training import Train
 
 
 def fit(learner, start, task, images):
-    """theta_t: `task` trained from `start`."""
+    """Train `task` from `start` and return theta_t."""
     learner.theta.copy_(start)
     learner.grow_head(task, images)
     toy.work(Train(learner, task, images))
@@ -33,7 +33,7 @@ def average(initial, models):
 
 
 def slow(rule, protocol, init):
-    """The model after every task."""
+    """Return the model after every task, by the definition of the protocol."""
     learner = toy.learner()
     initial, trained, merged, seen, after = learner.theta.clone(), learner.theta.clone(), learner.theta.clone(), [], []
     unscaled = initial.double()
@@ -89,7 +89,7 @@ def test_running_equals_full_where_the_merged_vector_is_all_a_rule_needs(rule, t
 
 
 def fishers(learner, task, images):
-    """Per image, by hand, with the labels of the data."""
+    """Compute the Fisher image by image, with the labels of the data."""
     total = torch.zeros_like(learner.theta)
     classes = torch.tensor(task.classes)
     for k in range(len(images)):
@@ -121,7 +121,7 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
             merged = torch.where(total == 0, ((t - 1) * merged + theta) / t, weighed).float()
             known = total
         torch.testing.assert_close(after[task.index], merged, rtol=1e-4, atol=1e-5)
-    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # not the merged model a second time
+    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # no second merged model
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
         ("average", "full", 3),  # merged, trained, mean
         ("average", "running", 2),
         ("average", "strict", 1),
-        ("magmax", "full", 4),  # and theta_init
+        ("magmax", "full", 4),  # plus theta_init
         ("magmax", "running", 3),
         ("magmax", "strict", 2),
         ("ties", "full", 7),
@@ -186,7 +186,7 @@ def test_only_the_first_of_several_trains(tmp_path):
     with pytest.raises(UserError, match=r"task-1\.safetensors.*Delete it"):
         other.train(learner, task, images)
     file.unlink()
-    assert type(trajectory.train(learner, task, images, "independent")) is Train  # nobody else asks for it
+    assert type(trajectory.train(learner, task, images, "independent")) is Train  # no other run needs it
 
 
 def test_plan_shares_what_can_be_shared():
@@ -261,7 +261,7 @@ def test_fisher_of_some_images_with_a_floor():
 
 
 def test_fisher_of_the_models_own_labels_is_the_information():
-    """Its expectation is sum_c p_c (grad log p_c)^2; here over so many draws that the two agree."""
+    """The mean over many draws is close to the expectation, sum_c p_c (grad log p_c)^2."""
     learner, task, images, _ = run_pass()
     classes, exact = torch.tensor(task.classes), torch.zeros_like(learner.theta)
     for k in range(len(images)):
