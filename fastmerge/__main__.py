@@ -84,6 +84,7 @@ def run(config: Any) -> int:
     from fastmerge.checkpoint import save_json, save_text
     from fastmerge.console import Console
     from fastmerge.evaluate import metrics, zero_shot
+    from fastmerge.identity import determinants
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import environment
     from fastmerge.methods import METHODS
@@ -101,6 +102,7 @@ def run(config: Any) -> int:
         summary,
         warmup_warning,
     )
+    from fastmerge.results import finished
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
 
@@ -117,20 +119,35 @@ def run(config: Any) -> int:
         "weights": setup.backbone.weights,
         "weights_sha256": setup.backbone.weights_sha256,
     }
-    folder = RunFolder(config, environment(setup.device), manifest)
+
+    def warn(text: str) -> None:
+        console.line(f"warning: {text}", style="yellow")
+
+    determined = determinants(setup, runs, manifest)
+    folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
     for text in header(setup, manifest, folder):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
-        console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
+        warn("--pretrained none: the backbone starts from random weights")
     if (warning := warmup_warning(scenario, config.training)) is not None:
-        console.line(f"warning: {warning}", style="yellow")
+        warn(warning)
 
-    results: dict[str, dict[str, Any]] = {run.label: {} for run in runs}
+    labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)
-    trajectories = {seed: Trajectory(folder.path / f"trajectory-seed{seed}", share) for seed in seeds}
+    trajectories = [Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label) for run in runs]
     starting: dict[str, Any] | None = None
+
+    def write() -> Any:
+        """The results of all finished runs of the folder, those of other commands too; returns them by label and seed."""
+        results = finished(folder.path, labels)
+        if results:
+            about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
+            save_json(folder.path / "results.json", about)
+            save_text(folder.path / "results.md", results_markdown(results_rows(results, starting)))
+        return results
+
     previous = {
         s: signal.signal(s, request_stop(console))
         for s in SIGNALS
@@ -139,7 +156,15 @@ def run(config: Any) -> int:
     stopped, StopRequest.signal = False, None
     try:
         records = [folder.record(run.label, run.seed, config.run.save_every) for run in runs]
-        console.start(runs, [n for n, record in enumerate(records) if record.finished() is not None])
+        results = [record.finished() for record in records]
+        for record, result in zip(records, results, strict=True):
+            if result is not None and not (record.folder / "model.safetensors").exists():
+                warn(
+                    f"{record.folder} has results, but no model.safetensors. The results are kept; delete the folder to "
+                    "train it again, to the same bits"
+                )
+        finished(folder.path)  # a damaged result of another run is told now, not after hours
+        console.start(runs, [n for n, result in enumerate(results) if result is not None])
         if setup.head.kind == "text":  # a text head knows every class, so the untrained model can be evaluated
             learner = setup.learner(seeds[0])
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
@@ -150,11 +175,10 @@ def run(config: Any) -> int:
         for number, run in enumerate(runs):
             record = records[number]
             console.next_run(number)
-            result = record.finished()
-            if result is None:
+            if results[number] is None:
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
-                method = kind.build(learner, trajectories[run.seed], run.protocol)
+                method = kind.build(learner, trajectories[number], run.protocol)
                 state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
@@ -168,15 +192,16 @@ def run(config: Any) -> int:
                     "peak_memory_bytes_per_task": state.peak_memory_bytes,
                     "seconds": state.seconds,
                     "bad_images": state.bad_images,
+                    "bytes_written": state.bytes_written,
                 }
                 names, features = [task.name for task in run.scenario.tasks], method.features()
                 about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}
                 about = recipe(learner, features, run.scenario, len(names) - 1, **about)
                 record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about)
+                write()
                 del learner, method
             else:
                 console.line(f"{run.label} seed {run.seed}: already finished")
-            results[run.label][str(run.seed)] = result
     except Interrupted:
         console.close()
         stopped, number = True, StopRequest.signal or signal.SIGINT
@@ -191,22 +216,18 @@ def run(config: Any) -> int:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
-    for trajectory in trajectories.values():
+    for trajectory in trajectories:
         if config.training.keep_trajectory:
             trajectory.keep()
         trajectory.delete()
-    save_json(
-        folder.path / "results.json",
-        {"zero_shot": starting, "methods": results, "summary": summary(results)},
-    )
-    draw(folder.path / "plots", results, starting)
-    table, verdict, warned = results_rows(results, starting), comparison(results, starting), below(results, starting)
-    save_text(folder.path / "results.md", results_markdown(table))
-    save_text(folder.path / "report.html", page(folder.path, results, starting, table, [verdict, *warned]))
+    every = write()
+    draw(folder.path / "plots", every, starting)
+    table, verdict, warned = results_rows(every, starting), comparison(every, starting), below(every, starting)
+    save_text(folder.path / "report.html", page(folder.path, every, starting, table, [verdict, *warned]))
     console.table(table)
     console.line(verdict)
     for text in warned:
-        console.line(f"warning: {text}", style="yellow")
+        warn(text)
     console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0
 

@@ -11,6 +11,8 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from fastmerge.results import METRICS
+
 BASELINE = "nearest-mean"  # beside every table
 
 
@@ -97,7 +99,7 @@ def results_table(rows: list[list[str]], width: int | None = None) -> tuple[Tabl
     shown = [k for k, title in enumerate(rows[0]) if title not in left_out]
     table = Table(width=_width(rows, left_out))
     for k in shown:
-        table.add_column(rows[0][k], justify="right" if k else "left", no_wrap=True)
+        table.add_column(rows[0][k], justify="left" if rows[0][k] in ("run", "method") else "right", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*(escape(row[k]) for k in shown))
     return table, [title for title in rows[0] if title in left_out]
@@ -135,7 +137,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for method, seeds in results.items():
         table[method] = {}
-        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
+        for name in METRICS:
             values = [r[name] for r in seeds.values() if r[name] is not None]
             spread = statistics.stdev(values) if len(values) > 1 else None
             table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}

@@ -27,7 +27,7 @@ class Setup:
     """Loads data and weights at the start, so that nothing is missing later, and creates learners.
 
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
-    learner's seed), cache for decoded images.
+    learner's seed), cache for decoded images; text_sha256: hash of the text tower that a text head comes from, else None.
 
     progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
     """
@@ -68,6 +68,7 @@ class Setup:
             model.model, model.pretrained, download=self.config.data.download, normalisation=given
         )
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
+        self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self._seed = seed
 
     def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:

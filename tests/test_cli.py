@@ -68,7 +68,7 @@ def test_a_run_writes_everything(data, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "r" / "plots").iterdir()} >= {"accuracy.png", "matrix-trm-seed0.png"}
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["tasks"]
     assert "fastmerge.load(" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "r" / "environment.json").read_text())["versions"]["torch"]
+    assert json.loads((tmp_path / "r" / "environment.json").read_text())[0]["versions"]["torch"]
 
     flags += ["--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r", "--quiet"]
     assert run(*flags) == 0  # finished: shown again, nothing is trained
@@ -178,7 +178,7 @@ def test_changed_images_are_noticed(capsys, tmp_path):
     flags = ("--dataset", "folder", "--data-root", root, "--tasks", 2, "--method", "finetune", "--quiet")
     assert run(*flags, "--run-dir", tmp_path / "r") == 0
     Image.new("RGB", (24, 24)).save(root / "train" / "colour_0" / "new.png")
-    assert "the data set changed" in bad(capsys, *flags, "--run-dir", tmp_path / "r")
+    assert "list of images: sha256" in bad(capsys, *flags, "--run-dir", tmp_path / "r")
 
 
 def test_two_processes_in_one_folder(capsys, tmp_path, data):
@@ -217,6 +217,8 @@ def test_full_disk_while_saving(capsys, tmp_path, data, monkeypatch):
         "--quiet",
         "--run-dir",
         tmp_path / "r",
+        "--save-every",
+        0,
     )
     text = bad(capsys, *flags)
     assert "No space left on device" in text and "unharmed" in text and "same command" in text

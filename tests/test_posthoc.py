@@ -159,8 +159,8 @@ def test_shared_training_ends_with_the_same_bits(head, tmp_path):
 
     alone = ends(Trajectory(tmp_path / "a", ()))
     assert not (tmp_path / "a").exists()
-    shared = Trajectory(tmp_path / "b", {"sequential"})
-    first, second = ends(shared), ends(shared)
+    shared = Trajectory(tmp_path / "b", {"sequential"}, "first")
+    first, second = ends(shared), ends(Trajectory(tmp_path / "b", {"sequential"}, "second"))
     assert len(list((tmp_path / "b").iterdir())) == toy.TASKS
     for a, b, c in zip(alone, first, second, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -169,16 +169,23 @@ def test_shared_training_ends_with_the_same_bits(head, tmp_path):
 
 
 def test_only_the_first_of_several_trains(tmp_path):
-    trajectory, learner = Trajectory(tmp_path, {"sequential"}), toy.learner()
+    trajectory, learner = Trajectory(tmp_path, {"sequential"}, "first"), toy.learner()
+    other = Trajectory(tmp_path, {"sequential"}, "second")
     task, images = toy.tasks()[0]
     learner.grow_head(task, images)
     phase = trajectory.train(learner, task, images)
     assert type(phase) is Recorded
     toy.work(phase)
-    again = trajectory.train(learner, task, images)
+    assert type(trajectory.train(learner, task, images)) is Recorded  # a run that goes on from before its own file
+    again = other.train(learner, task, images)
     assert type(again) is Reused and again.steps == 0
     again.finish()
     assert again.seconds_elsewhere > 0
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"task-1\.safetensors.*Delete it"):
+        other.train(learner, task, images)
+    file.unlink()
     assert type(trajectory.train(learner, task, images, "independent")) is Train  # no other run needs it
 
 

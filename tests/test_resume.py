@@ -114,11 +114,9 @@ def outcome(run_dir, method="trm"):
     """Return everything that must not depend on interruptions."""
     folder = run_dir / f"{method}-seed0"
     result = json.loads((folder / "result.json").read_text())
-    for name in ("seconds", "peak_memory_bytes", "peak_memory_bytes_per_task"):
+    for name in ("seconds", "peak_memory_bytes", "peak_memory_bytes_per_task", "bytes_written"):
         result.pop(name)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("peak_memory_bytes", None)
     tensors = load_file(folder / "model.safetensors")
     return {k: v.numpy().tobytes() for k, v in tensors.items()}, result, lines
 
