@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from fastmerge.errors import UserError
 
 METRICS = ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity")
-NUMBER = "a number"
+NUMBER, OPTIONAL = "a number", "a number or null"
 SHAPE: dict[str, Any] = {  # of a result.json, as far as tables and plots need it; [x] is a list of at least one x
-    **dict.fromkeys(METRICS, NUMBER),
-    "accuracy_matrix": [[NUMBER]],
+    **dict.fromkeys(METRICS, OPTIONAL),
+    "final_accuracy": NUMBER,
+    "accuracy_matrix": [[OPTIONAL]],
     "test_counts": [NUMBER],
     "kept_bytes": [NUMBER],
     "peak_memory_bytes": NUMBER,
@@ -66,10 +68,11 @@ def check(value: Any, shape: dict[str, Any], path: Path) -> None:
 
 def _fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(_fits(value.get(name, {}), wanted) for name, wanted in shape.items())
+        return isinstance(value, dict) and all(_fits(value.get(name), wanted) for name, wanted in shape.items())
     if isinstance(shape, list):
         return isinstance(value, list) and bool(value) and all(_fits(entry, shape[0]) for entry in value)
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number or (value is None and shape == OPTIONAL)
 
 
 def finished(folder: Path, first: Sequence[str] = ()) -> Methods:
