@@ -1,8 +1,9 @@
-"""The command line: read the flags, run every method and seed, print a table.
+"""The command line: `train`, the default, reads the flags, runs every method and seed and prints a table.
 
     python -m fastmerge                                                     # built-in glyphs and tiny CLIP, no download
     python -m fastmerge --dataset imagenet1k --tasks 100 --data-root DIR    # the main job
     python -m fastmerge --method trm finetune --seeds 0 1 2                 # one comparison table
+    python -m fastmerge evaluate runs/glyphs-cil5-tiny/trm-seed0            # other commands: commands/
 
 Exit codes: 0 done; 1 a fault of fastmerge; 2 bad input (the message says what to do); 129, 130 or 143 stopped by SIGHUP,
 SIGINT (Ctrl-C) or SIGTERM (the same command continues the run). A closed pipe (`| head`) does not end a run.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pkgutil
 import signal
 import sys
 import traceback
@@ -20,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import UserError, first_line
+from fastmerge.commands import COMMANDS
+from fastmerge.errors import UserError, first_line, nearest
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -31,10 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastmerge.output import guarded
 
     config = None
+    word, rest = split_word(sys.argv[1:] if argv is None else argv)
     with guarded() as out:
         try:
-            config = parse(argv)
-            code = run(config)
+            if word in COMMANDS:
+                code = pkgutil.resolve_name(COMMANDS[word][0])(rest)
+            elif word == "train":
+                config = parse(rest)
+                code = run(config)
+            else:
+                known = ("train", *COMMANDS)
+                raise UserError(f"unknown command {word!r}.{nearest(word, known)} There are: {', '.join(known)}.")
         except SystemExit as stop:  # --help
             code = int(stop.code or 0)
         except UserError as error:
@@ -54,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"error: standard output cannot be written ({out.lost.strerror}){where}", file=sys.stderr)
                 code = 2
     return code
+
+
+def split_word(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command and its flags; a command line that starts with a flag is a training."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], list(argv[1:])
+    return "train", list(argv)
 
 
 def unexpected(error: Exception, config: Any) -> int:
