@@ -1,6 +1,6 @@
 """Every setting, declared once: default, default for the tiny model, bounds, unit, source, and what it does.
 
-Help texts (flags.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
+Help texts (help.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
 `flags.resolve` fills what a command line leaves open. A run's `config.json` holds the resolved values, so it repeats the run.
 """
 
@@ -102,6 +102,12 @@ def flag_of(group: str, name: str) -> str:
     return (name if group in PLAIN_GROUPS else f"{group}.{name}").replace("_", "-")
 
 
+def no_flag_of(group: str, name: str) -> str:
+    """The flag that switches a setting off, without dashes in front: no-flip, trm.no-merge-first."""
+    before, dot, last = flag_of(group, name).rpartition(".")
+    return f"{before}{dot}no-{last}"
+
+
 def check(config: Config) -> None:
     """Check every value that can be checked without data.
 
@@ -111,6 +117,8 @@ def check(config: Config) -> None:
     for group, settings in declarations().items():
         for name, (declaration, _) in settings.items():
             declaration.check(f"--{flag_of(group, name)}", getattr(getattr(config, group), name))
+    if (config.model.mean is None) != (config.model.std is None):
+        raise UserError("--mean and --std belong together: give both or none")
     for name in ("method", "protocol", "seeds"):
         values, one = getattr(config.training, name), name.removesuffix("s")
         if not values:
@@ -152,7 +160,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="only where the data set says that a flip keeps the class",
+        derived="as the data set says: on for imagenet1k and cifar, else off",
     )
     cache_gb: float = setting(
         8.0,
@@ -206,6 +214,21 @@ class ModelSettings:
         "Tag | checkpoint file | none (random weights).",
         derived="glyphs for tiny, openai for ViT-B-16-quickgelu",
     )
+    mean: tuple[float, float, float] | None = setting(
+        None,
+        "Mean of the three colour channels, for normalisation; give the deviation too.",
+        unit="of pixels in 0..1",
+        at_least=0,
+        at_most=1,
+        derived="as the weights were trained",
+    )
+    std: tuple[float, float, float] | None = setting(
+        None,
+        "Standard deviation of the three colour channels.",
+        unit="of pixels in 0..1",
+        above=0,
+        derived="as the weights were trained",
+    )
     head: Literal["text", "linear", "prototype"] | None = setting(
         None,
         "Frozen text embeddings | a linear layer that grows | class means of the starting model.",
@@ -236,6 +259,11 @@ class TrainingSettings:
         False,
         "Keep the un-merged model of every task in the run folder (one file per task), so that merge rules named "
         "in a later command need no training. Otherwise they are deleted when the command is done.",
+    )
+    nearest_mean: bool = setting(
+        True,
+        "Put nearest-mean into the table, with the first seed: class means of the starting model's features. A method "
+        "that ends below it was not worth its training. It costs about a forward pass over all images.",
     )
     seeds: tuple[int, ...] = setting(
         (0,),
@@ -684,12 +712,13 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
-# numbers. What the last five name is compared by its content (identity.py).
+# numbers. What the last seven name is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
     "training.protocol",
     "training.keep_trajectory",
+    "training.nearest_mean",
     "run.run_dir",
     "run.save_every",
     "run.quiet",
@@ -701,6 +730,8 @@ FREE = {
     "data.split_file",
     "scenario.class_order",
     "model.pretrained",
+    "model.mean",
+    "model.std",
 }
 
 

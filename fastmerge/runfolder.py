@@ -1,6 +1,6 @@
 """Files of a run: where they are, when they are written, and whether a run may continue.
 
-runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  plots/
+runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  report.html  plots/
 runs/<name>/trajectory-seed<seed>/   un-merged models that methods share; deleted at the end without --keep-trajectory
 runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per task
                                 accuracy.csv       the accuracy matrix

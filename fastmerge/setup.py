@@ -16,6 +16,7 @@ from fastmerge.data.scenario import build_scenario
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
+from fastmerge.models.normalisation import Normalisation
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -54,10 +55,18 @@ class Setup:
     def random_weights(self) -> bool:
         return self.config.model.pretrained == "none"
 
+    @property
+    def flip(self) -> bool:
+        """Whether training images are mirrored at random."""
+        return self.dataset.flip if self.config.data.flip is None else self.config.data.flip
+
     def _prepare(self, seed: int) -> None:
         torch.manual_seed(seed)  # --pretrained none draws weights
         model = self.config.model
-        self.backbone, encoder = load_backbone(model.model, model.pretrained, download=self.config.data.download)
+        given = Normalisation(model.mean, model.std, "--mean and --std") if model.mean and model.std else None
+        self.backbone, encoder = load_backbone(
+            model.model, model.pretrained, download=self.config.data.download, normalisation=given
+        )
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
         self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self._seed = seed

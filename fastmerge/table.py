@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import UserError
-from fastmerge.report import results_rows, results_table
-from fastmerge.results import read_json, read_run
+from fastmerge.report import results_rows
+from fastmerge.results import names, read_json, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of the folders in `argv`; returns the exit code (2: a folder has no readable results)."""
-    from rich.console import Console
-
     parser = argparse.ArgumentParser(
         prog="fastmerge table",
         description="Join the results of several run folders into one table.",
@@ -30,14 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 2 + sum(
-            3 + max(map(len, column)) for column in zip(*rows, strict=True)
-        )  # cut no number in a file
-    console.print(results_table(rows))
+    from fastmerge.console import Console  # imports torch: not for a wrong folder
+
+    console = Console()
+    console.table(rows)
     for line in different:
-        console.print(line, markup=False)
+        console.line(line)
     return 0
 
 
@@ -52,17 +48,6 @@ def joined_rows(paths: Sequence[Path]) -> list[list[str]]:
         header, *body = results_rows(*read_run(path))
         rows += [[name, *row] for row in body] if rows else [["run", *header], *([name, *row] for row in body)]
     return rows
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, as many parts as tell them apart."""
-    folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
-    longest = max(map(len, folders))
-    for parts in range(1, longest + 1):
-        found = ["/".join(folder[-parts:]) for folder in folders]
-        if len(set(found)) == len(found):
-            return found
-    return [str(path) for path in paths]
 
 
 def differing(paths: Sequence[Path]) -> list[str]:

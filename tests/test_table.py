@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fastmerge.evaluate import metrics
-from fastmerge.table import differing, joined_rows, main, names
+from fastmerge.results import names
+from fastmerge.table import differing, joined_rows, main
 
 
 def result(matrix, seconds=1.0):

@@ -70,12 +70,16 @@ def decode(path: str, size: int) -> np.ndarray:
     """The image at `path` as uint8 [size, size, 3]. Raises what Pillow raises."""
     with Image.open(path) as file:
         file.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
-        image = _rgb(file)
+        return square(file, size)
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square of an image as uint8 [size, size, 3], RGB on white."""
+    image = _rgb(image)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(square)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
