@@ -157,13 +157,14 @@ def run(config: Any) -> int:
     starting: dict[str, Any] | None = None
 
     def write() -> Any:
-        """The results of all finished runs of the folder, those of other commands too; returns them by label and seed."""
+        """Write the results of all finished runs of the folder, those of other commands too. Return them, their table, and
+        the lines below it."""
         results = finished(folder.path, labels)
-        if results:
-            about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
-            save_json(folder.path / "results.json", about)
-            save_text(folder.path / "results.md", results_markdown(results_rows(results, starting)))
-        return results
+        about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
+        save_json(folder.path / "results.json", about)
+        table = results_rows(results, starting)
+        save_text(folder.path / "results.md", results_markdown(table))
+        return results, table, [comparison(results, starting), *below(results, starting)]
 
     previous = {
         s: signal.signal(s, request_stop(console))
@@ -237,13 +238,12 @@ def run(config: Any) -> int:
         if config.training.keep_trajectory:
             trajectory.keep()
         trajectory.delete()
-    every = write()
+    every, table, lines = write()
     draw(folder.path / "plots", every, starting)
-    table, verdict, warned = results_rows(every, starting), comparison(every, starting), below(every, starting)
-    save_text(folder.path / "report.html", page(folder.path, every, starting, table, [verdict, *warned]))
+    save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))
     console.table(table)
-    console.line(verdict)
-    for text in warned:
+    console.line(lines[0])
+    for text in lines[1:]:
         warn(text)
     console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0

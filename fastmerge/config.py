@@ -712,7 +712,7 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
-# numbers. What the last five name is compared by its content (identity.py).
+# numbers. What the last seven name is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
@@ -730,6 +730,8 @@ FREE = {
     "data.split_file",
     "scenario.class_order",
     "model.pretrained",
+    "model.mean",
+    "model.std",
 }
 
 

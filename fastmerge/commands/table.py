@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmerge.console import Console
 from fastmerge.report import results_rows
-from fastmerge.results import read_json, read_run
+from fastmerge.results import names, read_json, read_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or its results.json")
     paths = list(dict.fromkeys(parser.parse_args(argv).runs))
     rows, different = joined_rows(paths), differing(paths)
+    from fastmerge.console import Console  # imports torch: not for a wrong folder
+
     console = Console()
     console.table(rows)
     for line in different:
@@ -48,17 +49,6 @@ def joined_rows(paths: Sequence[Path]) -> list[list[str]]:
         header, *body = results_rows(*read_run(path))
         rows += [[name, *row] for row in body] if rows else [["run", *header], *([name, *row] for row in body)]
     return rows
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, as many parts as tell them apart."""
-    folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
-    longest = max(map(len, folders))
-    for parts in range(1, longest + 1):
-        found = ["/".join(folder[-parts:]) for folder in folders]
-        if len(set(found)) == len(found):
-            return found
-    return [str(path) for path in paths]
 
 
 def differing(paths: Sequence[Path]) -> list[str]:
