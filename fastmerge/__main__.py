@@ -104,6 +104,7 @@ def run(config: Any) -> int:
     )
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
+    from fastmerge.sinks import Sinks, wanted
 
     gc.collect()
     gc.freeze()  # what the imports made stays; without this the collection before every task takes 0.3 s to see that
@@ -111,6 +112,7 @@ def run(config: Any) -> int:
     console = Console(config.run.quiet)
     for spec in config.training.method:
         read_method(spec, config)  # a wrong name is told before any data is read
+    kinds = wanted(config)
     setup = Setup(config, console.encoding)
     scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
@@ -156,7 +158,9 @@ def run(config: Any) -> int:
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
                 method = kind.build(learner, trajectories[run.seed], run.protocol)
-                state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
+                with contextlib.closing(Sinks(kinds, record.folder.name, record.folder, run.config)) as sinks:
+                    record.listen = sinks.write
+                    state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -128,6 +129,7 @@ class Record:
         self.folder, self.save_every = folder, save_every
         self.checkpoint = folder / "checkpoint.safetensors"
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.listen: Callable[[int, dict[str, Any]], None] | None = None  # gets every row and its number
         self._saved_at = time.monotonic()
 
     def finished(self) -> dict[str, Any] | None:
@@ -146,7 +148,8 @@ class Record:
         path = self.folder / "metrics.jsonl"
         self._log = open(path, "r+b" if path.exists() else "w+b")
         self._log.truncate(state.log_bytes)
-        self._log.seek(state.log_bytes)
+        self._log.seek(0)
+        self.rows = sum(1 for _ in self._log)  # and is at the end then
         return state, tensors
 
     def log(self, about: dict[str, Any], terms: dict[str, Tensor]) -> None:
@@ -186,6 +189,9 @@ class Record:
             raise UserError(
                 f"cannot write {self._log.name}: {error}; free space, then run the same command again"
             ) from None
+        if self.listen is not None:
+            self.listen(self.rows, values)
+        self.rows += 1
 
     def task(self, values: dict[str, Any]) -> None:
         """Note the end of a task."""

@@ -44,6 +44,7 @@ LONG = {
     "test_registration.py",
     "test_resume.py",
     "test_sampling.py::test_dare",
+    "test_sinks.py",
     "test_stock.py::test_equals_the_definition",
     "test_stock.py::test_segment_norms",
     "test_stock.py::test_task_vectors_that_point_apart",
