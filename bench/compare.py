@@ -1,9 +1,9 @@
-"""Flag regressions between two runs of the benchmarks: exit code 1 if a row became slower than the threshold, else 0.
+"""Flag regressions between two benchmark runs: exit code 1 if a row's slowdown exceeds the threshold, else 0.
 
     python bench/compare.py OLD.json NEW.json [--threshold 1.15] [--by x_copy|min|median]
 
---by x_copy (default) compares time over the time of a copy in the same run, which survives a slower or shared machine; rows
-without a copy (the search step) fall back to the minimum. min and median compare seconds: same, idle machine only.
+--by x_copy (default) compares the time relative to a copy in the same run, so the machine may be slower or shared.
+Rows without a copy (the search step) use the minimum. min and median compare seconds: use the same, idle machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old")
     parser.add_argument("new")
-    parser.add_argument("--threshold", type=float, default=1.15, help="slower than this many times is a regression")
+    parser.add_argument("--threshold", type=float, default=1.15, help="a slowdown above this factor is a regression")
     parser.add_argument("--by", choices=("x_copy", "min", "median"), default="x_copy")
     options = parser.parse_args(arguments)
     old, new = load(options.old), load(options.new)

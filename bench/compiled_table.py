@@ -2,11 +2,11 @@
 
     python bench/compiled_table.py > bench/results/compiled.md
 
-Registers are those of the kernel as it runs. Instructions are those of its machine code (SASS) per vector entry: outside
-loops, and in one pass through its loops. Rules over lists pass once per model: an entry costs `once + T * in loops`. Sums
-pass once per block of the span that a program adds up: an entry costs `in loops`. Code for rare cases (a NaN to be counted, a
-division of denormals) is in the numbers. fp32 vectors, aligned, as the ops launch them; entries per thread: those of one
-pass. `project_kernel`, which turns three sums into three others, has no entries and no row.
+Registers are those of the kernel as it runs. Instructions are machine instructions (SASS) per vector entry, outside
+loops (`once`) and in one pass through the loops (`in loops`). Rules over lists make one pass per model: an entry costs
+`once + T * in loops`. Sums make one pass per block of their span, so an entry costs `in loops`. The counts include code
+for rare cases (counting a NaN, dividing denormals). Vectors are fp32 and aligned, as the ops launch them; entries per
+thread are those of one pass. `project_kernel`, which computes three sums from three others, has no entries and no row.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ CAPABILITIES = (80, 90, 100)
 
 
 def entries(arguments: dict) -> int:
-    """Vector entries of one program (of one pass through its loop)."""
+    """Return the vector entries of one program (of one pass through its loop)."""
     return arguments.get("LANES", 0) * 4 or arguments.get("SIZE") or arguments["BLOCK"]
 
 
 def options(kernel, arguments: dict) -> str:
-    """Which of a kernel's optional forms this launch is."""
+    """Name the optional arguments that this launch leaves out."""
     absent = [p.name for p in kernel.params if arguments[p.name] is None and not p.name.endswith("_pointer")]
     return f" (no {', '.join(absent)})" if absent else ""
 

@@ -18,12 +18,12 @@ MISSING = [
     name for name in ("safetensors", "open_clip") if importlib.util.find_spec(name) is None
 ]  # the trainer needs them
 collect_ignore = ["test_speed_training.py", "test_speed_search.py"] if MISSING else []
-MEMORY = 6 << 30  # bytes of models held at once on the CPU: beyond that the same few stand in for T
+MEMORY = 6 << 30  # bytes of models in memory at once on the CPU; beyond that a few models are reused
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--quick", action="store_true", help="1M fp32, T = 2, three rounds unless --rounds says")
+    group.addoption("--quick", action="store_true", help="1M fp32, T = 2, three rounds unless --rounds is set")
     group.addoption("--device", default="auto", help="cpu, cuda, or auto (cuda if there is one)")
     group.addoption("--sizes", default="1M,22M,86M", help=f"of {', '.join(WIDTHS)}; 1B needs a GPU")
     group.addoption("--dtypes", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
@@ -67,7 +67,7 @@ def device(request) -> torch.device:
 
 
 class Bench:
-    """What a benchmark gets: `n` and `bounds` of the size, seeded tensors, and `row(case)` to measure it."""
+    """Fixture of a benchmark: `n` and `bounds` of the size, seeded tensors, and `row(case)` to measure a case."""
 
     def __init__(self, request, benchmark, device, size: str | None, dtype: str | None):
         config = request.config
@@ -93,21 +93,21 @@ class Bench:
         return torch.empty(self.n, device=self.device).uniform_(1e-4, 1, generator=self._generator).to(self.dtype)
 
     def models(self, count: int, base: torch.Tensor) -> list[torch.Tensor]:
-        """`count` models near base; where they would not fit, the same few again (a stream from disk would reuse them)."""
+        """Return `count` models near base; if they do not fit, repeat a few (a stream from disk reuses buffers too)."""
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory // 2
         else:
             memory = MEMORY
         distinct = max(
             2, min(count, memory // self.bytes // 2 - 4)
-        )  # Fishers are as many; 8 for copies and what peers allocate
+        )  # half is for Fishers; 8 models for copies and peers
         self.distinct = min(count, distinct)
         self.benchmark.extra_info |= {"T": count, "distinct_models": self.distinct}
         models = [self.normal(1e-3, around=base) for _ in range(self.distinct)]
         return [models[k % len(models)] for k in range(count)]
 
     def fits(self, models: int) -> bool:
-        """Whether a rival that allocates that many models may run."""
+        """Return whether a rival may allocate that many models."""
         if self.device.type == "cuda":
             return models * self.bytes < torch.cuda.get_device_properties(self.device).total_memory // 2
         return models * self.bytes < MEMORY // 2
@@ -130,7 +130,7 @@ def _version(name: str) -> str | None:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Versions in, the machine's name out: results are committed."""
+    """Add versions and remove the machine's name, because results are committed."""
     machine_info.pop("node", None)
     names = ("torch", "triton", "numba", "mergekit", "peft", "pytest-benchmark")
     machine_info["versions"] = {name: _version(name) for name in names}

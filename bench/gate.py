@@ -1,11 +1,12 @@
-"""Run the quick benchmark; exit code 1 if a row's time over that of a copy has grown too much since the committed run.
+"""Run the quick benchmark; exit code 1 if a row's time relative to a copy grew too much since the committed run.
 
-    python bench/gate.py            # against results/cpu-quick.json: what .ci/run calls
-    python bench/gate.py --write    # measure anew and write that file, each row the median of three runs
+    python bench/gate.py            # compare with results/cpu-quick.json; .ci/run calls this
+    python bench/gate.py --write    # measure and write that file; each row is the median of three runs
 
-Compared is x_copy by the row's name, as `compare.py` does, with the copy of the same run, so a slow machine changes both.
-Rows that fail are measured once more, alone, before they count. A row that only one of the two runs has fails as well:
-`--write` after adding, renaming or removing one. The suites without a copy (training, search) and of threads are left out.
+Like `compare.py`, it compares x_copy by the row's name: op and copy are of one run, so a slow machine changes both.
+Rows that fail are measured once more, alone, before they count. A row that only one of the two runs has fails too: use
+`--write` after adding, renaming or removing rows. The suites of threads and those without a copy (training, search)
+are left out.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from table import strip, write
 BENCH = Path(__file__).resolve().parent
 BASELINE = BENCH / "results" / "cpu-quick.json"
 LEFT_OUT = "not threads and not training and not search"
-KEPT = ("device", "threads", "size", "dtype", "T", "x_copy", "x_copy_median")  # of a row, in the baseline
+KEPT = ("device", "threads", "size", "dtype", "T", "x_copy", "x_copy_median")  # fields of a row in the baseline
 
-Measure = Callable[..., dict]  # (*node ids) -> pytest-benchmark's JSON; of every row without node ids
+Measure = Callable[..., dict]  # (*node ids) -> pytest-benchmark's JSON; no node ids: every row
 
 
 def measure(*rows: str) -> dict:
-    """One process of one thread on the CPU."""
+    """Run the benchmark in one process with one thread on the CPU."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
@@ -50,7 +51,7 @@ def ratios(rows: dict[str, dict]) -> dict[str, float]:
 
 
 def check(baseline: Path, limit: float, measure: Measure) -> list[str]:
-    """What is wrong, a line each."""
+    """Return the problems, one line each."""
     old, run = ratios(load(str(baseline))), measure()
     new = ratios({row["name"]: row for row in run["benchmarks"]})
     fix = "bench/gate.py --write after adding, renaming or removing a row"
@@ -75,7 +76,7 @@ def check(baseline: Path, limit: float, measure: Measure) -> list[str]:
 
 
 def record(baseline: Path, measure: Measure, runs: int = 3) -> None:
-    """The last of the runs, with the median of the ratios of all."""
+    """Write the last run with the median ratios of all runs."""
     found = [measure() for _ in range(runs)]
     rows = [{row["name"]: row for row in run["benchmarks"]} for run in found]
     kept = strip(found[-1])

@@ -1,7 +1,7 @@
-"""How bench/ measures: a case, what it is compared with, and one interleaved loop over all of them.
+"""Measurement for bench/: a case, its rivals, and one interleaved loop over all of them.
 
-Every round times the op, a copy, and the op's rivals one after the other in one process, so that their ratios survive a
-machine whose speed drifts. Rivals that fail or do not fit report None (n/a).
+Every round times a copy, the rivals and the op in sequence in one process, so that their ratios do not depend on a
+drifting machine speed. Rivals that fail or do not fit report None (n/a).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 
 WIDTHS = {"1M": 80, "22M": 384, "86M": 768, "1B": 2560}  # of a 12-block ViT, patch 16: ViT-S is 22M, ViT-B 86M
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COPY_LIMIT = 256 << 20  # bytes; a larger copy is timed by this one's speed
-RIVAL_SECONDS = 4.0  # a rival slower than this in total is not repeated
+COPY_LIMIT = 256 << 20  # bytes read; the time of a larger copy is extrapolated
+RIVAL_SECONDS = 4.0  # a rival that has taken this long in total is not repeated
 
 
 def vit_shapes(size: str) -> list[tuple[int, ...]]:
-    """The tensors of a ViT of that size: rules that work per tensor see a real model's lengths."""
+    """Return the shapes of a ViT of that size, so that per-tensor rules get realistic lengths."""
     w = WIDTHS[size]
     block = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
     return [(w,), (197, w), (w, 3, 16, 16), (w,)] + 12 * block + [(w,), (w,)]
 
 
 def segments(size: str) -> list[int]:
-    """Boundaries 0, ..., n of those tensors in the flat vector."""
+    """Return the boundaries 0, ..., n of those tensors in the flat vector."""
     bounds = [0]
     for shape in vit_shapes(size):
         bounds.append(bounds[-1] + torch.Size(shape).numel())
@@ -39,7 +39,7 @@ def segments(size: str) -> list[int]:
 
 
 def named(flat: Tensor, size: str) -> dict[str, Tensor]:
-    """Views of the flat vector as the state dict that peers want."""
+    """Return views of the flat vector as the state dict that peers need."""
     shapes = vit_shapes(size)
     parts = flat.split([torch.Size(s).numel() for s in shapes])
     return {f"p{k:03d}": p.view(s) for k, (p, s) in enumerate(zip(parts, shapes, strict=True))}
@@ -47,14 +47,14 @@ def named(flat: Tensor, size: str) -> dict[str, Tensor]:
 
 @dataclass
 class Case:
-    """One row. run: the op, outputs allocated beforehand where it can write in place or into `out`."""
+    """One row. run: the op; outputs are allocated beforehand if it can write in place or into `out`."""
 
     run: Callable[[], object]
-    bytes: int | None = None  # moved by one call, from the op's formula
-    eager: Callable[[], object] | None = None  # the formula in torch; compiled too with --compile
+    bytes: int | None = None  # that one call moves, by the op's formula
+    eager: Callable[[], object] | None = None  # the formula in torch; --compile also times it compiled
     peers: dict[str, Callable[[], object]] = field(default_factory=dict)
-    models_bytes: int | None = None  # of the T models of a rule: moving them once is the unit of x_models
-    model_bytes: int | None = None  # of one model: the unit of extra memory
+    models_bytes: int | None = None  # of a rule's T models; moving them once is the unit of x_models
+    model_bytes: int | None = None  # of one model, the unit of extra memory
 
 
 class Clock:
@@ -74,7 +74,7 @@ class Clock:
         return time.perf_counter() - start
 
     def extra_bytes(self, call: Callable[[], object]) -> int | None:
-        """Growth of the peak memory during one call, what it returns included. None where the system does not tell."""
+        """Return the growth of peak memory in one call, result included; None if the system does not report it."""
         gc.collect()
         if self.cuda:
             self.sync()
@@ -84,9 +84,9 @@ class Clock:
             self.sync()
             return torch.cuda.max_memory_allocated(self.device) - before
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # else the call could use freed blocks that still count as resident
+            ctypes.CDLL(None).malloc_trim(0)  # else the call could reuse freed blocks that count as resident
             with open("/proc/self/clear_refs", "w") as f:
-                f.write("5")  # the peak starts again from the present size
+                f.write("5")  # resets the peak to the current size
         except (OSError, AttributeError):
             return None
         before = _status("VmRSS")
@@ -100,14 +100,14 @@ def _status(key: str) -> int:
 
 
 def copier(nbytes: int, device: torch.device) -> tuple[Callable[[], object], float]:
-    """(a copy that reads and writes nbytes in total, or COPY_LIMIT's worth; what to multiply its time with)."""
+    """Return (a copy that reads and writes at most nbytes in total, the factor that scales its time to nbytes)."""
     size = min(nbytes // 2, COPY_LIMIT) // 4
     source, target = torch.ones(size, device=device), torch.zeros(size, device=device)
     return (lambda: target.copy_(source)), nbytes / (8 * size)
 
 
 def measure(benchmark, case: Case, *, device: torch.device, rounds: int, compiled: bool = False) -> dict:
-    """Run one row under pytest-benchmark and fill its extra_info; returns that."""
+    """Run one row under pytest-benchmark; fill and return its extra_info."""
     clock, info, problems = Clock(device), benchmark.extra_info, {}
     rivals: dict[str, Callable[[], object]] = dict(case.peers)
     if case.eager is not None:
@@ -117,14 +117,14 @@ def measure(benchmark, case: Case, *, device: torch.device, rounds: int, compile
     calls = 1
     if case.bytes is not None:
         copy, scale = copier(case.bytes, device)
-        # on a GPU a call's launch must hide behind the calls queued before it, or small sizes time the host
+        # on a GPU queued calls must hide the launch of a call, or small sizes time the host
         calls = max(1, min(200, int(2e10 / case.bytes))) if clock.cuda else 1
 
     def repeat(call, calls=calls):
         return lambda: [call() for _ in range(calls)] and None
 
     with torch.no_grad() if case.bytes is not None else contextlib.nullcontext():
-        case.run()  # compiles
+        case.run()  # warm-up and compilation
         info["extra_models"] = None
         if case.model_bytes:
             extra = clock.extra_bytes(case.run)
@@ -136,9 +136,9 @@ def measure(benchmark, case: Case, *, device: torch.device, rounds: int, compile
                 if name == "compile":
                     call()
                 first = clock.seconds(call)
-                queued[name] = max(1, min(calls, int(1 / first)))  # slow rivals hide their launches anyway
+                queued[name] = max(1, min(calls, int(1 / first)))  # slow rivals need no queue
                 times[name] = [first] if first > RIVAL_SECONDS else []
-            except Exception as error:  # not installed, out of memory, no compiler: the row goes on without it
+            except Exception as error:  # not installed, out of memory, no compiler: leave the rival out
                 problems[name] = f"{type(error).__name__}: {str(error)[:120]}"
                 del rivals[name]
         own, copies = [], []

@@ -1,4 +1,4 @@
-"""A learner on random images, for rows that time a training or merging step."""
+"""Learners on random images, for rows that time a training or merging step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODELS = {"tiny": "tiny", "22M": "vit_small_patch16_224", "86M": "vit_base_patch
 
 
 def chosen(model: str, request, device: torch.device) -> int:
-    """The batch size for this row; skips the test if the model was not asked for (tiny always is)."""
+    """Return the batch size for this row; skip the test if the options leave the model out (tiny always runs)."""
     if model != "tiny" and device.type == "cpu" and model not in request.config.getoption("--sizes").split(","):
         pytest.skip("not among --sizes")
     if model != "tiny" and request.config.getoption("--quick"):
@@ -26,7 +26,7 @@ def chosen(model: str, request, device: torch.device) -> int:
 
 
 def start(model: str, batch: int, device: torch.device, *flags: str) -> tuple[Learner, Task, TaskImages]:
-    """A learner with one batch of images (the tiny model has its trained weights)."""
+    """Return a learner and one batch of images (the tiny model has its trained weights)."""
     torch.manual_seed(0)
     config = parse([f"--batch-size={batch}", f"--device={device.type}", "--epochs=1000", "--merge-epochs=1000", *flags])
     backbone, _ = load_backbone(MODELS[model], "glyphs" if model == "tiny" else "none", download=False)

@@ -1,4 +1,4 @@
-"""mergekit 0.1.5 and peft 0.21.2 as rivals: imported when a row first wants them, n/a where they are not installed."""
+"""mergekit 0.1.5 and peft 0.21.2 as rivals: imported when a row first needs them, n/a if they are not installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def mergekit(method: str, models: list[dict[str, Tensor]], base: dict[str, Tensor] | None = None, **parameters):
-    """{"mergekit": call} or {}; the call includes the dict of results that mergekit's interface demands."""
+    """Return {"mergekit": call} or {}; the call includes the dict of results that mergekit's interface requires."""
     try:
         from mergekit.merge_methods import merge_state_dicts
     except ImportError:
@@ -19,7 +19,7 @@ def mergekit(method: str, models: list[dict[str, Tensor]], base: dict[str, Tenso
 
 
 def peft(method: str, models: list[dict[str, Tensor]], base: dict[str, Tensor], weight: float, *arguments):
-    """{"peft": call} or {}; the call includes the task vectors that peft's functions take, one tensor at a time."""
+    """Return {"peft": call} or {}; the call includes computing the task vectors for peft, one tensor at a time."""
     try:
         from peft.utils import merge_utils
     except ImportError:

@@ -1,4 +1,4 @@
-"""A run of the benchmarks as a Markdown table; with --strip also as a small JSON file to commit (compare.py reads it).
+"""Print a benchmark run as a Markdown table; with --strip also write a small JSON file to commit (for compare.py).
 
 python bench/table.py RUN.json [--strip bench/results/NAME.json] > bench/results/NAME.md
 """
@@ -35,11 +35,11 @@ COLUMNS = (
 
 
 def strip(run: dict) -> dict:
-    """What the table and compare.py need, and no path or name of the machine."""
+    """Keep what the table and compare.py need, without paths and the machine's name."""
     machine = run["machine_info"]
     kept = {key: machine[key] for key in ("versions", "threads", "gpu", "python_version", "system") if key in machine}
     cpu = machine.get("cpu")
-    kept["cpu"] = cpu.get("brand_raw") if isinstance(cpu, dict) else cpu  # a stripped file holds the name alone
+    kept["cpu"] = cpu.get("brand_raw") if isinstance(cpu, dict) else cpu  # a stripped file has only the name
     rows = [
         {
             "name": row["name"],
@@ -68,7 +68,7 @@ def markdown(run: dict) -> str:
 
 
 def write(run: dict, path: str | Path) -> None:
-    """A row a line."""
+    """Write the run with one row per line."""
     rows = ",\n".join(json.dumps(row) for row in run["benchmarks"])
     head = json.dumps({**run, "benchmarks": []})
     Path(path).write_text(head.replace('"benchmarks": []', f'"benchmarks": [\n{rows}\n]') + "\n")

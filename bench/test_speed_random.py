@@ -1,4 +1,4 @@
-"""Ops that make random numbers in registers (Philox), and TRM's. Target: 5 copies on a CPU, 85 % of one on an H100."""
+"""Ops that make random numbers in registers (Philox), with TRM's. Target: 5 copies on a CPU, 85 % of one on an H100."""
 
 from __future__ import annotations
 

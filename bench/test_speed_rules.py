@@ -1,9 +1,9 @@
-"""Merge rules over lists of T models: against copies, and against peers on the same tensors.
+"""Merge rules over lists of T models, compared with copies and with peers on the same tensors.
 
-x_models is the time over that of copying the T models once, at the copy's speed. Targets (CPU, one thread, T = 8): average,
-task arithmetic, MagMax, random mix 1; Fisher, Model Stock 3; TIES 4; DARE 5. Extra memory counts everything a call allocates;
-the output is allocated beforehand. Peers' calls include building what they need and return. What the streaming forms cost per
-model is in `test_speed_one_pass.py`.
+x_models is the time divided by that of moving the T models' bytes once at the copy's speed. Targets in copies of the T
+models (CPU, one thread, T = 8): average, task arithmetic, MagMax, random mix 1; Fisher, Model Stock 3; TIES 4; DARE 5.
+Extra memory counts everything a call allocates; the output is allocated beforehand. Peers' calls include building their
+inputs and results. `test_speed_one_pass.py` times the streaming forms per model.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _ties(b, base, models, out, bounds, convention):
         agree = deltas.sign() == deltas.sum(0).sign()
         return base + (deltas * agree).sum(0) / agree.sum(0).clamp_min(1)
 
-    passes = 2 * len(models) + len(models) + 2  # a pass over model and base per threshold, then the merge
+    passes = 2 * len(models) + len(models) + 2  # one pass over model and base per threshold, then the merge
     return Case(
         lambda: fk.ties_merge(models, initial=base, density=DENSITY, convention=convention, segments=bounds, out=out),
         passes,
@@ -122,7 +122,7 @@ def ties_global(b, base, models, out):
     return _ties(b, base, models, out, [0, b.n], "paper")
 
 
-PEERS = {  # mergekit's method and parameters, peft's function and arguments; {T: models} fills the weight
+PEERS = {  # mergekit's method and parameters, peft's function and arguments; T is the number of models
     "average": (("linear", {"weight": 1.0}), None),
     "task_arithmetic": (("task_arithmetic", {"weight": 0.3}), ("task_arithmetic", 0.3)),
     "dare": (("dare_linear", {"weight": "1/T", "density": DENSITY}), ("dare_linear", "1/T", DENSITY)),

@@ -1,7 +1,7 @@
-"""TRM's search step: the exact Hessian-vector product against a symmetric difference of gradients, and against no curvature.
+"""TRM's search step with the exact Hessian-vector product, a symmetric difference of gradients, and no curvature term.
 
-Measured is the step with `--trm.curvature difference`; speedup_exact says how many times longer the exact step takes,
-speedup_none (below 1) what is left without the curvature term. h_error: relative difference of the two products.
+The op is the step with `--trm.curvature difference`; speedup_exact says how many times longer the exact step takes,
+speedup_none the same (below 1) without the curvature term. h_error is the relative difference of the two products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastmerge.methods.trm import TRM
 
 
 def search(model: str, batch: int, device: torch.device, *flags: str):
-    """A search between two models, ready to step."""
+    """Return a search between two models, ready to step."""
     learner, task, images = start(model, batch, device, *flags)
     method = TRM(learner)
     during = method.begin(task)
@@ -40,4 +40,4 @@ def test_search(bench, model, request, device):
     one.settings = searches["difference"].settings
     other = one.curvature_gradient(one.learner.plain(images), labels, g)
     info |= {"model": model, "batch": batch, "h_error": float(((other - h).norm() / h.norm()).detach())}
-    assert 0 < info["h_error"] < 1  # the two solve the same problem; tests bound the error
+    assert 0 < info["h_error"] < 1  # both compute the same product; tests bound the error

@@ -1,7 +1,7 @@
-"""Two threads against one, in turns in one process (CPU): speedup_one says how many times longer one thread takes.
+"""Time two threads and one in turns in one process (CPU): speedup_one says how many times longer one thread takes.
 
-Target: 1.6 where memory is not the limit. x_copy is in copies by two threads: near 1 the memory is the limit. Needs two idle
-cores, or it measures the others' work.
+Target: 1.6 if memory is not the limit. x_copy counts copies with two threads; near 1, memory is the limit. The suite
+needs two idle cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ONE_PASS = (lerp, *(op for op in OPS if op.__name__ in ("magnitude_threshold", "
 @pytest.fixture
 def two_threads(device):
     if device.type != "cpu":
-        pytest.skip("of the CPU loops")
+        pytest.skip("times the CPU loops")
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,10 +1,10 @@
-"""A training step as usual, against one in the tangent space (CMM) and one of the per-image Fisher pass; P&M's Fisher.
+"""A usual training step, a step in the tangent space (CMM), a step of the per-image Fisher pass; P&M's Fisher pass.
 
-test_training: speedup_tangent, speedup_fisher say how many times longer those take than the usual step; memory_tangent,
-memory_fisher how many times more memory they take beyond the model (peak growth in a step; meaningless for tiny on a CPU).
-test_fisher: a step of the Fisher pass over LoRA's projections; speedup_vmap, speedup_loop, speedup_lora say how many times
-longer the same by vmap, the same by one backward pass per image, and a training step of LoRA take; memory_fisher is the
-pass's memory over that of such a training step.
+test_training times the usual step. speedup_tangent and speedup_fisher say how many times longer the other two take,
+memory_tangent and memory_fisher how many times more their peak memory grows in a step (meaningless for tiny on a CPU).
+test_fisher times a step of the Fisher pass over LoRA's projections. speedup_vmap, speedup_loop and speedup_lora say how
+many times longer vmap, one backward pass per image, and a LoRA training step take; memory_fisher is the pass's memory
+divided by that of the LoRA step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_training(bench, model, request, device):
     steps = {name: (lambda p=p: p.step(0)) for name, p in phases.items()}
     growth = {}
     for name, step in steps.items():
-        step()  # the optimiser's state
+        step()  # creates the optimiser's state
         growth[name] = Clock(device).extra_bytes(step)
     info = bench.row(Case(steps.pop("usual"), peers=steps))
     info |= {"model": model, "batch": batch}
@@ -66,7 +66,7 @@ def test_fisher(bench, model, request, device):
     for found in (other.fisher, loop()):
         assert (found - one.fisher).norm() < 1e-3 * one.fisher.norm()
     rivals = {"vmap": lambda: other.step(0), "loop": loop, "lora": lambda: lora.step(0)}
-    lora.step(0)  # the optimiser's state
+    lora.step(0)  # creates the optimiser's state
     growth = [Clock(device).extra_bytes(lambda p=p: p.step(0)) for p in (one, lora)]
     info = bench.row(Case(lambda: one.step(0), peers=rivals))
     info |= {"model": model, "batch": batch, "images/s": round(1e3 * batch / info["ms"], 1)}

@@ -1,11 +1,11 @@
-"""Flags in, runs, table out.
+"""The command line: read the flags, run every method and seed, print a table.
 
-    python -m fastmerge                                                     # embedded glyphs and tiny CLIP, no download
+    python -m fastmerge                                                     # built-in glyphs and tiny CLIP, no download
     python -m fastmerge --dataset imagenet1k --tasks 100 --data-root DIR    # the main job
     python -m fastmerge --method trm finetune --seeds 0 1 2                 # one comparison table
 
-Exit codes: 0 done; 1 a fault of fastmerge; 2 bad input, with what to do; 129, 130 or 143 stopped by SIGHUP, SIGINT (Ctrl-C)
-or SIGTERM, and the same command continues. A reader of the output that leaves (`| head`) does not end a run.
+Exit codes: 0 done; 1 a fault of fastmerge; 2 bad input (the message says what to do); 129, 130 or 143 stopped by SIGHUP,
+SIGINT (Ctrl-C) or SIGTERM (the same command continues the run). A closed pipe (`| head`) does not end a run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     from fastmerge.flags import parse
     from fastmerge.output import guarded
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             code = unexpected(error, config)
         finally:
-            gc.unfreeze()  # what `run` froze, or extension modules complain about leaks at the end
+            gc.unfreeze()  # `run` froze objects; without this, extension modules report leaks at exit
         if out is not None:
             out.flush()
             if code == 0 and out.lost:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def unexpected(error: Exception, config: Any) -> int:
-    """Say what happened, where the run is saved, and how to report it. Returns the exit code."""
+    """Print what happened, where the run is saved, and how to report it. Return the exit code."""
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of a GPU
     if short:
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
@@ -79,17 +79,17 @@ def unexpected(error: Exception, config: Any) -> int:
 
 
 def run(config: Any) -> int:
-    """Everything after the flags: prepare, run every method and seed, report. Returns the exit code."""
-    # here, so that --help and wrong flags answer at once
+    """Prepare, run every method and seed, and report. Return the exit code."""
+    # imported here so that --help and flag errors appear at once
     from fastmerge.checkpoint import save_json, save_text
-    from fastmerge.config import to_dict
     from fastmerge.console import Console
     from fastmerge.evaluate import metrics, zero_shot
+    from fastmerge.identity import determinants
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import environment
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
-    from fastmerge.models.saved import model_tensors
+    from fastmerge.models.saved import model_tensors, recipe
     from fastmerge.page import page
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
@@ -102,16 +102,17 @@ def run(config: Any) -> int:
         summary,
         warmup_warning,
     )
+    from fastmerge.results import finished
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
     from fastmerge.sinks import Sinks, wanted
 
     gc.collect()
-    gc.freeze()  # what the imports made stays; without this the collection before every task takes 0.3 s to see that
+    gc.freeze()  # imported objects stay alive; otherwise the collection before every task spends 0.3 s on them
 
     console = Console(config.run.quiet)
     for spec in config.training.method:
-        read_method(spec, config)  # a wrong name is told before any data is read
+        read_method(spec, config)  # reports a wrong name before any data is read
     kinds = wanted(config)
     setup = Setup(config, console.encoding)
     scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
@@ -120,20 +121,35 @@ def run(config: Any) -> int:
         "weights": setup.backbone.weights,
         "weights_sha256": setup.backbone.weights_sha256,
     }
-    folder = RunFolder(config, environment(setup.device), manifest)
+
+    def warn(text: str) -> None:
+        console.line(f"warning: {text}", style="yellow")
+
+    determined = determinants(setup, runs, manifest)
+    folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
     for text in header(setup, manifest, folder):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
-        console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
+        warn("--pretrained none: the backbone starts from random weights")
     if (warning := warmup_warning(scenario, config.training)) is not None:
-        console.line(f"warning: {warning}", style="yellow")
+        warn(warning)
 
-    results: dict[str, dict[str, Any]] = {run.label: {} for run in runs}
+    labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)
-    trajectories = {seed: Trajectory(folder.path / f"trajectory-seed{seed}", share) for seed in seeds}
+    trajectories = [Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label) for run in runs]
     starting: dict[str, Any] | None = None
+
+    def write() -> Any:
+        """The results of all finished runs of the folder, those of other commands too; returns them by label and seed."""
+        results = finished(folder.path, labels)
+        if results:
+            about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
+            save_json(folder.path / "results.json", about)
+            save_text(folder.path / "results.md", results_markdown(results_rows(results, starting)))
+        return results
+
     previous = {
         s: signal.signal(s, request_stop(console))
         for s in SIGNALS
@@ -142,8 +158,16 @@ def run(config: Any) -> int:
     stopped, StopRequest.signal = False, None
     try:
         records = [folder.record(run.label, run.seed, config.run.save_every) for run in runs]
-        console.start(runs, [n for n, record in enumerate(records) if record.finished() is not None])
-        if setup.head.kind == "text":  # it knows every class from the start, so the untrained model can be scored
+        results = [record.finished() for record in records]
+        for record, result in zip(records, results, strict=True):
+            if result is not None and not (record.folder / "model.safetensors").exists():
+                warn(
+                    f"{record.folder} has results, but no model.safetensors. The results are kept; delete the folder to "
+                    "train it again, to the same bits"
+                )
+        finished(folder.path)  # a damaged result of another run is told now, not after hours
+        console.start(runs, [n for n, result in enumerate(results) if result is not None])
+        if setup.head.kind == "text":  # a text head knows every class, so the untrained model can be evaluated
             learner = setup.learner(seeds[0])
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
@@ -153,11 +177,10 @@ def run(config: Any) -> int:
         for number, run in enumerate(runs):
             record = records[number]
             console.next_run(number)
-            result = record.finished()
-            if result is None:
+            if results[number] is None:
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
-                method = kind.build(learner, trajectories[run.seed], run.protocol)
+                method = kind.build(learner, trajectories[number], run.protocol)
                 with contextlib.closing(Sinks(kinds, record.folder.name, record.folder, run.config)) as sinks:
                     record.listen = sinks.write
                     state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
@@ -173,22 +196,16 @@ def run(config: Any) -> int:
                     "peak_memory_bytes_per_task": state.peak_memory_bytes,
                     "seconds": state.seconds,
                     "bad_images": state.bad_images,
+                    "bytes_written": state.bytes_written,
                 }
-                recipe = {
-                    "method": run.label,
-                    "seed": run.seed,
-                    "config": to_dict(run.config),
-                    "class_names": setup.dataset.class_names,
-                    "head": learner.head.kind,
-                    "features": method.features().kind,
-                    "final_accuracy": result["final_accuracy"],
-                }
-                names = [task.name for task in run.scenario.tasks]
-                record.finish(result, names, model_tensors(learner.backbone, learner.head, method.features()), recipe)
+                names, features = [task.name for task in run.scenario.tasks], method.features()
+                about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}
+                about = recipe(learner, features, run.scenario, len(names) - 1, **about)
+                record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about)
+                write()
                 del learner, method
             else:
-                console.line(f"{run.label} seed {run.seed}: finished before, kept")
-            results[run.label][str(run.seed)] = result
+                console.line(f"{run.label} seed {run.seed}: already finished")
     except Interrupted:
         console.close()
         stopped, number = True, StopRequest.signal or signal.SIGINT
@@ -203,28 +220,24 @@ def run(config: Any) -> int:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
-    for trajectory in trajectories.values():
+    for trajectory in trajectories:
         if config.training.keep_trajectory:
             trajectory.keep()
         trajectory.delete()
-    save_json(
-        folder.path / "results.json",
-        {"zero_shot": starting, "methods": results, "summary": summary(results)},
-    )
-    draw(folder.path / "plots", results, starting)
-    table, verdict, warned = results_rows(results, starting), comparison(results, starting), below(results, starting)
-    save_text(folder.path / "results.md", results_markdown(table))
-    save_text(folder.path / "report.html", page(folder.path, results, starting, table, [verdict, *warned]))
+    every = write()
+    draw(folder.path / "plots", every, starting)
+    table, verdict, warned = results_rows(every, starting), comparison(every, starting), below(every, starting)
+    save_text(folder.path / "report.html", page(folder.path, every, starting, table, [verdict, *warned]))
     console.table(table)
     console.line(verdict)
     for text in warned:
-        console.line(f"warning: {text}", style="yellow")
+        warn(text)
     console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0
 
 
 def request_stop(console: Any) -> Any:
-    """A handler that asks the run to save and stop after this step; the second signal ends the process at once."""
+    """Return a signal handler: the first signal saves and stops after this step, the second stops at once."""
     from fastmerge.runfolder import StopRequest
 
     def handler(number: int, frame: Any) -> None:
@@ -235,7 +248,7 @@ def request_stop(console: Any) -> Any:
                 sys.stderr.flush()
             os._exit(128 + number)  # an exception here could surface anywhere, with a traceback
         StopRequest.signal = number
-        console.line("stopping after this step (again: at once, back to the last checkpoint)")
+        console.line("stopping after this step (a second signal stops at once, without saving)")
 
     return handler
 

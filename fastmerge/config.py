@@ -7,7 +7,6 @@ Help texts (help.py), checks and resolved defaults come from these declarations.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -118,6 +117,8 @@ def check(config: Config) -> None:
     for group, settings in declarations().items():
         for name, (declaration, _) in settings.items():
             declaration.check(f"--{flag_of(group, name)}", getattr(getattr(config, group), name))
+    if (config.model.mean is None) != (config.model.std is None):
+        raise UserError("--mean and --std belong together: give both or none")
     for name in ("method", "protocol", "seeds"):
         values, one = getattr(config.training, name), name.removesuffix("s")
         if not values:
@@ -212,6 +213,21 @@ class ModelSettings:
         "openai",
         "Tag | checkpoint file | none (random weights).",
         derived="glyphs for tiny, openai for ViT-B-16-quickgelu",
+    )
+    mean: tuple[float, float, float] | None = setting(
+        None,
+        "Mean of the three colour channels, for normalisation; give the deviation too.",
+        unit="of pixels in 0..1",
+        at_least=0,
+        at_most=1,
+        derived="as the weights were trained",
+    )
+    std: tuple[float, float, float] | None = setting(
+        None,
+        "Standard deviation of the three colour channels.",
+        unit="of pixels in 0..1",
+        above=0,
+        derived="as the weights were trained",
     )
     head: Literal["text", "linear", "prototype"] | None = setting(
         None,
@@ -703,32 +719,29 @@ class Config:
 
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
-# These may change when a run continues: they choose which results are made and where they go, not the numbers.
+# These may change between two starts of a run: they choose which results are made, where from and where to, not the
+# numbers. What the last five name is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
     "training.protocol",
     "training.keep_trajectory",
     "training.nearest_mean",
-    "run.device",
     "run.run_dir",
     "run.save_every",
     "run.quiet",
     "run.wandb",
     "run.tensorboard",
     "data.download",
+    "data.cache_gb",
+    "data.skip_bad_images",  # it decides whether an unreadable image stops a run, never what is computed
+    "run.device",
+    "data.data_root",
+    "data.split_file",
+    "scenario.class_order",
+    "model.pretrained",
 }
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line 'group.name: old -> new' for every changed setting that affects the numbers of a run."""
-    return [
-        f"{group}.{name}: {old.get(group, {}).get(name)!r} -> {value!r}"
-        for group, settings in new.items()
-        for name, value in settings.items()
-        if f"{group}.{name}" not in FREE and old.get(group, {}).get(name) != json.loads(json.dumps(value))
-    ]

@@ -1,4 +1,4 @@
-"""What a run says while it runs: one live line with the time left for the whole command, plain lines without a terminal."""
+"""Progress output: one live line with the time left for the whole command, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastmerge.report import number as percent
 from fastmerge.runfolder import State
 from fastmerge.training import PHASES, Phase
 
-PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
-# cost of an image relative to training. An evaluation is a forward pass, so 0.3 is close before it is measured; what a
-# merge costs is known when one was measured, and 4 is for the bar alone.
+PLAIN_SECONDS = 15.0  # between progress lines without a terminal
+# Cost of an image relative to training. Evaluation is a forward pass, so 0.3 is close until it is measured. The cost of a
+# merge is unknown until one is measured; 4 only moves the bar.
 GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}
-ENOUGH_STEPS, ENOUGH_SECONDS = 5, 5.0  # of one kind of work, before the time left is told
+ENOUGH_STEPS, ENOUGH_SECONDS = 5, 5.0  # of one kind of work, before the time left is shown
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Measured:
 
 
 class Work:
-    """Images still to go through, by kind of work, and how long one takes: the time left for the whole command."""
+    """Estimate the time left for the whole command from the images left, by kind of work, and the time per image."""
 
     def __init__(self, runs: Sequence[Run]):
         self.methods = [run.label for run in runs]
@@ -58,7 +58,7 @@ class Work:
 
     @staticmethod
     def _images(run: Run) -> list[dict[str, int]]:
-        """Images that each task of a run goes through."""
+        """Number of images to process in each task of a run, by kind of work."""
         tests, rows = [len(task.test) for task in run.scenario.tasks], []
         for task in run.scenario.tasks:
             seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
@@ -66,7 +66,7 @@ class Work:
         return rows
 
     def of(self, run: int, task: int, phase: int = 0) -> dict[str, int]:
-        """What one run has before it, from phase `phase` of task `task` on."""
+        """Images left in one run, from phase `phase` of task `task` on."""
         left = dict.fromkeys(GUESS, 0)
         for index, images in enumerate(self.per_task[run][task:], start=task):
             for number, (kind, n) in enumerate(images.items()):
@@ -133,7 +133,7 @@ class Work:
 
 
 class Console:
-    """All output of a command. `quiet` leaves the final table and errors."""
+    """All output of a command. `quiet` prints only the final table and errors."""
 
     def __init__(self, quiet: bool = False, file: Any = None):
         # named, because rich takes a stream without a name for utf-8
@@ -154,16 +154,16 @@ class Console:
         table, left_out = results_table(rows, limit)
         self.rich.print(table, width=table.width, no_wrap=True, overflow="ignore", crop=False)
         if left_out:
-            self.line(f"not shown here, but in results.md: {', '.join(left_out)}")
+            self.line(f"not shown at this width, but in results.md: {', '.join(left_out)}")
 
     def encoding(self, done: int, prompts: int) -> None:
-        """The text head is being made; it is cached, so this is waited for once."""
+        """Report that the text head is being computed; it is cached, so this wait comes once."""
         if time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             self.line(f"text head: {done} of {prompts} prompts encoded")
 
     def start(self, runs: Sequence[Run], finished: Sequence[int] = ()) -> None:
-        """Begin the progress of a command with these runs; finished: those that ended before."""
+        """Start the progress display for these runs; finished: indices of runs that are already complete."""
         self.work, self.runs, self.run = Work(runs), runs, -1
         for number in finished:
             self.work.remaining[number] = dict.fromkeys(GUESS, 0)
@@ -183,7 +183,7 @@ class Console:
         self.run = run
 
     def begin(self, state: State) -> None:
-        """The loop starts at `state`."""
+        """Start the current run at `state`."""
         self._clock = time.perf_counter()
         run = self.runs[self.run]
         self.work.at(self.run, state.task, state.phase, state.step)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message names the thing, what was expected, and what to do."""
+    """The message names the problem, what was expected, and what to do."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -21,5 +21,5 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the error's message, or its type where it has none."""
+    """The first line of the error's message, or its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

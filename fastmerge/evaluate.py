@@ -1,8 +1,9 @@
-"""The accuracy matrix and every metric derived from it.
+"""The accuracy matrix and all metrics derived from it.
 
-R[i][j] = accuracy in percent after task i on the test images of task j, without a task id: the candidates are all classes
-seen after task i (or all of the dataset, `--eval-classes all`). So the label space of a class-incremental matrix grows with
-i. Rows hold None where a task was not evaluated. n[j] = number of test images of task j. T tasks, counted from 0 here.
+R[i][j] = accuracy in percent on the test images of task j after task i. The task id is not given: the candidates are
+all classes seen up to task i (`--eval-classes all`: all classes of the data set), so the label space of a
+class-incremental matrix grows with i. R[i][j] is None if task j was not evaluated. n[j] = number of test images of
+task j. There are T tasks; the code counts them from 0.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ Matrix = Sequence[Sequence[float | None]]
 
 
 def batches(tests: Sequence[TaskImages], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(uint8 images `[b, 3, s, s]`, labels `[b]`, index of the test set `[b]`) over all tests, in batches that span them:
-    a hundred small tasks cost as many forwards as one large one."""
+    """Yield (uint8 images `[b, 3, s, s]`, labels `[b]`, index of the test set `[b]`). A batch may span several test
+    sets, so a hundred small tasks need as many forward passes as one large one."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     room = size
     for j, images in enumerate(tests):
-        first = torch.arange(len(images))[:room]  # fills the batch that the tests before have begun
+        first = torch.arange(len(images))[:room]  # fills up the batch of the previous test sets
         order = [rows for rows in (first, *torch.arange(len(first), len(images)).split(size)) if len(rows)]
         images.plan(order)
         for rows in order:
@@ -51,10 +52,10 @@ def accuracies(
     tick: Callable[[int], None] = lambda n: None,
     features: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float | None]:
-    """Accuracy in percent on each of `tests` with `classes` (natural indices) as candidates; one row of the matrix.
+    """One row of the matrix: accuracy in percent on each of `tests`, with `classes` (natural indices) as candidates.
 
-    `tick(n)` is called after every batch of n images. features: from normalised images, default the backbone. A test set
-    without images gives None.
+    `tick(n)` is called after every batch of n images. features: maps normalised images to features (default: the
+    backbone). A test set without images gives None.
     """
     features = features or learner.backbone
     candidates = torch.tensor(classes, device=learner.device)
@@ -85,14 +86,14 @@ def micro(row: Sequence[float | None], counts: Sequence[int]) -> float | None:
 def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
     """Every metric of a finished (or partial) run from its lower-triangular part. All values are in percent (points).
 
-    final_accuracy, final_accuracy_macro: A_T, `micro` and `macro` over the tasks seen (all, after the last one).
+    final_accuracy, final_accuracy_macro: A_T, `micro` and `macro` over the tasks seen.
     aaa, aaa_macro: average anytime accuracy, (1/T) sum_t A_t (PILOT's "average accuracy", "average incremental accuracy").
-    forgetting: mean over j < T of max_l R[l][j] - R[T][j], l over all rows, the last included: >= 0 (PILOT, mammoth).
-    forgetting_before_last: the same with l < T only, may be negative (Chaudhry et al. 2018; continuum, FACIL).
+    forgetting: mean over j < T of max_l R[l][j] - R[T][j], over all l including T, so >= 0 (PILOT, mammoth).
+    forgetting_before_last: the same with l < T only; may be negative (Chaudhry et al. 2018; continuum, FACIL).
     bwt: backward transfer, mean over j < T of R[T][j] - R[j][j] (Lopez-Paz & Ranzato 2017).
     plasticity: mean over j of R[j][j] (learning accuracy, Riemer et al. 2019).
 
-    With one task the forgetting metrics and bwt are undefined: None, not 0.
+    With one task the forgetting metrics and bwt are undefined and are None.
     """
     rows = [list(row[: i + 1]) for i, row in enumerate(matrix)]
     if not rows:
@@ -123,10 +124,10 @@ def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
 def zero_shot(
     learner: Learner, tests: Sequence[TaskImages], candidates: Sequence[Sequence[int]]
 ) -> list[list[float | None]]:
-    """The accuracy matrix that the starting model has without any training; row t with `candidates[t]` as classes.
+    """The accuracy matrix of the starting model without training; row t uses `candidates[t]` as candidate classes.
 
-    Makes sense for a head that knows every class from the start (text). Row t covers all tests whose classes are among
-    the candidates, None for the others. One pass over the images, whatever the number of tasks.
+    The head must know every class from the start (text). Row t is None for tests with classes that are not candidates.
+    One pass over the images serves all rows.
     """
     everything = torch.tensor(sorted({c for row in candidates for c in row}), device=learner.device)
     masks = [torch.isin(everything, torch.tensor(row, device=learner.device)) for row in candidates]

@@ -1,10 +1,10 @@
 """The diagonal Fisher of the model on a task: the mean over its images of the squared gradient of -log p(label | image).
 
-Per image, by `torch.func.vmap` of `grad` (projections that LoRA adapts: by `models/per_image.py`), with labels drawn from
-the model's own prediction: the Fisher information (Martens 2020). `--fisher.labels data` takes the true labels, the
-"empirical Fisher" of CoFiMA and P&M; `--fisher.per batch` squares the mean gradient of a batch, as released code often does,
-which is smaller by up to the batch size (van de Ven 2025).
-Images are not augmented and the candidates are the task's own classes, as in training.
+By default the labels are drawn from the model's own prediction, which gives the Fisher information (Martens 2020), and
+gradients are per image, by `torch.func.vmap` of `grad` (for LoRA's projections by `models/per_image.py`).
+`--fisher.labels data` takes the true labels: the "empirical Fisher" of CoFiMA and P&M. `--fisher.per batch` squares the
+mean gradient of a batch, as released code often does; the result is smaller by up to the batch size (van de Ven 2025).
+Images are not augmented. As in training, the candidates are the task's own classes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fastmerge.training import Batches, Learner, Phase, positions
 
 
 class FisherPass(Phase):
-    """One pass over a task's images in steps; theta does not change. `result()` is the Fisher afterwards.
+    """One pass over a task's images in steps; theta does not change. Afterwards `result()` returns the Fisher.
 
-    labels: in place of the setting. adapted: compute the Fisher of these weights alone, `[m]`.
+    labels: overrides `--fisher.labels`. adapted: compute the Fisher of these weights only, `[m]`.
     """
 
     name = "fisher"
@@ -70,9 +70,9 @@ class FisherPass(Phase):
         return {"loss": (self.projections if self.served(images[:1]) else self.per_image)(images, targets)}
 
     def per_image(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Add the squares of a batch, by vmap; returns the mean loss."""
+        """Add the squared gradients of a batch, computed by vmap; return the mean loss."""
         losses, chunk = [], max(1, ROOM // self.fisher.nbytes)
-        with differentiable_attention():  # fused attention has no rule for vmap
+        with differentiable_attention():  # fused attention has no vmap rule
             for part in zip(images[:, None].split(chunk), targets[:, None].split(chunk), strict=True):
                 gradients, values = vmap(grad_and_value(self.loss), in_dims=(None, 0, 0))(self.weights, *part)
                 for gradient in gradients:
@@ -81,7 +81,7 @@ class FisherPass(Phase):
         return torch.cat(losses).mean()
 
     def served(self, image: Tensor) -> bool:
-        """Whether `projections` can be used: only adapted weights, each in one linear map. Asked once."""
+        """Whether `projections` can be used: only for adapted weights, each in one linear map. Checked once."""
         if self._served is None:
             named = self.learner.flat.as_dict(self.learner.theta)
             module = self.learner.flat.module
@@ -90,7 +90,7 @@ class FisherPass(Phase):
 
     @torch.enable_grad()
     def projections(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The same as `per_image` for adapted projections, in one backward pass of the batch."""
+        """The same as `per_image` for adapted projections, with one backward pass for the batch."""
         assert isinstance(self.adapted, Projections)
         named, squares = self.learner.flat.as_dict(self.learner.theta), torch.zeros_like(self.fisher)
         with SquaredGradients(named, self.adapted.blocks, squares) as mode:
@@ -107,13 +107,13 @@ class FisherPass(Phase):
 
     @torch.no_grad()
     def drawn(self, images: Tensor, i: int) -> Tensor:
-        """Labels drawn from the model's prediction, `[b]`; on the CPU, so that the draw does not depend on the device."""
+        """Draw labels `[b]` from the model's prediction, on the CPU so that the draw does not depend on the device."""
         chances = self.learner.head(self.learner.backbone(images), self.classes).softmax(1).cpu()
         generator = self.learner.generator("fisher", self.task.index, i)
         return torch.multinomial(chances, 1, generator=generator)[:, 0].to(images.device)
 
     def result(self) -> Tensor:
-        """The Fisher with the floor, `[n]` or `[m]` fp32; call it once, after the last step."""
+        """The Fisher plus the floor, `[n]` or `[m]` fp32. Call it once, after the last step."""
         return self.fisher.add_(self.settings.floor) if self.settings.floor else self.fisher
 
     def tensors(self) -> dict[str, Tensor]:

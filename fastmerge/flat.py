@@ -1,9 +1,9 @@
-"""FlatModel: all trainable parameters of a module as one 1-D buffer, all their gradients as another.
+"""FlatModel: the trainable parameters of a module in one 1-D buffer and their gradients in another.
 
-Each parameter and its `.grad` are views of the two buffers, so a merge rule, an optimiser step or a snapshot is one pass
-over one tensor, and no state dict is built on the way. Layout: sorted parameter names (neither a dict's nor a module's
-order changes which random number an entry gets), every tensor starts at a multiple of 16 elements and the buffer ends
-at a multiple of 1024 (vector loads without a tail mask). The padding between them is zero and stays zero.
+Each parameter and its `.grad` are views of the two buffers, so a merge rule, an optimiser step or a snapshot is one
+pass over one tensor and needs no state dict. Layout: tensors are sorted by parameter name (so the order in a dict or
+module does not change which random number an entry gets), each starts at a multiple of 16 elements, and the buffer ends
+at a multiple of 1024 (vector loads without a tail mask). The padding is zero and stays zero.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class FlatModel:
     """`module` with its trainable floating-point parameters moved into one buffer.
 
     Attributes:
-        module: the module itself; its trainable parameters are views of `theta` from now on.
-        theta: `[n]` parameter, `dtype`; the one parameter an optimiser needs. `theta.grad` is `gradient`.
-        gradient: `[n]`, same dtype; `backward()` accumulates into it. Clear it with `zero_grad()`, never with None.
+        module: the module itself; its trainable parameters become views of `theta`.
+        theta: `[n]` parameter, `dtype`; the only parameter to optimise. `theta.grad` is `gradient`.
+        gradient: `[n]`, same dtype; `backward()` adds to it. Clear it with `zero_grad()`, never set it to None.
         names, shapes, sizes: per tensor, in buffer order (sorted names).
         offsets: `len(names) + 1` element offsets; tensor i is `theta[offsets[i] : offsets[i] + sizes[i]]`.
 
-    Tied parameters stand once, under the first of their sorted names. Frozen parameters (`requires_grad=False`) and
+    Tied parameters are stored once, under their first sorted name. Frozen parameters (`requires_grad=False`) and
     buffers stay in the module as they are. Parameters of other floating dtypes are converted to `dtype`.
 
     Raises:
-        ValueError: the module has nothing to train, or a trainable parameter that is not floating point.
+        ValueError: no parameter is trainable, or a trainable parameter is not floating point.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
         self.module = module
-        # named_parameters() reports a tied parameter under the first name it meets: ask for all, keep the first sorted
+        # by default a tied parameter appears only under its first name in module order: list all, keep the first sorted
         by_name = sorted((n, p) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
         first = {id(p): n for n, p in reversed(by_name)}
         trainable = [(n, p) for n, p in by_name if first[id(p)] == n]
@@ -63,7 +63,7 @@ class FlatModel:
         self._bind(buffer)
 
     def views(self, flat: Tensor) -> Iterator[Tensor]:
-        """The tensors inside `flat` (`[n]`, any dtype), shaped, in the order of `names`; writing to one writes to `flat`."""
+        """Yield shaped views of `flat` (`[n]`, any dtype) in the order of `names`; writes go to `flat`."""
         for offset, size, shape in zip(self.offsets, self.sizes, self.shapes, strict=False):
             yield flat[offset : offset + size].view(shape)
 
@@ -72,12 +72,12 @@ class FlatModel:
         self.gradient = torch.zeros_like(buffer)
         self.theta.grad = self.gradient
         for p, value, grad in zip(self._parameters, self.views(buffer), self.views(self.gradient), strict=True):
-            p.grad = None  # a gradient on another device or of another dtype would refuse the new data
+            p.grad = None  # p.data cannot be set while a gradient has another device or dtype
             p.data = value
             p.grad = grad
 
     def to(self, device: torch.device | str) -> FlatModel:
-        """Move everything; the parameters stay views. Use this in place of `module.to(...)`. Gradients start at zero."""
+        """Move everything and keep the views; gradients are set to zero. Use this instead of `module.to(...)`."""
         buffer = self.theta.detach().to(device)
         for p in self._parameters:
             p.grad = None
@@ -86,7 +86,7 @@ class FlatModel:
         return self
 
     def check_views(self) -> None:
-        """Raise RuntimeError if a parameter or gradient no longer lies in the buffers (say, after `module.to(...)`)."""
+        """Raise RuntimeError if a parameter or gradient is not a view of the buffers (e.g. after `module.to(...)`)."""
         for kind, flat in (("parameter", self.theta), ("gradient of", self.gradient)):
             for name, p, view in zip(self.names, self._parameters, self.views(flat.detach()), strict=True):
                 tensor = p if kind == "parameter" else p.grad
@@ -100,10 +100,10 @@ class FlatModel:
         self.gradient.zero_()
 
     def as_dict(self, theta: Tensor) -> dict[str, Tensor]:
-        """Named, shaped pieces of `theta` (`[n]`) for `torch.func.functional_call(module, as_dict(theta), x)`.
+        """Shaped pieces of `theta` (`[n]`) by name, for `torch.func.functional_call(module, as_dict(theta), x)`.
 
-        Differentiable. Built with one `torch.split`, whose backward is one concatenation; slicing N times would cost N
-        model-sized zero buffers in backward.
+        Differentiable. One `torch.split` has one concatenation as its backward; N slices would allocate N model-sized
+        zero buffers there.
         """
         pieces, end = [], 0
         for offset, size in zip(self.offsets, self.sizes, strict=False):
@@ -113,14 +113,14 @@ class FlatModel:
         return {n: c.view(s) for n, c, s in zip(self.names, chunks[1::2], self.shapes, strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the trainable tensors by name: no aliasing with the buffer, so each can be saved on its own."""
+        """Copies of the trainable tensors by name. They do not alias the buffer, so each can be saved separately."""
         return {n: v.clone() for n, v in zip(self.names, self.views(self.theta.detach()), strict=True)}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Copy named tensors (as from `state_dict`) into the buffer.
 
         Raises:
-            KeyError, ValueError: a name is missing or unknown, a shape differs; nothing is written then.
+            KeyError, ValueError: a name is missing or unknown, or a shape differs. Then nothing is written.
         """
         if wrong := sorted(set(self.names) ^ set(tensors)):
             raise KeyError(f"names differ between the model and the given tensors: {', '.join(wrong[:5])}")

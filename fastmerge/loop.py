@@ -1,8 +1,8 @@
-"""THE loop: for every task train, merge, evaluate, record, save. Everything else in this package serves these lines.
+"""The main loop: for every task train, merge, evaluate, record and save.
 
-A run can be stopped at any step and continues from its checkpoint with the same bits. A checkpoint holds the state of the
-learner, of the method and of the current phase, the tensors of the current task, and the position in the run. Every random
-choice is a function of the seed and the step.
+A run can be stopped at any step and continues from its checkpoint with the same bits. A checkpoint holds the state of
+the learner, the method and the current phase, the tensors of the current task, and the position in the run. Every
+random choice is a function of the seed and the step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastmerge.evaluate import accuracies, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
-from fastmerge.training import PHASES, Learner
+from fastmerge.training import PHASES, Learner, Phase
 
 
 class Images:
-    """The scenario's images on the device: the current task's to train on, and the test images."""
+    """The scenario's images on the device: the training images of the current task, and the test images."""
 
     def __init__(self, scenario: Scenario, cache: ImageCache):
         self.scenario, self.cache = scenario, cache
@@ -37,7 +37,7 @@ class Images:
         return images
 
     def tests(self, after: int) -> list[TaskImages]:
-        """Test images to evaluate after task `after`: those of the tasks seen (cil), of all domains (dil)."""
+        """Test images to evaluate after task `after`: of the tasks seen so far (cil) or of all domains (dil)."""
         tasks = self.scenario.tasks if self.scenario.kind == "dil" else self.scenario.tasks[: after + 1]
         return [self.cache.get(self.scenario.dataset.test, task.test, keep=True) for task in tasks]
 
@@ -45,11 +45,11 @@ class Images:
 def learn(
     learner: Learner, method: Method, scenario: Scenario, images: Images, record: Record, console: Console
 ) -> State:
-    """Learn all tasks of the scenario, from the position that `record` holds. Returns the final state.
+    """Learn all tasks of the scenario, starting from the position saved in `record`. Return the final state.
 
     Raises:
-        Interrupted: a signal came; the run is saved.
-        UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is good.
+        Interrupted: a signal arrived; the run can be continued.
+        UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is valid.
     """
     state, saved = record.open()
     during: Tensors = {}  # tensors of the current task
@@ -65,13 +65,19 @@ def learn(
         parts |= {"during": during, "phase": phase_tensors}
         record.save(state, joined(**parts))
 
-    def stop_if_asked() -> None:
-        if StopRequest.signal is not None:
-            raise Interrupted
+    def save_if_due(phase: Phase | None = None) -> None:
+        """Save where `--save-every` has passed since the last time: what is younger is sooner repeated than saved. After a
+        signal save and stop."""
+        if record.due():
+            stop = StopRequest.signal is not None  # one that comes while it saves waits for the next time
+            save(phase.tensors() if phase else {})
+            if stop:
+                raise Interrupted
 
     def tick(evaluated: int) -> None:
         console.evaluated(scenario.tasks[state.task], evaluated)
-        stop_if_asked()
+        if StopRequest.signal is not None:
+            save_if_due()  # evaluation changes nothing that a checkpoint holds
 
     for task in scenario.tasks[state.task :]:
         memory.reset()
@@ -92,30 +98,32 @@ def learn(
                         terms = phase.step(i)
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)
-                        if record.due():
-                            state.step = i + 1
-                            state.seconds[name] += time.perf_counter() - start
-                            start = time.perf_counter()
-                            save(phase.tensors())
-                            stop_if_asked()
+                        state.step, now = i + 1, time.perf_counter()
+                        state.seconds[name] += now - start
+                        start = now
+                        save_if_due(phase)
                     phase.finish()
                     state.seconds[name] += phase.seconds_elsewhere
+                    state.bytes_written += phase.bytes_written
                 state.seconds[name] += time.perf_counter() - start
                 if number == len(PHASES) - 1:
                     during.clear()
                 phase, saved = None, {}
                 state.phase, state.step = number + 1, 0
-                save({})
-                stop_if_asked()
+                save_if_due()
 
         start = time.perf_counter()
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
         row = accuracies(learner, tests, classes, tick, method.features())
+        others = {
+            name: accuracies(learner, tests, classes, tick, features)
+            for name, features in method.also_evaluated().items()
+        }
+        # from here to the save nothing stops: the state is that of this task, or of the next one
         unseen: list[float | None] = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
-        for name, features in method.also_evaluated().items():
-            other = accuracies(learner, tests, classes, tick, features)
+        for name, other in others.items():
             state.also.setdefault(name, []).append(other + unseen)
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
@@ -123,24 +131,19 @@ def learn(
         state.kept_bytes.append(kept_bytes(learner, method))
         state.peak_memory_bytes.append(memory.read())
         state.task, state.phase = task.index + 1, 0
-        summary = {
-            "task": task.index,
-            "accuracy": row,
-            "seen_accuracy": micro(row[: task.index + 1], state.test_counts),
-            "kept_bytes": state.kept_bytes[-1],
-            "peak_memory_bytes": state.peak_memory_bytes[-1],
-        }
-        record.task(summary | {"phase": "evaluate"})
-        save({})
+        summary = {"accuracy": row, "seen_accuracy": micro(row[: task.index + 1], state.test_counts)}
+        record.task({"task": task.index, "phase": "evaluate", "seen_accuracy": summary["seen_accuracy"]})
+        if state.task < len(scenario.tasks):  # after the last one the model itself is written
+            save_if_due()
         console.task_done(task, summary, state)
     return state
 
 
 def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
-    """The classes an image may belong to at test time after task `after`."""
+    """The candidate classes at test time after task `after`."""
     return range(len(scenario.dataset.class_names)) if config.scenario.eval_classes == "all" else scenario.seen(after)
 
 
 def kept_bytes(learner: Learner, method: Method) -> int:
-    """What lives on from task to task: the learner's model and head, and what the method keeps besides."""
+    """Bytes kept from task to task: the learner's state (model and head) and the method's state."""
     return resident(learner.state_dict()) + resident(method.state_dict())

@@ -1,4 +1,4 @@
-"""What the run runs on: the device, versions, and how much memory it takes."""
+"""The machine of a run: device, versions, and peak memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
     """cpu, cuda, or auto (cuda if there is one).
 
     Raises:
-        UserError: cuda was asked for and is not there.
+        UserError: cuda was requested but is not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or auto, or check the driver")
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this package runs from, '+' when it has changes; None for an installed package."""
+    """Commit of the source tree this package runs from, with '+' if it has changes; None if unknown."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return None
@@ -73,20 +73,20 @@ def environment(device: torch.device) -> dict[str, Any]:
 class PeakMemory:
     """Peak memory between `reset()` and `read()`, in bytes: the GPU's allocator, or the process's resident set.
 
-    Where Linux does not let the resident peak be reset, a reading is the peak since the process began.
+    Where the system cannot reset the resident peak, a reading is the peak since the process started.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def reset(self) -> None:
-        """Begin a new reading. Memory that is free is first given back, so that a long run's readings can be compared."""
+        """Start a new reading. Unused memory is released first, so that the readings of a long run are comparable."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)  # glibc keeps holes in its heap, which grow over a hundred tasks
+                libc.malloc_trim(0)  # glibc keeps freed memory in its heap, which grows over many tasks
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
             except OSError:

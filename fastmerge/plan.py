@@ -1,4 +1,4 @@
-"""Which runs a command stands for: one per method, protocol and seed."""
+"""Turn a command into runs: one per method, protocol and seed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastmerge.report import BASELINE
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed. epochs: how often its phases see a task's images, for the time left.
+    """One method with one seed. epochs: epochs of each phase, to estimate the time left.
 
-    config: the command's, with the settings that `--method NAME:SETTING=VALUE` gives this method. trajectory: the un-merged
-    training it can share, 'sequential' or 'independent', None where training depends on a merge.
+    config: the command's config, changed by `--method NAME:SETTING=VALUE`. trajectory: the un-merged training that the
+    run can share, 'sequential' or 'independent', or None if training depends on a merge.
     """
 
-    label: str  # name in tables and of its folder
+    label: str  # names the run in tables, and its folder
     method: str  # name in METHODS
     protocol: str | None
     seed: int
@@ -32,17 +32,17 @@ class Run:
 
 
 def read_method(spec: str, config: Config) -> tuple[str, Config]:
-    """NAME or NAME:SETTING=VALUE,... -> the method's name, and `config` with these settings of its own.
+    """Parse NAME or NAME:SETTING=VALUE,... into the method's name and `config` with these settings.
 
     Raises:
-        UserError: an unknown method or setting, with the nearest names; a value that the setting does not take.
+        UserError: the method or setting is unknown (the message suggests names), or the value is not allowed.
     """
     name, _, rest = spec.partition(":")
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}.{nearest(name, METHODS)} There are: {', '.join(METHODS)}.")
     method = METHODS[name]
     if config.training.lora_rank and not method.lora:
-        raise UserError(f"--lora-rank: {name} works on all weights; leave it out, or leave {name} out of --method")
+        raise UserError(f"--lora-rank: {name} works on all weights; omit --lora-rank, or remove {name} from --method")
     changes: dict[str, dict[str, str]] = {}
     for pair in filter(None, rest.split(",")):
         setting, equals, value = pair.partition("=")
@@ -60,10 +60,10 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
 
 
 def plan(config: Config, scenario: Scenario) -> list[Run]:
-    """The runs that a command stands for, in the order in which they run; the last is the baseline of every table."""
+    """The runs of a command, in execution order; the last one is the baseline of every table."""
     runs: list[Run] = []
     for seed in config.training.seeds:
-        trained: set[str] = set()  # un-merged trainings that a run before makes and shares
+        trained: set[str] = set()  # un-merged trainings that an earlier run shares
         for spec in config.training.method:
             name, its = read_method(spec, config)
             method = METHODS[name]
@@ -85,6 +85,6 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
 
 
 def shared_trainings(runs: list[Run], keep: bool) -> set[str]:
-    """Which un-merged trainings to write down: those that several runs of a seed share, all of them if they are kept."""
+    """The un-merged trainings to save: those that several runs of a seed share, or all with `keep`."""
     counts = Counter((run.trajectory, run.seed) for run in runs if run.trajectory)
     return {name for (name, _), n in counts.items() if n > 1 or keep}

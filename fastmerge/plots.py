@@ -1,4 +1,4 @@
-"""Pictures of a finished command: one accuracy matrix per run, and the accuracy over the tasks of all methods in one."""
+"""Plots of a finished command: one accuracy matrix per run, and one plot of accuracy over tasks for all methods."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def figures(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None
         for seed, result in seeds.items():
             matrix = [[float("nan") if r is None else r for r in row] for row in result["accuracy_matrix"]]
             if len(matrix) == 1:
-                continue  # one number, joint training's
+                continue  # joint training: a single number
             figure = Figure(figsize=(5.2, 4.4), layout="constrained")
             axes = figure.add_subplot()
             image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")

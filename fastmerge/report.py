@@ -1,4 +1,4 @@
-"""What a command says before it starts and what it reports at the end: header, tables, summary."""
+"""Text printed before and after the runs: header, tables, summary."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from fastmerge.results import METRICS
+
 BASELINE = "nearest-mean"  # beside every table
 
 
 def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
-    """What is about to run, in a few lines."""
+    """A few lines that describe the command before it starts."""
     scenario, backbone = setup.scenario, setup.backbone
     dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
@@ -28,12 +30,13 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "
         + ("on (--no-flip switches them off)" if setup.flip else "off (--flip switches them on)"),
+        f"images are normalised with {backbone.normalisation}",
         f"results go to {folder.path}",
     ]
 
 
 def warmup_warning(scenario: Any, training: Any) -> str | None:
-    """Where the warm-up never ends: the highest learning rate that the shortest task reaches."""
+    """A warning if the shortest task is shorter than the warm-up, with the learning rate it reaches; else None."""
     steps = training.epochs * -(-min(len(task.train) for task in scenario.tasks) // training.batch_size)
     if steps >= training.warmup_steps:
         return None
@@ -53,7 +56,7 @@ def clock(seconds: float | None) -> str:
 
 
 def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
-    """The comparison table, its header first: mean ± standard deviation over the seeds (sample deviation, from two on)."""
+    """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more)."""
     columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
     rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
     if zero_shot:
@@ -73,13 +76,13 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
                 growth(results[0]["kept_bytes"]),
             ]
         )
-        for name in results[0].get("also", {}):  # the same weights used in another way
+        for name in results[0].get("also", {}):  # the same weights evaluated with other features
             values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
             rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
     return rows
 
 
-# the first to go where a terminal is too narrow; results.md has them all
+# columns to leave out of a narrow terminal, in this order; results.md has them all
 LEAST = ("grows", "kept", "peak memory", "merge", "train", "plasticity", "seeds", "AAA", "forgetting")
 
 
@@ -96,7 +99,7 @@ def results_table(rows: list[list[str]], width: int | None = None) -> tuple[Tabl
     shown = [k for k, title in enumerate(rows[0]) if title not in left_out]
     table = Table(width=_width(rows, left_out))
     for k in shown:
-        table.add_column(rows[0][k], justify="right" if k else "left", no_wrap=True)
+        table.add_column(rows[0][k], justify="left" if rows[0][k] in ("run", "method") else "right", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*(escape(row[k]) for k in shown))
     return table, [title for title in rows[0] if title in left_out]
@@ -114,7 +117,7 @@ def results_markdown(rows: list[list[str]]) -> str:
 
 
 def growth(kept_bytes: Sequence[int]) -> str:
-    """Θ(T) where a task adds at least a hundredth of what was kept after the first one (a head's new rows are less)."""
+    """Θ(T) if a task adds, on average, at least 1 % of the bytes kept after task 1 (head rows add less); else Θ(1)."""
     if len(kept_bytes) < 2:
         return "–"
     slope = (kept_bytes[-1] - kept_bytes[0]) / (len(kept_bytes) - 1)
@@ -130,11 +133,11 @@ def number(values: Sequence[float | None]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample deviation over the seeds of every metric, per method; the deviation is None with one seed."""
+    """Mean and sample deviation of each metric over the seeds, per method; with one seed the deviation is None."""
     table: dict[str, Any] = {}
     for method, seeds in results.items():
         table[method] = {}
-        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
+        for name in METRICS:
             values = [r[name] for r in seeds.values() if r[name] is not None]
             spread = statistics.stdev(values) if len(values) > 1 else None
             table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}

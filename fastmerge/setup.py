@@ -1,4 +1,4 @@
-"""Everything that is settled before the first step: data, scenario, device, and the model that learning starts from."""
+"""Everything prepared before the first step: data, scenario, device, and the starting model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastmerge.data.scenario import build_scenario
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
+from fastmerge.models.normalisation import Normalisation
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 
 
 class Setup:
-    """Resolves data and weights at once, so that nothing is missing later, and makes fresh learners.
+    """Loads data and weights at the start, so that nothing is missing later, and creates learners.
 
-    Attributes: scenario (with its dataset), device, backbone and head of the first seed, cache for decoded images.
+    Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
+    learner's seed), cache for decoded images; text_sha256: hash of the text tower that a text head comes from, else None.
 
-    progress(done, prompts) is called while a text head is made. Raises UserError where something is missing.
+    progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
     """
 
     def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None):
-        # numeric noise of libraries that a user of this program cannot act on
+        # a user of this program cannot act on the warnings of libraries
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
         self.config, self.progress = config, progress
         self.device = choose_device(config.run.device)
@@ -61,8 +63,12 @@ class Setup:
     def _prepare(self, seed: int) -> None:
         torch.manual_seed(seed)  # --pretrained none draws weights
         model = self.config.model
-        self.backbone, encoder = load_backbone(model.model, model.pretrained, download=self.config.data.download)
+        given = Normalisation(model.mean, model.std, "--mean and --std") if model.mean and model.std else None
+        self.backbone, encoder = load_backbone(
+            model.model, model.pretrained, download=self.config.data.download, normalisation=given
+        )
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
+        self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self._seed = seed
 
     def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:
@@ -79,8 +85,8 @@ class Setup:
     def learner(
         self, seed: int, head: str | None = None, config: Config | None = None, frozen: bool = False
     ) -> Learner:
-        """The starting model for one run. head: another kind than the command's, one that needs no text tower. config: with
-        other settings of a method. frozen: the method does not move the backbone."""
+        """The starting model for one run. head: a kind that replaces the command's and needs no text tower. config: the
+        run's config if it differs from the command's. frozen: the method does not change the backbone."""
         if self.random_weights and seed != self._seed:
             self._prepare(seed)
         made = self._head(head) if head else copy.deepcopy(self.head)

@@ -1,7 +1,7 @@
-"""The learner (model, head, seeds) that a method acts on, the contract of a phase, and the training phase that most share.
+"""The learner (model, head, seeds), the interface of a phase, and the training phase that most methods share.
 
-Every random choice of step i is a function of (seed, task, phase, i), so a phase that continues at step i in another process
-takes the same decisions.
+Every random choice of step i depends only on (seed, task, phase, i), so a phase that continues at step i in another
+process makes the same choices.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from fastmerge.models.trainable import AllWeights, Trainable
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
 
 
-PHASES = ("train", "merge")  # of every task, in this order
+PHASES = ("train", "merge")  # the phases of every task, in this order
 
 
 class Phase(ABC):
     """A numbered sequence of steps of one task.
 
-    name: one of PHASES. steps: how many. batches: which images step i takes, None where there are no steps.
-    seconds_elsewhere: time that the work of this phase took in another run, which counts for this one too.
+    name: one of PHASES. steps: their number. batches: which images step i takes, None if there are no steps.
+    seconds_elsewhere: time that the work of this phase took in an earlier run; it counts for this run too.
+    bytes_written: of files that `finish` wrote.
     """
 
     name: str
     steps: int
     batches: Batches | None
     seconds_elsewhere: float = 0.0
+    bytes_written: int = 0
 
     @abstractmethod
     def step(self, i: int) -> dict[str, Tensor]:
-        """Do step i; returns 0-d tensors by name for the log."""
+        """Do step i; return 0-d tensors by name for the log."""
 
     def finish(self) -> None:
-        """After the last step, also where there were none."""
+        """Called after the last step, also if there are no steps."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint between two steps needs besides the learner, the method and the task's tensors."""
+        """Tensors of a checkpoint between two steps, besides those of the learner, the method and the task."""
         return {}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -59,14 +61,13 @@ class Phase(ABC):
 
 
 class Learner:
-    """The one model: a flat backbone and its head, on one device, with the seeds of one run.
+    """The model that a method trains: a flat backbone and its head on one device, with the seeds of one run.
 
     Attributes:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
-        initial: `[n]` copy of the starting weights, kept only where the head needs them (prototypes) and the backbone
-            moves; else None.
+        initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
-    frozen: the method never moves the backbone.
+    frozen: the method never changes the backbone.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Learner:
         return self.flat.theta.detach()
 
     def seed_for(self, *what: str | int) -> int:
-        """A seed in [0, 2^63) that depends on the run's seed and on `what`, and on nothing else."""
+        """A seed in [0, 2^63) that depends only on the run's seed and on `what`."""
         digest = hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
@@ -101,24 +102,24 @@ class Learner:
         return normalise(images, self.backbone.mean, self.backbone.std)
 
     def plain(self, images: Tensor) -> Tensor:
-        """uint8 `[b, 3, s, s]` -> the backbone's input without augmentation."""
+        """Convert uint8 `[b, 3, s, s]` to the backbone's input, without augmentation."""
         return self.normalise(to_float(images))
 
     def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 `[b, 3, s, s]` -> the backbone's input, randomly cropped (and flipped)."""
+        """Convert uint8 `[b, 3, s, s]` to the backbone's input, randomly cropped (and flipped)."""
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
     def adapted(self, rank: int) -> Projections | AllWeights:
-        """The weights that training with LoRA of this rank moves: the key and value projections; 0: all weights."""
+        """The weights that LoRA of this rank changes: the key and value projections; rank 0: all weights."""
         return Projections(self.flat, ADAPTED) if rank else AllWeights(self.flat)
 
     def trainable(self, rank: int, *what: str | int) -> LowRank | AllWeights:
-        """What training moves: LoRA of this rank, drawn for `what`; 0: all weights."""
+        """What is trained: LoRA of this rank, initialised from the seed for `what`; rank 0: all weights."""
         return LowRank(self.flat, rank, ADAPTED, self.generator(*what)) if rank else AllWeights(self.flat)
 
     def grow_head(self, task: Task, images: TaskImages) -> None:
-        """Give the head what it needs to know of a new task: rows, or the class means of the starting model."""
+        """Prepare the head for a new task: add rows, or class means of the starting model's features."""
         self.head.grow(task.classes, self.generator("head", task.index))
         if not self.head.needs_initial_features:
             return
@@ -133,7 +134,7 @@ class Learner:
             self.theta.copy_(current)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model, the head, and `initial` if it is kept; without copies."""
+        """The model, the head, and `initial` unless None; the tensors are not copied."""
         kept = {"theta": self.theta} | {f"head.{k}": v for k, v in self.head.state_dict().items()}
         return kept if self.initial is None else kept | {"initial": self.initial}
 
@@ -146,7 +147,7 @@ class Learner:
 
 
 class Batches:
-    """Which images step i takes: a new permutation every epoch, the last batch of an epoch may be smaller."""
+    """Which images step i takes: a new permutation every epoch; the last batch of an epoch may be smaller."""
 
     def __init__(self, learner: Learner, task: Task, images: TaskImages, phase: str, epochs: int):
         self.learner, self.images, self.what = learner, images, (task.index, phase)
@@ -165,8 +166,8 @@ class Batches:
 
 
 def learning_rate(peak: float, i: int, steps: int, warmup: int = 0) -> float:
-    """Linear warm-up over `warmup` steps, then cosine annealing from `peak` to 0 after the last step (Loshchilov & Hutter
-    2017, eq. 5, one cycle). A task of at most `warmup` steps never anneals, as in the released code of MagMax and CMM."""
+    """Linear warm-up over `warmup` steps, then cosine annealing from `peak` to 0 at i = `steps` (Loshchilov & Hutter
+    2017, eq. 5, one cycle). A task of up to `warmup` steps never anneals, as in the released code of MagMax and CMM."""
     if i < warmup:
         return peak * (i + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (i - warmup) / (steps - warmup)))
@@ -175,9 +176,9 @@ def learning_rate(peak: float, i: int, steps: int, warmup: int = 0) -> float:
 class Train(Phase):
     """Cross-entropy over the task's own classes, AdamW, cosine (TRM, Implementation Details; MagMax trains alike).
 
-    The logits of earlier classes take no part, as in the released code of MagMax and CMM. trainable: what is trained,
-    `--lora-rank` decides if it is not given. lr: peak learning rate in place of `--lr`. A subclass may choose another
-    `optimiser_for` and `rate`.
+    As in the released code of MagMax and CMM, logits of earlier classes are excluded. trainable: what is trained, by
+    default chosen by `--lora-rank`. lr: peak learning rate, by default `--lr`. A subclass may override `optimiser_for`
+    and `rate`.
     """
 
     name = "train"
@@ -200,12 +201,12 @@ class Train(Phase):
         self.trainable = trainable or learner.trainable(settings.lora_rank, "lora", task.index)
         groups: list[dict[str, Any]] = [{"params": [self.trainable.theta], "peak": settings.lr if lr is None else lr}]
         if head := learner.head.trainable():
-            # no decay: it would wear away the rows of classes that this task does not train
+            # no weight decay: it would shrink the rows of classes that this task does not train
             groups.append({"params": head, "peak": settings.head_lr, "weight_decay": 0.0})
         self.optimiser = self.optimiser_for(groups)
 
     def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """groups: parameter groups, each with its peak learning rate as `peak`."""
+        """The optimiser for parameter groups, each with its peak learning rate as `peak`."""
         fused = self.learner.device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, weight_decay=self.learner.config.training.weight_decay, fused=fused)
 
@@ -214,7 +215,7 @@ class Train(Phase):
         return learning_rate(peak, i, self.steps, self.learner.config.training.warmup_steps)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch: images normalised floats `[b, 3, s, s]`, labels `[b]` class indices."""
+        """The loss of a batch. images: normalised floats `[b, 3, s, s]`; labels: class indices `[b]`."""
         return self.task_loss(self.features(images), labels)
 
     def features(self, images: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class Train(Phase):
         return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
 
     def regularise(self) -> None:
-        """Called between backward and clipping: a method may add to the flat gradient."""
+        """Hook between backward and clipping: a method may add to the flat gradient."""
 
     def step(self, i: int) -> dict[str, Tensor]:
         learner, rows = self.learner, self.batches.rows(i)
@@ -247,7 +248,7 @@ class Train(Phase):
 
     @property
     def gradient(self) -> Tensor:
-        """Of what is trained, `[p]`."""
+        """The gradient of the trained parameters, `[p]`."""
         gradient = self.trainable.theta.grad
         assert gradient is not None
         return gradient
@@ -265,10 +266,10 @@ class Train(Phase):
 
 
 def positions(labels: Tensor, classes: Tensor) -> Tensor:
-    """Column of each label: `labels [b]` are class indices, `classes [k]` says which class a column stands for.
+    """Column of each label. labels: class indices `[b]`; classes: the class index of each column `[k]`.
 
     Raises:
-        ValueError: a label is not among `classes` (checked on the CPU only: a check would stall a GPU).
+        ValueError: a label is not among `classes`. Checked only on the CPU, since the check would stall a GPU.
     """
     hit = labels[:, None] == classes[None, :]
     if labels.device.type == "cpu" and not bool(hit.any(1).all()):

@@ -1,6 +1,6 @@
-"""Shared by all tests: none may fetch anything, and none writes outside of temporary folders.
+"""Settings for all tests: no test downloads anything or writes outside temporary folders.
 
-A test is `quick` unless it is `slow` or `gpu` or named in LONG; one that takes more than about three seconds belongs there.
+A test is `quick` unless it is `slow`, `gpu` or named in LONG, which lists tests of more than about three seconds.
 """
 
 import os
@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache.name  # text heads are cached there
 
-# files, or functions whose cases take that long together; everything else is quick
+# files, or functions whose cases together take that long
 LONG = {
     "test_alone.py",
     "test_analysis.py",
@@ -27,8 +27,12 @@ LONG = {
     "test_elementwise.py::test_pam_coefficient",
     "test_elementwise.py::test_sizes",
     "test_flat.py::test_torch_compile_keeps_the_views",
+    "test_identity.py::test_bad_images_may_be_skipped_from_where_the_run_stopped",
+    "test_identity.py::test_nothing_learned_is_nothing_to_protect",
+    "test_identity.py::test_the_same_contents_elsewhere_are_the_same_run",
     "test_imagenet_run.py",
     "test_interpreter.py",
+    "test_leftovers.py",
     "test_lists.py::test_dare",
     "test_lists.py::test_dare_draws_the_masks_of_the_stream",
     "test_lists.py::test_fisher_average",

@@ -1,4 +1,4 @@
-"""The analyses on a small folder: what they write, and that the ends of a curve are the models themselves."""
+"""The analyses on a small folder: the files they write; the ends of a curve are the models themselves."""
 
 import csv
 import json
@@ -26,14 +26,30 @@ def read(path):
 
 
 def test_interpolate(data, tmp_path, capsys):
-    assert main(["interpolate", "--points", "3", "--out", str(tmp_path / "f"), "--data-root", str(data), *FLAGS]) == 0
+    assert (
+        main(
+            [
+                "interpolate",
+                "--points",
+                "3",
+                "--cmm.merge",
+                "none",
+                "--out",
+                str(tmp_path / "f"),
+                "--data-root",
+                str(data),
+                *FLAGS,
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.split() == [str(tmp_path / "f" / f"interpolate.{e}") for e in ("csv", "png")]
     rows = read(tmp_path / "f" / "interpolate.csv")
     assert len(rows) == 12 and {float(r["lambda"]) for r in rows} == {0.0, 0.5, 1.0}
     for row in rows:
-        both = (float(row["accuracy_task1"]) + float(row["accuracy_task2"])) / 2  # as many images in both
+        both = (float(row["accuracy_task1"]) + float(row["accuracy_task2"])) / 2  # equal numbers of images
         assert float(row["accuracy"]) == pytest.approx(both, abs=1e-3)
-    for training in ("normal", "tangent"):  # at 0 and 1 there is nothing to weigh
+    for training in ("normal", "tangent"):  # at 0 and 1 both rules give the same model
         for end in ("0", "1"):
             losses = [float(r["loss"]) for r in rows if r["training"] == training and r["lambda"] == end]
             assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -51,7 +67,7 @@ def test_embeddings(data, tmp_path):
 
 
 def test_landscape_holds_the_run_itself(data, tmp_path):
-    """Its ends are the two models, and the chosen point is the model that a run ends with."""
+    """The ends are the two models, and the chosen point is the final model of a run."""
     flags = ["--data-root", str(data), *FLAGS, "--head", "linear", "--lr", "1e-2", "--pam.lr", "3e-2"]
     assert main(["landscape", "--points", "6", "--out", str(tmp_path), *flags]) == 0
     rows = [{k: v if k == "part" else float(v) for k, v in r.items()} for r in read(tmp_path / "landscape.csv")]
@@ -61,7 +77,7 @@ def test_landscape_holds_the_run_itself(data, tmp_path):
     for end in (0.0, 1.0):
         for column in ("loss", "loss_own", "accuracy"):
             assert plane[end, 1 - end][column] == pytest.approx(path[end][column], rel=1e-5)
-    assert all(r["loss_own"] < r["loss"] for r in rows)  # fewer classes to take for the right one
+    assert all(r["loss_own"] < r["loss"] for r in rows)  # fewer wrong classes to choose from
     chosen = rows[-1]
     assert 0 <= chosen["alpha"] <= 1 and chosen["alpha"] + chosen["beta"] == pytest.approx(1)
     assert train([*flags, "--method", "pam", "--run-dir", str(tmp_path / "run")]) == 0

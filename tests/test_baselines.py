@@ -1,4 +1,4 @@
-"""EWC and LwF against their loss written out and differentiated; joint training, nearest mean, held-out images."""
+"""Compare EWC and LwF with autograd on their written-out losses; test joint training, nearest mean, held-out images."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from fastmerge.training import Train, learning_rate, positions
 
 
 class Watch:
-    """The flat gradient as the optimiser will see it (clipping is off)."""
+    """Record the flat gradient at every optimiser step (clipping is off)."""
 
     def __init__(self, phase):
         self.seen, inner = [], phase.optimiser.step
@@ -35,7 +35,7 @@ class Watch:
 
 
 def train_two_tasks(kind, *flags, head="text"):
-    """A method that has learned task 1; task 2 is about to be trained."""
+    """Train and merge task 1 and begin task 2."""
     learner = toy.learner("--clip=0", *flags, head=head)
     method = kind(learner)
     (first, images), second = toy.tasks()[:2]
@@ -157,7 +157,7 @@ def test_held_out_images_are_training_images(data):
     whole = load_dataset("folder", str(data), download=False, skip_bad_images=False, split_file=None)
     part = whole.held_out(0.3)
     assert sorted([*part.train.ids, *part.test.ids]) == sorted(whole.train.ids)
-    assert np.bincount(part.test.labels).tolist() == [3] * 4  # of every class
+    assert np.bincount(part.test.labels).tolist() == [3] * 4  # three of every class
     pixels, _ = part.test.read(np.array([5]), 8, torch.device("cpu"))
     same = list(whole.train.ids).index(part.test.ids[5])
     assert torch.equal(pixels, whole.train.read(np.array([same]), 8, torch.device("cpu"))[0])
@@ -204,8 +204,8 @@ def test_all_kinds_of_methods_in_one_command(data, tmp_path, capsys, monkeypatch
 
     assert steps("finetune") == steps("magmax-strict") > 0 and steps("magmax-full") == 0  # trained once
     shared = results["magmax-full"]["0"]["seconds"]["train"]
-    assert shared == pytest.approx(results["finetune"]["0"]["seconds"]["train"], rel=0.5)  # and told what it cost
-    assert main([*flags, "--method", "average", "--protocol", "full"]) == 0  # later, from the kept models
+    assert shared == pytest.approx(results["finetune"]["0"]["seconds"]["train"], rel=0.5)  # and reports its time
+    assert main([*flags, "--method", "average", "--protocol", "full"]) == 0  # a later command uses the kept models
     assert steps("average-full") == 0
     assert len(list((tmp_path / "r" / "trajectory-seed0").glob("*.safetensors"))) == 2
     assert main([*[f for f in flags if f != "--keep-trajectory"], "--method", "ties", "--protocol", "running"]) == 0

@@ -1,4 +1,4 @@
-"""bench/: compare.py and table.py on hand-made runs, and one quick subset of the suites end to end."""
+"""bench/: compare.py, table.py and gate.py on hand-made runs, and a quick subset of the suites end to end."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def run(*command, **keywords):
 
 
 def write(path, **rows):
-    """A run with rows name=(x_copy or None, seconds)."""
+    """Write a run; rows are name=(x_copy or None, seconds)."""
     benchmarks = [
         {"name": name, "extra_info": {"x_copy": x}, "stats": {"min": s, "median": 1.1 * s, "rounds": 3}}
         for name, (x, s) in rows.items()
@@ -75,7 +75,7 @@ def test_table_strips_the_machine_and_compare_reads_the_result(old, tmp_path):
 
 
 def gate(baseline, *measured, limit="2.5"):
-    """(exit code, nodes measured again) of bench/gate.py on hand-made runs, one for every time that it measures."""
+    """Run bench/gate.py on hand-made runs, one per measurement; return (exit code, nodes measured again)."""
     runs, asked = iter(measured), []
 
     def measure(*nodes):

@@ -1,4 +1,4 @@
-"""Atomic files: what is on the disk after a write that failed half-way, really failed, must be the old content."""
+"""Atomic files: after a write that really fails half-way, the disk still has the old content."""
 
 import json
 import resource
@@ -28,7 +28,7 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path):
     assert about == {"state": {"task": 3, "none": None}} and set(loaded) == set(tensors)
     for name, t in tensors.items():
         assert loaded[name].dtype == t.dtype and torch.equal(loaded[name], t)
-    assert path.stat().st_size < 4096  # the view did not drag its storage along
+    assert path.stat().st_size < 4096  # the view is saved without the rest of its storage
     assert resident(tensors) == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -38,7 +38,7 @@ def test_parts():
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """The limit on the file size stands in for a full disk: the write fails in the middle, in the real writer."""
+    """A limit on the file size simulates a full disk: the real writer fails in the middle."""
     path = tmp_path / "c.safetensors"
     save_tensors(path, {"x": torch.ones(10)}, {"n": 1})
     code = f"""
@@ -59,16 +59,16 @@ for write in (lambda: save_tensors(Path({str(path)!r}), {{"x": torch.ones(1_000_
     assert "c.safetensors" in out and "unharmed" in out and "r.json" in out
     loaded, about = load_tensors(path)
     assert about == {"n": 1} and torch.equal(loaded["x"], torch.ones(10))
-    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]  # nothing half written is left behind
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]  # no partial file remains
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
 
 
 def test_unwritable_and_unreadable(tmp_path):
-    with pytest.raises(UserError, match="nothing was written there before"):
+    with pytest.raises(UserError, match="there is no previous version"):
         save_json(tmp_path / "missing" / "r.json", {})
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=r"bad\.safetensors.*delete it"):
+    with pytest.raises(UserError, match=r"bad\.safetensors: not a fastmerge checkpoint"):
         load_tensors(bad)
     with pytest.raises(ValueError, match="JSON"):
         save_json(tmp_path / "nan.json", {"x": float("nan")})

@@ -1,4 +1,4 @@
-"""CLIP-Adapter against its formula and a plain training loop; the Trainable seam beside a frozen backbone."""
+"""Compare CLIP-Adapter with its formula and a plain training loop; the backbone is frozen."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ FLAGS = ("--clip=0", "--clip-adapter.lr=0.05", "--clip-adapter.ratio=0.3", "--cl
 
 
 def formula(f, reduce, restore):
-    """Section 3.2, visual branch."""
+    """Compute the visual branch of section 3.2."""
     return 0.3 * torch.relu(torch.relu(f @ reduce.T) @ restore.T) + 0.7 * f
 
 

@@ -1,4 +1,4 @@
-"""Flags, config files and their errors: what a user types against what the run gets."""
+"""Flags and config files: what the user types, the configuration of the run, and the errors."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,10 @@ import typing
 import pytest
 
 from fastmerge.__main__ import main
-from fastmerge.config import FREE, Config, check, declarations, differences, flag_of, to_dict
+from fastmerge.config import FREE, Config, check, declarations, flag_of, to_dict
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
-from fastmerge.flags import as_flags, parse, resolve
+from fastmerge.flags import as_flags, parse
 from fastmerge.help import FIRST
 from fastmerge.methods.trm import TRM, Search
 from fastmerge.setup import Setup
@@ -91,6 +91,7 @@ def test_bad_config_files(tmp_path, content, message):
         ("--download yes", "'yes' is not expected here"),
         ("fast", "'fast' is not expected here"),
         ("--config", "--config needs a value"),
+        ("--mean 0.5 0.5", "--mean expected 3 arguments"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, message, capsys):
@@ -123,6 +124,8 @@ def test_ways_to_write_a_value():
         ("--trm.layer-b 0", "--trm.layer-b"),
         ("--lr nan", "--lr nan: expected a finite number"),
         ("--batch-size 99999999999999999999", "--batch-size"),
+        ("--mean 0.5 0.5 0.5", "--mean and --std belong together"),
+        ("--mean 0.5 0.5 127 --std 1 1 1", "--mean 127.0: expected between 0 and 1"),
         ("--model ViT-L-14", "--pretrained is not given for --model ViT-L-14"),
     ],
 )
@@ -131,9 +134,7 @@ def test_values_out_of_range(flags, message):
         parse(flags.split())
 
 
-def test_differences_name_what_changes_the_numbers():
-    a, b = to_dict(resolve({})), to_dict(parse(["--lr", "1", "--quiet", "--seeds", "5"]))
-    assert differences(json.loads(json.dumps(a)), b) == ["training.lr: 0.0006 -> 1.0"]
+def test_free_settings_exist():
     groups = to_dict(Config())
     assert all(name.split(".")[1] in groups[name.split(".")[0]] for name in FREE)
 
@@ -255,12 +256,14 @@ def test_a_seed_may_be_as_large_as_torch_takes_it():
 
 
 def test_defaults_that_the_data_and_the_model_decide():
-    """--flip, --head, --trm.layer-b and --fisher.images have no value before the data and the model are known."""
+    """These settings have no value before the data and the model are known."""
     derived = {key: declarations()[key[0]][key[1]][0].derived for key in SETTINGS if value(*key) is None}
     assert derived == {
         ("data", "data_root"): None,
         ("data", "split_file"): None,
         ("data", "flip"): "as the data set says: on for imagenet1k and cifar, else off",
+        ("model", "mean"): "as the weights were trained",
+        ("model", "std"): "as the weights were trained",
         ("model", "head"): "text where the model has a text tower, else prototype",
         ("trm", "layer_b"): "half the layers",
         ("fisher", "images"): "all",
@@ -297,5 +300,6 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
     }
     assert left == {
-        "data.data_root", "data.split_file", "data.flip", "model.head", "trm.layer_b", "fisher.images",
+        "data.data_root", "data.split_file", "data.flip", "model.mean", "model.std", "model.head", "trm.layer_b",
+        "fisher.images",
     }  # fmt: skip

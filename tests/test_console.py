@@ -1,4 +1,4 @@
-"""The time left and the final table, against numbers worked out by hand."""
+"""Compare the time left and the final table with numbers computed by hand."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Augmentation. Oracles: torchvision's RandomResizedCrop for the law of the crops, hand-made images for the geometry.
+"""Augmentation. Oracles: torchvision's RandomResizedCrop for the distribution of crops, hand-made images for geometry.
 
 pytest tests/test_data_augment.py
 """
@@ -17,14 +17,14 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def ramps(b: int, size: int) -> torch.Tensor:
-    """Red grows from left to right, green from top to bottom, by one grey level a pixel."""
+    """Return images whose red grows from left to right and green from top to bottom, by one level per pixel."""
     line = torch.arange(size, dtype=torch.uint8)
     image = torch.stack([line.expand(size, size), line[:, None].expand(size, size), torch.zeros(size, size).byte()])
     return image.expand(b, 3, size, size)
 
 
 def crops(b: int, size: int, **options) -> torch.Tensor:
-    """[b, 4] left, top, width, height of the crops in pixels, read off the ramps; negative width: mirrored."""
+    """Return [b, 4] left, top, width, height of the crops in pixels, read off the ramps; negative width: mirrored."""
     out = random_resized_crop(ramps(b, size), generator(1), **options) * 255
     middle = slice(size // 4, 3 * size // 4)  # away from the borders, where there is nothing to interpolate with
     red, green = out[:, 0, size // 2, middle], out[:, 1, middle, size // 2]

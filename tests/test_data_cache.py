@@ -1,4 +1,4 @@
-"""ImageCache. Oracle: `Split.read` of all images at once; the budget may change speed and memory, never a pixel.
+"""ImageCache. Oracle: `Split.read` of all images at once; the budget changes speed and memory, but no pixel.
 
 pytest tests/test_data_cache.py
 """
@@ -21,11 +21,11 @@ from fastmerge.errors import UserError
 
 CPU = torch.device("cpu")
 SIZE = 4
-BYTES = 3 * SIZE * SIZE  # of one image
+BYTES = 3 * SIZE * SIZE  # per image
 
 
 class Counting:
-    """`Split.read` whose image i is filled with i % 251, and which counts what is read; `gate` can hold it up."""
+    """A `Split.read` that fills image i with i % 251 and records its calls; clearing `gate` blocks it."""
 
     def __init__(self, bad: int | None = None):
         self.reads, self.threads, self.bad, self.gate = [], set(), bad, threading.Event()
@@ -48,7 +48,7 @@ def counting(n: int = 1000, **options) -> Split:
 
 
 def check(images, indices):
-    """Every image and label of `images`, in two batches, against what `indices` say."""
+    """Compare every image and label of `images`, in two batches, with the values that `indices` imply."""
     assert len(images) == len(indices)
     for index in torch.randperm(len(indices)).split(max(1, len(indices) // 2)):
         pixels, labels = images.batch(index)
@@ -83,14 +83,14 @@ def test_kept_sets_are_not_decoded_again_and_others_are_released():
     gone = weakref.ref(images.images)
     del images
     gc.collect()
-    assert gone() is None  # nothing but the caller held it
+    assert gone() is None  # only the caller held it
 
 
 def test_memory_stays_within_the_budget_over_many_tasks():
     cache, split = ImageCache(SIZE, CPU, budget_bytes=35 * BYTES), counting()
     tests = [cache.get(split, np.arange(10 * t, 10 * t + 10), keep=True) for t in range(6)]
     assert [isinstance(t, StreamedImages) for t in tests] == [False] * 3 + [True] * 3
-    for t in range(20):  # train sets have the same budget once more
+    for t in range(20):  # train sets have a second budget of the same size
         train = cache.get(split, np.arange(30 * t, 30 * t + 30))
         assert not isinstance(train, StreamedImages)
     assert isinstance(cache.get(split, np.arange(36)), StreamedImages)
@@ -99,7 +99,7 @@ def test_memory_stays_within_the_budget_over_many_tasks():
 def test_prefetch_runs_behind_and_get_takes_its_result():
     cache, split, indices = ImageCache(SIZE, CPU), counting(), np.arange(600)
     split.read.gate.clear()
-    cache.prefetch(split, indices)  # returns although nothing can be read
+    cache.prefetch(split, indices)  # returns although reading is blocked
     split.read.gate.set()
     check(cache.get(split, indices), indices)
     assert sorted(split.read.reads) == list(range(600))
@@ -159,7 +159,7 @@ def test_streaming_decodes_what_is_planned_once_and_anything_else_when_asked():
         assert np.array_equal(images.batch(index)[0][:, 0, 0, 0].numpy(), index.numpy())
     assert sorted(split.read.reads) == list(range(40))
     images.plan(order)
-    check(images, indices)  # not the order that was announced
+    check(images, indices)  # not the planned order
     images.plan(order[3:])  # as after a resume
     assert torch.equal(images.batch(order[3])[0][:, 0, 0, 0], order[3].byte())
 

@@ -1,4 +1,4 @@
-"""CIFAR through torchvision. Oracle: pickles that the test wrote, in the published format (checksums switched off).
+"""CIFAR through torchvision. Oracle: pickles that the test writes in the published format (without checksums).
 
 pytest tests/test_data_cifar.py
 """
@@ -78,7 +78,7 @@ def test_not_found_says_where_and_how(tmp_path):
 
 
 def test_damaged_files_are_noticed(tmp_path):
-    write_cifar100(tmp_path / "cifar-100-python")  # not the published checksums
+    write_cifar100(tmp_path / "cifar-100-python")  # its checksums differ from the published ones
     message = error_of(tmp_path)
     assert str(tmp_path / "cifar-100-python") in message and "damaged" in message and "--download" in message
 

@@ -22,7 +22,7 @@ def test_agrees_with_torchvision(tmp_path, size, suffix):
     transform = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])
     expected = np.asarray(transform(Image.open(path).convert("RGB"))).astype(int)
     difference = np.abs(decode(str(path), 32).astype(int) - expected)
-    # Half a pixel of crop position and the DCT's shrinking; the image spans 0..255.
+    # Differences come from half a pixel of crop position and from shrinking in the DCT; the image spans 0..255.
     assert difference.mean() < 2.5, difference.mean()
 
 
@@ -50,14 +50,14 @@ def test_colour_modes(tmp_path):
     assert pixel(solid("L")) == (grey,) * 3
     assert pixel(solid("RGB").quantize(2)) == RED
     assert pixel(solid("CMYK"), ".tif") == pytest.approx(RED, abs=2)
-    assert pixel(Image.new("RGBA", (9, 9), (*RED, 0))) == (255, 255, 255)  # transparent is white
+    assert pixel(Image.new("RGBA", (9, 9), (*RED, 0))) == (255, 255, 255)  # transparent pixels become white
     assert pixel(Image.new("RGBA", (9, 9), (*RED, 255))) == RED
     assert pixel(Image.new("LA", (9, 9), (0, 127))) == pytest.approx((128,) * 3, abs=1)
     palette = Image.new("P", (9, 9), 1)
     palette.putpalette([0, 0, 0, *RED])
     palette.info["transparency"] = 1
     assert pixel(palette) == (255, 255, 255)
-    for value in (300, 40000, 65535):  # 16 bits: scaled by 257, neither clipped nor stretched
+    for value in (300, 40000, 65535):  # 16 bits are divided by 257, neither clipped nor stretched
         for suffix in (".png", ".tif"):
             assert pixel(Image.fromarray(np.full((9, 9), value, np.uint16)), suffix) == (round(value / 257),) * 3
     assert pixel(Image.new("1", (9, 9), 1)) == (255, 255, 255)

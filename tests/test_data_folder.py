@@ -1,4 +1,4 @@
-"""Folder layouts. Oracle: the tree that the test itself wrote; every error must name the path and say what to do.
+"""Folder layouts. Oracle: the tree that the test writes; every error must name the path and say what to do.
 
 pytest tests/test_data_folder.py
 """
@@ -29,7 +29,7 @@ def error_of(*args, **options) -> str:
 def test_class_folders(tmp_path, train, test):
     write_tree(tmp_path, f"{train}/sea_lion", f"{train}/Bee", f"{test}/Bee", f"{test}/sea_lion", images=3)
     data = load_dataset("folder", tmp_path)
-    assert data.class_names == ("Bee", "sea lion")  # code-point order, `_` is a space
+    assert data.class_names == ("Bee", "sea lion")  # code-point order; `_` becomes a space
     assert data.domain_names == (tmp_path.name,) and data.name == tmp_path.name
     assert list(data.train.labels) == [0, 0, 0, 1, 1, 1] and not data.train.domains.any()
     assert data.train.ids[0] == f"{train}/Bee/0.png" and data.test.ids[-1] == f"{test}/sea_lion/2.png"
@@ -38,7 +38,7 @@ def test_class_folders(tmp_path, train, test):
 
 @pytest.mark.parametrize("layout", ["{domain}/{part}/{name}", "{part}/{domain}/{name}"])
 def test_domains_share_one_label_space_when_one_lacks_a_class(tmp_path, layout):
-    classes = {"photo": ["ant", "cat", "dog"], "sketch": ["cat", "dog"]}  # sketch has no ant: its cat must stay 1
+    classes = {"photo": ["ant", "cat", "dog"], "sketch": ["cat", "dog"]}  # no ant in sketch, but cat keeps label 1
     for part in ("train", "test"):
         for domain, names in classes.items():
             write_tree(tmp_path, *(layout.format(domain=domain, part=part, name=name) for name in names))
@@ -192,7 +192,7 @@ def test_unreadable_image_is_named_and_can_be_skipped(tmp_path, suffix):
     with pytest.raises(UserError) as caught:
         data.train.read(np.array([0, 3, 1, 2]), 8, CPU)
     message = str(caught.value)
-    assert str(bad[1]) in message and "--skip-bad-images" in message  # the first in the order asked for
+    assert str(bad[1]) in message and "--skip-bad-images" in message  # the first bad image in the requested order
     data = load_dataset("folder", tmp_path, skip_bad_images=True)
     images, good = data.train.read(np.arange(4), 8, CPU)
     assert good.tolist() == [True, False, True, False]

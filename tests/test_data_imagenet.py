@@ -1,4 +1,4 @@
-"""ImageNet-1K layouts. Oracle: trees that the test wrote, wnids and names known by heart.
+"""ImageNet-1K layouts. Oracle: trees that the test writes, with well-known wnids and names.
 
 pytest tests/test_data_imagenet.py
 """
@@ -34,7 +34,7 @@ def test_layouts(tmp_path, base):
     tree(tmp_path / base, *SOME, images=2)
     data = load_dataset("imagenet1k", tmp_path)
     assert data.class_names == ("tench", "ladybug", "sunglasses") and data.name == "imagenet1k"
-    assert data.train.ids[0] == "train/n01440764/0.JPEG"  # the same wherever the copy lies
+    assert data.train.ids[0] == "train/n01440764/0.JPEG"  # does not depend on where the copy is
     assert len(data.templates) == 80 and "a bad photo of a {}." in data.templates
     assert "3 of the 1000 classes" in data.notes[0]
 

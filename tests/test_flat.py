@@ -1,4 +1,4 @@
-"""FlatModel against ordinary modules: autograd's own gradients, torch.optim on separate tensors, and storage addresses."""
+"""Compare FlatModel with ordinary modules: autograd's gradients, torch.optim on separate tensors, storage addresses."""
 
 import copy
 
@@ -11,7 +11,7 @@ from fastmerge.flat import ALIGN, TAIL, FlatModel
 
 
 class Odd(nn.Module):
-    """Every kind of tensor that breaks naive flattening: tied, frozen, 0-d, empty, buffers, odd sizes, bf16."""
+    """A module with all tensors that break naive flattening: tied, frozen, 0-d, empty, buffers, odd sizes, bf16."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Odd(nn.Module):
 @pytest.fixture
 def pair():
     torch.manual_seed(0)
-    plain = Odd().eval()  # batch statistics are written in place, which torch.func refuses
+    plain = Odd().eval()  # torch.func refuses in-place updates of batch statistics
     plain.low = nn.Parameter(plain.low.data.float())
     return plain, FlatModel(copy.deepcopy(plain))
 
@@ -102,7 +102,7 @@ def test_as_dict_gradient_equals_autograd(pair):
 
 
 def test_as_dict_forward_over_reverse():
-    """jvp of grad over the flat buffer equals the dense Hessian of torch.func.hessian times the vector."""
+    """jvp of grad over the flat buffer equals torch.func.hessian times the vector."""
     torch.manual_seed(0)
     flat = FlatModel(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), dtype=torch.float64)
     x = torch.randn(5, 3, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_round_trip_is_exact_and_does_not_alias(pair):
     flat.load_state_dict(saved)
     for view, original in zip(flat.views(flat.theta), flat.views(before), strict=True):
         assert torch.equal(view, original)
-    flat.module.load_state_dict(plain.state_dict())  # torch's own in-place loading keeps the views too
+    flat.module.load_state_dict(plain.state_dict())  # torch's in-place loading also keeps the views
     flat.check_views()
 
 

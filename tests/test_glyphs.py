@@ -1,5 +1,5 @@
-"""The embedded data set. Oracles: the recorded SHA-256 of the atlas; scripts/render_glyphs.py's distance, recomputed on a
-sample; `read` of one image at a time for any batch; Unicode's own names; a plain numpy statement of SplitMix64."""
+"""The embedded data set. Oracles: the recorded SHA-256 of the atlas, the distance of scripts/render_glyphs.py on a
+sample, `read` of one image at a time, Unicode's names, SplitMix64 in plain Python."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_train_and_test_are_different_images():
     train, _ = data.train.read(np.arange(len(data.train)), 32, CPU)
     test, _ = data.test.read(np.arange(len(data.test)), 32, CPU)
     both = {image.numpy().tobytes() for image in torch.cat([train, test])}
-    assert len(both) == len(train) + len(test)  # nor is any image there twice
+    assert len(both) == len(train) + len(test)  # and no image occurs twice
 
 
 def test_split_sizes_labels_and_domains():
@@ -104,7 +104,7 @@ def test_split_sizes_labels_and_domains():
 
 
 def test_ink_is_dark_and_where_the_glyph_is():
-    """Without jitter the image is the atlas cell, ink on paper."""
+    """Without jitter the image is the atlas cell with dark ink on white."""
     still = glyphs.Jitter(rotation=0, scale=0, shear=0, shift=0, blur=0, contrast=1, tint=0, noise=0)
     cells = np.arange(0, 913 * 12, 101)
     images = glyphs.render(cells, glyphs.uniforms(0, cells), CPU, still)

@@ -1,4 +1,4 @@
-"""Heads against their formulas, written out by hand."""
+"""Compare heads with their formulas, written out by hand."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def cache(monkeypatch, tmp_path):
 
 
 class Encoder:
-    """Counts what it is asked to encode; one fixed random row per prompt."""
+    """Counts the prompts it encodes; every prompt has a fixed random row."""
 
     logit_scale = 10.0
 
@@ -40,7 +40,7 @@ def test_text_weights_by_hand_and_cached(cache):
         torch.testing.assert_close(weight[i], F.normalize(rows.mean(0), dim=0))
     assert encoder.asked == 4 and len(list(cache.iterdir())) == 1
     assert torch.equal(text_weights(encoder, names, templates, "k"), weight) and encoder.asked == 4
-    text_weights(encoder, names[:1], templates, "k")  # one class works, and is another entry
+    text_weights(encoder, names[:1], templates, "k")  # one class works and makes a new entry
     text_weights(encoder, names, templates, "other weights")
     assert encoder.asked == 10 and len(list(cache.iterdir())) == 3
     for file in cache.iterdir():

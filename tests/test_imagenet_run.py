@@ -1,4 +1,4 @@
-"""The main job on trees with ImageNet's folders and tiny images: 100 tasks, flat memory, constant kept bytes."""
+"""The main job on ImageNet's folder layout with tiny images: 100 tasks, constant memory, bounded kept bytes."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import timm
 from image_trees import write_image
 
 WNIDS = (Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
-# --class-order 1993 of 1000 classes is the common permutation; a text head for them encodes 80,000 prompts: minutes
+# --class-order 1993 of 1000 classes is the common permutation; their text head takes minutes (80,000 prompts)
 FULL = pytest.mark.slow
 
 
@@ -31,7 +31,7 @@ def test_a_hundred_tasks(tmp_path, classes, order_hash, head):
     command = [sys.executable, "-m", "fastmerge", "--dataset", "imagenet1k", "--tasks", "100", "--data-root", str(tree)]
     command += "--model tiny --pretrained none --method trm --epochs 1 --merge-epochs 1 --batch-size 16".split()
     command += f"--device cpu --lr 1e-4 --head {head} --no-nearest-mean".split()
-    # one thread: with two, small batches mostly wait for each other
+    # one thread: with two, threads mostly wait for each other in small batches
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--run-dir", str(tmp_path / "r")], capture_output=True, text=True, timeout=900, env=environment
@@ -46,5 +46,5 @@ def test_a_hundred_tasks(tmp_path, classes, order_hash, head):
     rows = [kept_bytes - model for kept_bytes in kept]  # the head: at most 128 + 1 numbers and an index per class
     assert all(0 < n <= 4 * classes * 132 for n in rows), rows
     manifest = json.loads((tmp_path / "r" / "manifest.json").read_text())
-    assert manifest["order_sha256"] == order_hash  # as PILOT's permutation of seed 1993
+    assert manifest["order_sha256"] == order_hash  # PILOT's permutation of seed 1993
     assert all(len(task["classes"]) == classes // 100 for task in manifest["tasks"])

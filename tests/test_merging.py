@@ -1,6 +1,6 @@
-"""Every merge rule against its paper's batch formula in float64, over a list of models as named tensors, T = 1, 2, 5, 20.
+"""Compare every merge rule with its paper's batch formula in float64, over lists of T = 1, 2, 5, 20 models.
 
-Models are "near" each other, with real numbers, or on a "lattice", where fp32 is exact and magnitudes, sums and Fishers tie.
+Models are "near" each other or on a "lattice", where fp32 is exact and magnitudes, sums and Fishers tie.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from fastmerge.merging import RULES, build_rule
 from fastmerge.merging.rule import Base
 
 SEED = 7
-ROUNDING = {"rtol": 0, "atol": 4e-6}  # 20 models of order 1 in fp32, one after the other
+ROUNDING = {"rtol": 0, "atol": 4e-6}  # 20 models of order 1, merged in sequence in fp32
 
 
 class Net(nn.Module):
@@ -58,7 +58,7 @@ class Case:
 
     def model(self, kind, name, k, shared):
         x = self.start[name]
-        if name == "still" or (name == "b.weight" and k % 2 == 0):  # no task moves it, some tasks do not
+        if name == "still" or (name == "b.weight" and k % 2 == 0):  # never or only sometimes moved
             return x
         if kind == "lattice":  # more negative than positive, so that the majority is not the default sign
             return x + torch.randint(-4, 4, x.shape) / 4
@@ -69,7 +69,7 @@ class Case:
         x = torch.rand(self.start[name].shape)
         if kind == "lattice":
             return (3 * x).floor()
-        return x * (name != "b.weight") * (name != "b.bias" or last)  # zero in all, zero but for the last
+        return x * (name != "b.weight") * (name != "b.bias" or last)  # zero in all models; zero in all but the last
 
     def filled(self, make):
         out = torch.zeros_like(self.base.theta)
@@ -103,7 +103,7 @@ def each(function, *models, **settings):
     return {n: function(*(m[n] for m in models), **settings) for n in models[0]}
 
 
-# -- the formulas, as their papers have them -------------------------------------------------------------------------------
+# -- the formulas of the papers ----------------------------------------------------------------------------------------
 
 
 def mean(*xs):
@@ -127,7 +127,7 @@ def task_arithmetic(case):
 
 
 def trimmed(x, s):
-    """x [n], all but its largest entries zero; of equals at the threshold the earlier ones, or all."""
+    """Zero all but the largest entries of x [n]; of equals at the threshold keep the earlier ones, or all."""
     if not len(x):
         return x
     order = x.abs().argsort(descending=True, stable=True)[: max(1, int(s.density * len(x)))]
@@ -154,7 +154,7 @@ def ties(case, deltas=None):
 
 
 def thinned(case):
-    """Which entries stay is the op's, the arithmetic ours."""
+    """The op chooses the kept entries; the arithmetic is done here."""
     p, ones = case.config.dare.p, torch.ones_like(case.base.theta)
     stay = [case.named(fk.dare_delta(ones, p, seed=SEED, subsequence=k) != 0) for k in case.subsequences]
     return [each(lambda d, s: d * s / (1 - p), *pair) for pair in zip(case.deltas(), stay, strict=True)]
@@ -179,7 +179,7 @@ def magmax(case):
 
 
 def random_mix(case):
-    """Whose turn it is at an entry is the op's."""
+    """The op chooses the entries that a model replaces."""
     merged, ones = case.models[0], torch.ones_like(case.base.theta)
     for t, (subsequence, model) in enumerate(zip(case.subsequences, case.models, strict=True), 1):
         turn = case.named(fk.random_replace_(torch.zeros_like(ones), ones, 1 / t, seed=SEED, subsequence=subsequence))
@@ -220,7 +220,7 @@ def weighed_mean(case):
     def tensor(*xs):
         thetas, fishers = torch.stack(xs[:count], -1), torch.stack(xs[count:], -1)
         known = fishers.sum(-1, keepdim=True) > 0
-        weights = torch.where(known, fishers, shares)  # where no Fisher is known, the plain mean
+        weights = torch.where(known, fishers, shares)  # the plain mean where all Fishers are 0
         return (weights * thetas).sum(-1) / weights.sum(-1)
 
     return each(tensor, *case.models, *case.fishers)
@@ -301,8 +301,8 @@ def test_stream_state_and_aliasing(name):
         rule.update(inputs[0], inputs[1] if rule.needs_fisher else None)
         assert torch.equal(inputs[0], case.thetas[k]) and torch.equal(inputs[1], case.weights[k])
         for x in inputs:
-            x.fill_(torch.nan)  # would spread if it were held
-        if k == 1:  # a stop and a new start
+            x.fill_(torch.nan)  # would reach the result if the rule held it
+        if k == 1:  # save, and load into a new rule
             saved = {n: x.clone() for n, x in rule.state_dict().items()}
             rule = case.rule(name)
             rule.load_state_dict(saved)
@@ -316,7 +316,7 @@ def test_stream_state_and_aliasing(name):
     ("name", "groups"), [*((n, {}) for n in RULES), ("fisher", {"fisher": {"accumulate": "ema", "lam": 0.3}})]
 )
 def test_restart_is_a_merge_of_two(name, groups):
-    """The stand-in and the new model; a Fisher rule weighs the stand-in by its kept Fisher, a rule that draws draws on."""
+    """A restarted rule merges the stand-in and the new model. It keeps its Fisher and continues its random numbers."""
     case = Case(4, groups=groups)
     fisher = case.rule(name).needs_fisher
     merged = []
@@ -372,7 +372,7 @@ def test_stream_equals_the_op_over_the_list():
         rule = build_rule(name, Base(theta, bounds, seed=SEED), config)
         for model, fisher in zip(models, fishers, strict=True):
             rule.update(model, fisher if rule.needs_fisher else None)
-        exact = name in ("ties", "magmax")  # the same bits, says the README of the kernels
+        exact = name in ("ties", "magmax")  # the README of the kernels promises equal bits
         torch.testing.assert_close(result(rule), expected, **({"rtol": 0, "atol": 0} if exact else ROUNDING))
 
 

@@ -1,4 +1,4 @@
-"""CMM's three stages, each against a slow version: the expansion by a full Jacobian, the merge and the alignment by hand."""
+"""Compare CMM's three stages with slow versions: a full Jacobian, and the merge and the alignment by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def images(n=6):
 
 
 def doubled():
-    """A toy model in float64, theta_0, and a theta away from it."""
+    """Return a float64 toy model whose theta differs from theta_0, and theta_0."""
     torch.manual_seed(1)
     flat = FlatModel(toy.Backbone().double(), dtype=torch.float64)
     start = flat.theta.detach().clone()
@@ -32,7 +32,7 @@ def doubled():
 
 
 def slow(flat, start, theta, x):
-    """f(x; theta_0) + J (theta - theta_0) with the whole Jacobian."""
+    """Compute f(x; theta_0) + J (theta - theta_0) with the full Jacobian."""
 
     def f(theta):
         return functional_call(flat.module, flat.as_dict(theta), (x,))
@@ -47,7 +47,7 @@ def test_linearised_is_the_first_order_expansion():
     torch.testing.assert_close(features, slow(flat, start, flat.theta, x), rtol=1e-10, atol=1e-10)
 
     flat.zero_grad()
-    features.square().sum().backward()  # the gradient too, through whichever mode
+    features.square().sum().backward()  # the gradients are equal too
     theta = flat.theta.detach().clone().requires_grad_()
     (wanted,) = torch.autograd.grad(slow(flat, start, theta, x).square().sum(), theta)
     torch.testing.assert_close(flat.gradient, wanted, rtol=1e-9, atol=1e-10)
@@ -72,7 +72,7 @@ def test_linearised_serves_both_families(name, weights):
         features, moved = linearised(x), backbone(x)
         flat.theta.copy_(start)
         first, second = (features - backbone(x)).norm(), (moved - features).norm()
-    assert 0 < second < 0.02 * first  # what is left is of second order
+    assert 0 < second < 0.02 * first  # the remainder is of second order
     linearised(x).sum().backward()
     assert flat.gradient.isfinite().all() and flat.gradient.norm() > 0
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,9 +119,8 @@ def test_models_without_tangent_space_are_refused_with_the_layer():
 
 
 def two_tasks(*flags):
-    """CMM that has learned task 1 and trained task 2, which is not merged yet."""
+    """Train and merge task 1, then train task 2 without merging it."""
     learner = toy.learner(*FLAGS, *flags)
-    # the toy has no structure to find a projection by
     learner.backbone.last_projection = lambda: ["outer.weight"]
     start = learner.theta.clone()
     method = CMM(learner)
@@ -167,7 +166,7 @@ def test_merge_is_equation_4_and_leaves_theta_0_alone():
     new, fisher_t = learner.theta.double(), during["fisher_t"].double()
     fisher_t[:5] = 0
     during["fisher_t"][:5] = 0
-    method.fisher[:5] = fisher[:5] = 0  # 0 / 0: plain interpolation, where the released code writes NaN
+    method.fisher[:5] = fisher[:5] = 0  # 0 / 0 gives plain interpolation here, NaN in the released code
     toy.work(method.merge(task, images, during))
     total = 0.3 * fisher_t + 0.7 * fisher
     wanted = (0.3 * fisher_t * new + 0.7 * fisher * previous) / total
@@ -175,7 +174,7 @@ def test_merge_is_equation_4_and_leaves_theta_0_alone():
     torch.testing.assert_close(learner.theta, wanted.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(method.fisher, total.float())
     assert torch.equal(method.initial, start) and learner.theta.isfinite().all()
-    assert set(method.state_dict()) == {"initial", "fisher"}  # constant: nothing of the task is left
+    assert set(method.state_dict()) == {"initial", "fisher"}  # constant: no state of the task remains
 
 
 def test_merge_by_plain_interpolation_or_not_at_all():

@@ -1,4 +1,4 @@
-"""P&M: LoRA against the sums written out and against peft, the closed form against the paper's sum over stored models."""
+"""P&M: compare LoRA with written-out sums and with peft, the closed form with the paper's sum over stored models."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from fastmerge.training import Train
 
 
 class Attention(nn.Module):
-    """Separate projections, as peft needs them."""
+    """Attention with the separate projections that peft needs."""
 
     def __init__(self, d=8):
         super().__init__()
@@ -75,7 +75,7 @@ def test_fused_matrices_get_their_key_and_value_rows(name, weights, layer):
     weights = (adapter.base + adapter.shift()).detach()
     moved = functional_call(backbone, adapter.named(weights), (x,))
     theta = flat.theta.detach()
-    adapter.scatter(weights, theta)  # folded in
+    adapter.scatter(weights, theta)  # folds the shift in
     torch.testing.assert_close(backbone(x), moved)
     d, new = old.shape[1], backbone.get_parameter(layer).detach()
     assert torch.equal(new[:d], old[:d])  # the query rows
@@ -170,7 +170,7 @@ def draw(phase, i):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_closed_form_equals_the_papers_sum_over_stored_models(learner, rank):
-    """Eq. 8 with every theta_i* and F_i kept, in float64, over 20 tasks; what the method keeps does not grow."""
+    """Compare with eq. 8 in float64 with all theta_i* and F_i stored, over 20 tasks; the kept bytes do not grow."""
     run = learner(f"--pam.rank={rank}", "--epochs=1")
     method, stored, merged, kept = PAM(run), [], None, set()
     for number in range(20):
@@ -199,7 +199,7 @@ def test_closed_form_equals_the_papers_sum_over_stored_models(learner, rank):
 
 
 def test_twenty_tasks_of_the_closed_form():
-    """S and M against all stored theta_i* and F_i, in fp32 through the ops."""
+    """Compare S and M from the fp32 ops with the sums over all stored theta_i* and F_i."""
     import fastmerge_kernels as fk
 
     g = torch.Generator().manual_seed(0)
@@ -258,7 +258,7 @@ def test_lora_for_methods_that_train_as_usual(learner):
 
 @pytest.mark.parametrize("rule", ["cofima", "fisher"])
 def test_fisher_rules_on_lora_equal_the_formula_over_all_weights(learner, tmp_path, rule):
-    """Their Fisher is that of the adapted weights alone; the slow one here is of all weights, one image at a time."""
+    """The rules' Fisher covers the adapted weights only; the slow one covers all weights, one image at a time."""
     run = learner("--lora-rank=2", "--fisher.labels=data", "--epochs=1")
     method, initial, seen = PostHoc(run, toy.nowhere(tmp_path), rule, "strict"), run.theta.clone(), []
     for number, (task, images) in enumerate(toy.tasks()):

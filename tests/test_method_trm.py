@@ -1,7 +1,7 @@
-"""TRM's search against an independent slow version: autograd straight through theta(alpha, beta) and the gradient norm.
+"""Compare TRM's search with an independent slow version: autograd through theta(alpha, beta) and the gradient norm.
 
-The slow version is float64, on the named formulas of the paper; it shares with the fast one only the random numbers. The
-fused ops are held against their own float64 formulas in tests/kernels; here those formulas stand in for them, so that the
+The slow version computes the paper's formulas in float64 and shares only the random numbers with the fast one.
+tests/kernels compares the fused ops with float64 formulas; here those formulas replace the ops, so that the
 comparison is exact to 1e-8.
 """
 
@@ -78,7 +78,7 @@ def make_search(*flags, dtype=torch.float64, task_index=1):
     learner = Learner(ToyBackbone(), ToyHead(), config, seed=3, device=torch.device("cpu"))
     if dtype != torch.float32:
         learner.flat = FlatModel(learner.backbone, dtype=dtype)
-        learner.theta.add_(1e-9 * torch.randn_like(learner.theta) * (learner.theta != 0))  # really float64
+        learner.theta.add_(1e-9 * torch.randn_like(learner.theta) * (learner.theta != 0))  # digits beyond fp32
     images = TaskImages(torch.randint(0, 256, (N, 3, 4, 4), dtype=torch.uint8), torch.randint(0, CLASSES, (N,)), 0)
     task = Task(task_index, "t", tuple(range(CLASSES)), None, None)
     method = trm.TRM(learner)
@@ -91,7 +91,7 @@ def make_search(*flags, dtype=torch.float64, task_index=1):
 
 @pytest.fixture
 def float64_ops(monkeypatch):
-    """The reference formulas in place of the fused ops, which are fp32."""
+    """Replace the fused fp32 ops with the float64 reference formulas."""
 
     def merge(*args, out, **kwargs):
         return out.copy_(reference.trm_merge(*args, **kwargs))
@@ -103,7 +103,7 @@ def float64_ops(monkeypatch):
 
 
 def slow_gradients(search, alpha, beta):
-    """dL_tra/dalpha, dL_tra/dbeta by autograd through everything, and the terms of the loss."""
+    """Return dL_tra/dalpha and dL_tra/dbeta by autograd through all steps, and the terms of the loss."""
     flat, learner, settings = search.learner.flat, search.learner, search.settings
     before, after = search.previous.double(), search.current.double()
     n = before.numel()
@@ -168,7 +168,7 @@ def test_gradients_equal_autograd_through_the_merge(float64_ops, replace, alpha,
     torch.testing.assert_close(search.coefficients.grad, slopes, rtol=1e-8, atol=1e-8)
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value.detach(), rtol=1e-8, atol=1e-8, msg=name)
-    assert abs(slopes).min() > 1e-4  # the comparison was of something
+    assert abs(slopes).min() > 1e-4  # the gradients are not zero
 
 
 @pytest.mark.parametrize("off", ["lambda1", "lambda2"])
@@ -266,8 +266,8 @@ def distances(replace, tasks=10, n=20_000):
 
 
 def test_the_literal_replacement_diverges():
-    """Read literally, 60 % of the entries get their task vector twice: the mean distance from theta_init grows by
-    1 + 0.6 = 1.6 per task, its norm by sqrt(0.6 * 2^2 + 0.4) = 1.67. The other readings grow like a random walk."""
+    """Read literally, 60 % of the entries get their task vector twice: per task the mean distance from theta_init grows
+    1.6-fold (1 + 0.6), its norm sqrt(0.6 * 2^2 + 0.4) = 1.67-fold. The other readings grow like a random walk."""
     literal, anchored, plane = (distances(r) for r in ("literal", "anchored", "none"))
     ratios = [b / a for a, b in zip(literal[4:], literal[5:], strict=False)]
     assert ratios == pytest.approx([2.8**0.5] * 5, rel=0.05)

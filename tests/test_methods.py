@@ -1,4 +1,4 @@
-"""The contract of a method (methods/method.py), walked over all methods and, for merge rules, over all protocols."""
+"""Test the contract of a method (methods/method.py) for all methods and, for merge rules, all protocols."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def build(name, protocol, tmp_path):
 
 @pytest.mark.parametrize(("name", "protocol"), CASES)
 def test_what_is_kept_is_enough_to_go_on(name, protocol, tmp_path):
-    """After two tasks the learner's and the method's state, loaded into fresh ones, give the same third task, bit for bit."""
+    """A fresh learner and method that load the states after two tasks end the third task with the same bits."""
     learner, method = build(name, protocol, tmp_path)
     *before, last = toy.tasks()
     for task, images in before:
@@ -53,7 +53,7 @@ def test_what_is_kept_is_enough_to_go_on(name, protocol, tmp_path):
 
 @pytest.mark.parametrize(("name", "protocol"), CASES)
 def test_the_model_is_charged_once(name, protocol, tmp_path):
-    """Kept bytes have the learner's model in them whatever a method returns, and no method returns it a second time."""
+    """Kept bytes always include the learner's model, and no method returns it a second time."""
     learner, method = build(name, protocol, tmp_path)
     for task, images in toy.tasks()[:2]:
         one_task(learner, method, task, images)

@@ -1,4 +1,4 @@
-"""Every metric against matrices worked out by hand, and the evaluation loop against a plain per-image loop."""
+"""Compare the metrics and the evaluation loop with values worked out by hand."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_the_two_forgettings_differ_where_the_last_row_is_the_best():
 
 
 def test_upper_triangle_takes_no_part():
-    """A domain-incremental matrix is full; the metrics are defined on the tasks seen."""
+    """A domain-incremental matrix is full, but the metrics use only the tasks seen."""
     full = [[90.0, 11.0, 12.0], [60.0, 80.0, 13.0], [70.0, 50.0, 95.0]]
     assert metrics(full, N) == metrics(R, N)
 
@@ -60,7 +60,7 @@ def test_nothing_evaluated():
 
 
 class Toy:
-    """A learner whose logits are one-hot in the images' first pixel: it predicts the class that the pixel names."""
+    """A learner that predicts the class number that an image's first pixel holds."""
 
     device = torch.device("cpu")
 
@@ -82,7 +82,7 @@ class Toy:
 
 
 def toy_tests():
-    """(predicted class, true class) of every image of three test sets, the second one empty."""
+    """Return three test sets, the second one empty; `pairs` has (predicted class, true class) of every image."""
     pairs = [[(0, 0), (1, 0), (1, 1)], [], [(4, 4), (0, 4), (5, 5), (5, 5)]]
     return [
         TaskImages(
@@ -97,7 +97,7 @@ def toy_tests():
 def test_accuracies_and_zero_shot():
     tests = toy_tests()
     assert accuracies(Toy, tests, [5, 0, 1, 4]) == [pytest.approx(200 / 3), None, 75.0]
-    # without class 1 among the candidates an image that shows it is no longer all candidates' test set
+    # row 0 has None for the third test set, whose classes are not all candidates
     matrix = zero_shot(Toy, tests, [[0, 1], [0, 1, 4, 5]])
     assert matrix == [[pytest.approx(200 / 3), None, None], [pytest.approx(200 / 3), None, 75.0]]
 

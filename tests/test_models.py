@@ -1,4 +1,4 @@
-"""Backbones against the libraries' own encoders, block outputs read by hooks, and a numerical Hessian-vector product."""
+"""Compare backbones with the libraries' encoders, block outputs in hooks and numerical Hessian-vector products."""
 
 import copy
 import json
@@ -24,12 +24,12 @@ from fastmerge.models.timm_vit import TimmBackbone
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """No connection can be opened, and those that were tried are returned; the caches are empty."""
+    """Refuse all connections, return the list of attempts, and start with empty caches."""
     tried = []
 
     def refuse(*args, **kwargs):
         tried.append(args)
-        raise AssertionError("a test touched the network")  # no OSError, which the hub's client would try again
+        raise AssertionError("a test touched the network")  # not an OSError: the hub's client would retry
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -42,7 +42,7 @@ def no_network(monkeypatch, tmp_path):
 
 
 def hub_cache(repository, file):
-    """Where the hub's cache would keep the file."""
+    """Make the folders of the hub's cache and return the path of the file in them."""
     root = huggingface_hub.constants.HF_HUB_CACHE
     folder = pathlib.Path(root) / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
@@ -53,7 +53,7 @@ def hub_cache(repository, file):
 
 @pytest.fixture
 def mini(monkeypatch, tmp_path):
-    """An open_clip model `mini`, small, with the tags `hub` and `url` in open_clip's own tables."""
+    """Register a small open_clip model `mini` with the tags `hub` and `url`."""
     factory, tables = open_clip.factory, open_clip.pretrained._PRETRAINED
     monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
     monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
@@ -67,7 +67,7 @@ def mini(monkeypatch, tmp_path):
 
 
 def small(family):
-    """A tiny model of each family, without weights from anywhere."""
+    """Return a tiny model of the family, with random weights."""
     if family == "open_clip":
         shape = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 4.0}
         visual = open_clip.transformer.VisionTransformer(**shape, output_dim=16)
@@ -80,7 +80,7 @@ def small(family):
 
 
 def towers(module):
-    """The state dict of a backbone around `module`."""
+    """Return the state dict of a backbone around `module`."""
     return {f"tower.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
@@ -155,7 +155,7 @@ def test_no_class_token():
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch14_reg4_dinov2", "test_vit"])
 def test_class_tokens_of_other_vits_of_timm(name):
-    """EVA, register tokens beside the class token, a plain one: against hooks on the blocks."""
+    """For EVA, a ViT with register tokens and a plain ViT, compare class tokens with hooks on the blocks."""
     model = timm.create_model(name, num_classes=0, img_size=112, depth=2).eval()
     seen = []
     for block in model.blocks:
@@ -222,7 +222,7 @@ def test_local_checkpoint_of_timm(tmp_path):
     x = torch.randn(1, 3, 160, 160)
     expected = model.forward_head(model.forward_features(x), pre_logits=True)
     torch.testing.assert_close(backbone.eval()(x), expected)
-    with pytest.raises(UserError, match="cannot be loaded into this model.*lacks"):
+    with pytest.raises(UserError, match="cannot be loaded into this model.*missing: 78 of 78"):
         torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
         load_backbone("test_vit", str(tmp_path / "other.pt"))
 
@@ -263,7 +263,7 @@ def test_a_tag_of_open_clip_is_found_in_the_cache(mini, tag, tmp_path, no_networ
         load_backbone("mini", tag)
     clip = open_clip.create_model("mini", load_weights=False).eval()
     capfd.readouterr()
-    if tag == "hub":  # open_clip had fetched the safetensors file in place of the .bin
+    if tag == "hub":  # open_clip fetches the safetensors file instead of the .bin
         save_file({k: v.clone() for k, v in clip.state_dict().items()}, hub_cache("some/mini", "weights.safetensors"))
     else:
         (tmp_path / ".cache" / "clip").mkdir(parents=True)

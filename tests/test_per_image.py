@@ -1,4 +1,4 @@
-"""Squares of per-image gradients in one backward pass: against one backward pass per image, in all kinds of attention."""
+"""Compare squared per-image gradients from one backward pass with one backward pass per image."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fastmerge.training import Learner
 
 
 class Odd(toy.Backbone):
-    """One attention layer over 6 tokens of 8 numbers; how: in which way its projections are used."""
+    """One attention layer over 6 tokens of 8 numbers; `how` is the way its projections are used."""
 
     def __init__(self, how):
         nn.Module.__init__(self)
@@ -37,7 +37,7 @@ class Odd(toy.Backbone):
 
 
 def by_hand(learner, adapted, task, images):
-    """One forward and one backward for every image, by autograd, through the model's own parameters."""
+    """Run one forward and one backward per image through the model's own parameters."""
     total = torch.zeros_like(learner.theta)
     for k in range(len(images)):
         pixels, labels = images.batch(torch.tensor([k]))
@@ -72,7 +72,7 @@ def test_every_use_of_a_projection(monkeypatch, how):
 @pytest.mark.parametrize("room", [1 << 28, 3 * 64 * 64 * 4])
 @pytest.mark.parametrize(("name", "weights"), [("tiny", "glyphs"), ("test_vit", "none")])
 def test_fused_projections_of_both_families(monkeypatch, name, weights, room):
-    monkeypatch.setattr("fastmerge.models.per_image.ROOM", room)  # the second one: three images at a time, or one
+    monkeypatch.setattr("fastmerge.models.per_image.ROOM", room)  # the second: three images at a time, or one
     torch.manual_seed(0)
     backbone, _ = load_backbone(name, weights, download=False)
     head = LinearHead(backbone.feature_dim, 6)

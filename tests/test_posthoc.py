@@ -1,4 +1,4 @@
-"""The three storage protocols against their definitions, written out: what is trained from where, and what is merged."""
+"""Compare the three storage protocols with their definitions: where training starts and what is merged."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fastmerge.training import Train
 
 
 def fit(learner, start, task, images):
-    """theta_t: `task` trained from `start`."""
+    """Train `task` from `start` and return theta_t."""
     learner.theta.copy_(start)
     learner.grow_head(task, images)
     toy.work(Train(learner, task, images))
@@ -33,7 +33,7 @@ def average(initial, models):
 
 
 def slow(rule, protocol, init):
-    """The model after every task."""
+    """Return the model after every task, by the definition of the protocol."""
     learner = toy.learner()
     initial, trained, merged, seen, after = learner.theta.clone(), learner.theta.clone(), learner.theta.clone(), [], []
     unscaled = initial.double()
@@ -89,7 +89,7 @@ def test_running_equals_full_where_the_merged_vector_is_all_a_rule_needs(rule, t
 
 
 def fishers(learner, task, images):
-    """Per image, by hand, with the labels of the data."""
+    """Compute the Fisher image by image, with the labels of the data."""
     total = torch.zeros_like(learner.theta)
     classes = torch.tensor(task.classes)
     for k in range(len(images)):
@@ -121,7 +121,7 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
             merged = torch.where(total == 0, ((t - 1) * merged + theta) / t, weighed).float()
             known = total
         torch.testing.assert_close(after[task.index], merged, rtol=1e-4, atol=1e-5)
-    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # not the merged model a second time
+    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # no second merged model
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
         ("average", "full", 3),  # merged, trained, mean
         ("average", "running", 2),
         ("average", "strict", 1),
-        ("magmax", "full", 4),  # and theta_init
+        ("magmax", "full", 4),  # plus theta_init
         ("magmax", "running", 3),
         ("magmax", "strict", 2),
         ("ties", "full", 7),
@@ -159,8 +159,8 @@ def test_shared_training_ends_with_the_same_bits(head, tmp_path):
 
     alone = ends(Trajectory(tmp_path / "a", ()))
     assert not (tmp_path / "a").exists()
-    shared = Trajectory(tmp_path / "b", {"sequential"})
-    first, second = ends(shared), ends(shared)
+    shared = Trajectory(tmp_path / "b", {"sequential"}, "first")
+    first, second = ends(shared), ends(Trajectory(tmp_path / "b", {"sequential"}, "second"))
     assert len(list((tmp_path / "b").iterdir())) == toy.TASKS
     for a, b, c in zip(alone, first, second, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -169,17 +169,24 @@ def test_shared_training_ends_with_the_same_bits(head, tmp_path):
 
 
 def test_only_the_first_of_several_trains(tmp_path):
-    trajectory, learner = Trajectory(tmp_path, {"sequential"}), toy.learner()
+    trajectory, learner = Trajectory(tmp_path, {"sequential"}, "first"), toy.learner()
+    other = Trajectory(tmp_path, {"sequential"}, "second")
     task, images = toy.tasks()[0]
     learner.grow_head(task, images)
     phase = trajectory.train(learner, task, images)
     assert type(phase) is Recorded
     toy.work(phase)
-    again = trajectory.train(learner, task, images)
+    assert type(trajectory.train(learner, task, images)) is Recorded  # a run that goes on from before its own file
+    again = other.train(learner, task, images)
     assert type(again) is Reused and again.steps == 0
     again.finish()
     assert again.seconds_elsewhere > 0
-    assert type(trajectory.train(learner, task, images, "independent")) is Train  # nobody else asks for it
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"task-1\.safetensors.*Delete it"):
+        other.train(learner, task, images)
+    file.unlink()
+    assert type(trajectory.train(learner, task, images, "independent")) is Train  # no other run needs it
 
 
 def test_plan_shares_what_can_be_shared():
@@ -259,7 +266,7 @@ def test_fisher_of_some_images_with_a_floor():
 
 
 def test_fisher_of_the_models_own_labels_is_the_information():
-    """Its expectation is sum_c p_c (grad log p_c)^2; here over so many draws that the two agree."""
+    """The mean over many draws is close to the expectation, sum_c p_c (grad log p_c)^2."""
     learner, task, images, _ = run_pass()
     classes, exact = torch.tensor(task.classes), torch.zeros_like(learner.theta)
     for k in range(len(images)):

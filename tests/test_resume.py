@@ -1,7 +1,7 @@
-"""A run that is killed, really killed, at any point ends like one that was never stopped: the same bits.
+"""A run that is killed at any point and continued ends with the same bits as an undisturbed run, the oracle.
 
-Children are forked from a server that imported everything once. Each runs the command line; the killed ones send
-themselves SIGKILL at a given place, or get it from outside at a random time. The oracle is an undisturbed run.
+A server imports everything once and forks the children. Every child runs the command line. The killed ones send
+themselves SIGKILL at a given place, or receive it at a random time.
 """
 
 import json
@@ -38,7 +38,7 @@ def kill_at(place):
 
         def log(self, about, terms):
             if (about["phase"], about["task"], about["step"]) == tuple(where):
-                self.flush()  # so that there are log lines beyond the checkpoint
+                self.flush()  # writes log lines beyond the checkpoint
                 self._log.flush()
                 die()
             original(self, about, terms)
@@ -103,7 +103,7 @@ def finish(flags, place=None):
 
 
 def begun(run_dir, process):
-    """Wait until the loop is at work in this process (or it ended)."""
+    """Wait until this process runs the training loop or ends."""
     log = run_dir / "trm-seed0" / "metrics.jsonl"
     opened = log.stat().st_mtime_ns if log.exists() else None
     while process.is_alive() and (not log.exists() or log.stat().st_mtime_ns == opened):
@@ -111,14 +111,12 @@ def begun(run_dir, process):
 
 
 def outcome(run_dir, method="trm"):
-    """Everything that must not depend on having been stopped."""
+    """Return everything that must not depend on interruptions."""
     folder = run_dir / f"{method}-seed0"
     result = json.loads((folder / "result.json").read_text())
-    for name in ("seconds", "peak_memory_bytes", "peak_memory_bytes_per_task"):
+    for name in ("seconds", "peak_memory_bytes", "peak_memory_bytes_per_task", "bytes_written"):
         result.pop(name)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("peak_memory_bytes", None)
     tensors = load_file(folder / "model.safetensors")
     return {k: v.numpy().tobytes() for k, v in tensors.items()}, result, lines
 
@@ -141,7 +139,7 @@ PLACES = [
     ("evaluate", 2),
     ("checkpoint", 9),
 ]
-MORE_PLACES = [  # the same in other tasks and files: slow tests
+MORE_PLACES = [  # the same in other tasks and files, as slow tests
     ("step", "train", 0, 0),
     ("step", "merge", 2, 3),
     ("checkpoint", 1),
@@ -159,7 +157,7 @@ def test_killed_at(place, data, undisturbed, tmp_path):
     assert outcome(tmp_path / "run") == undisturbed
 
 
-OTHERS = {  # a post-hoc rule whose training is shared, one with a Fisher, and the two baselines with a state of their own
+OTHERS = {  # a post-hoc rule with shared training, one with a Fisher, and other methods with their own state
     "magmax-full": ("--method magmax finetune --protocol full", [("step", "train", 1, 3), ("checkpoint", 5)]),
     "fisher-strict": ("--method fisher", [("step", "merge", 1, 1), ("step", "train", 2, 1)]),
     "ewc": ("--method ewc", [("step", "merge", 0, 1), ("step", "train", 1, 2)]),
@@ -169,7 +167,7 @@ OTHERS = {  # a post-hoc rule whose training is shared, one with a Fisher, and t
 }
 
 
-OFTEN = ("magmax-full",)  # each takes ten seconds and more
+OFTEN = ("magmax-full",)  # not slow tests; each method takes at least ten seconds
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in OFTEN else pytest.mark.slow) for n in OTHERS])

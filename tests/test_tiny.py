@@ -20,7 +20,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(model, images, labels, names) -> float:
-    """Zero-shot, one template."""
+    """Return the zero-shot accuracy with one template."""
     text = torch.cat(
         [model.encode_text(tiny.tokenize(names[i : i + 128]), normalize=True) for i in range(0, len(names), 128)]
     )
@@ -97,6 +97,6 @@ def test_zero_shot(model):
     run = glyphs.load(test_per_face=1)
     images, _ = run.test.read(np.arange(len(run.test)), 32, device)
     unseen = accuracy(model, images, run.test.labels, list(run.class_names))
-    assert 0.45 < unseen < 0.6  # unknown characters: not known well, not unknown either
+    assert 0.45 < unseen < 0.6  # characters that pre-training did not see
     text = model.encode_text(tiny.tokenize(list(run.class_names)), normalize=True)
-    assert (text @ text.T - torch.eye(50)).max() < 0.999  # no two names of the default run are one to the text tower
+    assert (text @ text.T - torch.eye(50)).max() < 0.999  # the text tower separates all names of the default run

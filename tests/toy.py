@@ -1,4 +1,4 @@
-"""A small model and a few tasks of random images, for tests that hold a method against a slow version of itself."""
+"""A small model and a few tasks of random images, for tests that compare a method with a slow version."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tasks() -> list[tuple[Task, TaskImages]]:
 
 
 def work(phase) -> None:
-    """All steps of a phase."""
+    """Run all steps of a phase."""
     if phase is not None:
         for i in range(phase.steps):
             phase.step(i)
@@ -63,7 +63,7 @@ def work(phase) -> None:
 
 
 def drive(learner: Learner, method) -> list[torch.Tensor]:
-    """What the loop does with a method; the model after every task."""
+    """Run a method as the training loop does; return the model after every task."""
     after = []
     for task, images in tasks():
         learner.grow_head(task, images)
@@ -75,5 +75,5 @@ def drive(learner: Learner, method) -> list[torch.Tensor]:
 
 
 def nowhere(tmp_path: Path) -> Trajectory:
-    """Training that is not shared."""
+    """Return a trajectory that shares no training."""
     return Trajectory(tmp_path / "trajectory", ())

@@ -30,7 +30,8 @@ def interpolate(setup: Setup, points: int, out: Path) -> list[Path]:
 
 def curves(setup: Setup, tangent: bool, points: int) -> Iterator[tuple]:
     """Rows of COLUMNS for one way of training."""
-    config = dataclasses.replace(setup.config, cmm=dataclasses.replace(setup.config.cmm, tangent=tangent))
+    cmm = dataclasses.replace(setup.config.cmm, tangent=tangent, merge="fisher")  # keeps AdamW's second moments
+    config = dataclasses.replace(setup.config, cmm=cmm)
     two = Stages(setup, CMM, 2, config)
     found = []
     for number in range(2):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmerge.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fastmerge.models.backbone import Backbone
+    from fastmerge.models.normalisation import Normalisation
     from fastmerge.models.openclip import TextEncoder
 
 
-def load_backbone(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbone, TextEncoder | None]:
+def load_backbone(
+    name: str, pretrained: str, *, download: bool = False, normalisation: Normalisation | None = None
+) -> tuple[Backbone, TextEncoder | None]:
     """Load image tower `name` with weights `pretrained` (a tag, a file, or 'none'), and its text tower if it has one.
 
-    Random weights come from torch's global generator. Nothing is downloaded without `download`.
+    name: with a file also NAME.TAG, where the tag says how the weights in the file were trained. normalisation: in place
+    of the one that belongs to the weights. Random weights come from torch's global generator. Nothing is downloaded
+    without `download`.
 
     Raises:
         UserError: unknown name or tag (with the nearest ones), missing weights, or a file of another model.
@@ -24,15 +30,17 @@ def load_backbone(name: str, pretrained: str, *, download: bool = False) -> tupl
 
     from fastmerge.models import openclip, timm_vit
 
-    if name == "tiny" or name in open_clip.list_models():
-        return openclip.load(name, pretrained, download=download)
-    if name in timm.list_models():
-        return timm_vit.load(name, pretrained, download=download)
-    known = ["tiny", *open_clip.list_models(), *timm.list_models()]
-    tagged, _, tag = name.rpartition(".")
-    if tagged in known:
+    loaders = {n: timm_vit.load for n in timm.list_models()} | {
+        n: openclip.load for n in ("tiny", *open_clip.list_models())
+    }
+    tagged, _, tag = name.partition(".")
+    if name in loaders:
+        return loaders[name](name, pretrained, download=download, normalisation=normalisation)
+    if tagged in loaders and tagged != "tiny":
+        if pretrained == "none" or Path(pretrained).is_file():
+            return loaders[tagged](tagged, pretrained, download=download, tag=tag, normalisation=normalisation)
         raise UserError(f"unknown model {name!r}: give the tag by itself, --model {tagged} --pretrained {tag}")
     raise UserError(
-        f"unknown model {name!r}: it is not tiny, an open_clip model or a timm model.{nearest(name, known)} "
+        f"unknown model {name!r}: it is not tiny, an open_clip model or a timm model.{nearest(name, loaders)} "
         "open_clip.list_models() and timm.list_models() list them"
     )

@@ -12,24 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.errors import UserError
+from fastmerge.models.normalisation import Normalisation
 
 
 class Backbone(nn.Module):
     """The image tower alone. Subclasses set the family and read the class tokens.
 
     name: as the user gives it; family: the library. weights: their source; weights_sha256: hash of their values.
-    image_size: pixels; mean, std: normalisation. feature_dim, width: length of a feature, a token; layers: blocks.
+    image_size: pixels; mean, std: of `normalisation`, which also says where they come from. feature_dim, width: length
+    of a feature, a token; layers: blocks.
     """
 
     family: str
     tower: Any  # a module of open_clip or timm, with undeclared attributes
 
-    def __init__(self, name: str, tower: nn.Module, *, weights: str, image_size: int, mean, std, feature_dim: int):
+    def __init__(
+        self,
+        name: str,
+        tower: nn.Module,
+        *,
+        weights: str,
+        image_size: int,
+        mean,
+        std,
+        feature_dim: int,
+        source: str = "",
+    ):
         super().__init__()
         self.name, self.weights = name, weights
         self.tower = tower
         self.image_size, self.feature_dim = image_size, feature_dim
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.normalisation = Normalisation(tuple(mean), tuple(std), source)
+        self.mean, self.std = self.normalisation.mean, self.normalisation.std
         self.width, self.layers, self.has_class_token = 0, 0, False  # set by subclasses with class tokens
         self.requires_grad_(True)
         self.float()

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError, first_line, nearest
 from fastmerge.models import tiny
-from fastmerge.models.backbone import Backbone
+from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.hub import from_hub_cache, hub_access, missing_weights
+from fastmerge.models.normalisation import Normalisation, choose
 from fastmerge.models.timm_vit import reads_class_token
+from fastmerge.models.weights import check_finite, fit, read, reason, refused
 
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+LOGITS = ("logit_scale", "logit_bias")
 
 
 class OpenClipBackbone(Backbone):
@@ -29,10 +34,8 @@ class OpenClipBackbone(Backbone):
 
     family = "open_clip"
 
-    def __init__(self, name: str, visual: nn.Module, *, weights: str, image_size: int, mean, std, feature_dim: int):
-        super().__init__(
-            name, visual, weights=weights, image_size=image_size, mean=mean, std=std, feature_dim=feature_dim
-        )
+    def __init__(self, name: str, visual: nn.Module, **about: Any):
+        super().__init__(name, visual, **about)
         if isinstance(visual, open_clip.transformer.VisionTransformer):
             self.has_class_token = True
             self.layers = len(visual.transformer.resblocks)
@@ -61,6 +64,11 @@ class TextEncoder:
         self.clip, self.tokenize = clip.eval(), tokenize
         del clip.visual
         self.logit_scale = float(clip.logit_scale.detach().exp())
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the tower's values."""
+        return hash_tensors(self.clip.state_dict())
 
     @torch.no_grad()
     def encode(
@@ -137,6 +145,19 @@ def tokenizer(name: str, download: bool) -> Callable[[Sequence[str]], Tensor]:
     return refuse
 
 
+def check_activation(name: str, tag: str) -> None:
+    """Raise UserError if the weights `tag` were trained with another activation than `name` has."""
+    config = open_clip.get_pretrained_cfg(name, tag)
+    wants, has = bool(config.get("quick_gelu", False)), bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    if wants != has:
+        other = f"{name}-quickgelu" if wants else name.removesuffix("-quickgelu")
+        raise UserError(
+            f"--model {name} --pretrained {tag}: these weights were trained with {'QuickGELU' if wants else 'GELU'} and the "
+            f"model uses {'QuickGELU' if has else 'GELU'}, which silently costs several points of accuracy. "
+            f"Use --model {other}"
+        )
+
+
 def find_weights(name: str, tag: str, download: bool) -> Path:
     """Find the file with the weights `tag` of `name`; download it only with `download`.
 
@@ -150,14 +171,7 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
             f"--pretrained {tag}: open_clip has no such tag for {name}, and there is no such file."
             f"{nearest(tag, tags)} Tags: {', '.join(tags) or 'none'}; or a checkpoint file, or none for random weights"
         )
-    wants, has = bool(config.get("quick_gelu", False)), bool(open_clip.get_model_config(name).get("quick_gelu", False))
-    if wants != has:
-        other = f"{name}-quickgelu" if wants else name.removesuffix("-quickgelu")
-        raise UserError(
-            f"--model {name} --pretrained {tag}: these weights were trained with {'QuickGELU' if wants else 'GELU'} and the "
-            f"model uses {'QuickGELU' if has else 'GELU'}, which silently costs several points of accuracy. "
-            f"Use --model {other}"
-        )
+    check_activation(name, tag)
     looked = []
     if hub := config.get("hf_hub", ""):
         repository, _, file = hub.rpartition("/")
@@ -179,68 +193,135 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
         raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
 
 
-def load_file(clip: nn.Module, path: Path) -> None:
-    """Load a checkpoint (.safetensors, .pt, .bin, or OpenAI's TorchScript archive) into `clip`.
+def load_file(clip: Any, path: Path, name: str) -> tuple[str, bool]:
+    """Load a checkpoint into `clip`: of this model, of OpenAI, of Apple's MobileCLIP, of Big Vision (.npz), or of the image
+    tower alone, which leaves the text tower random.
 
-    Raises:
-        UserError: the file is not a checkpoint of this model.
+    Returns what was unwrapped, in words, and whether the text tower was there. Raises UserError for another file.
     """
-    try:
+    own = clip.state_dict()
+    if path.suffix in (".npz", ".npy"):
         try:
-            open_clip.factory.load_checkpoint(clip, str(path))
-        except RuntimeError as error:
-            if "TorchScript" not in str(error):
-                raise
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
-            extra = ("input_resolution", "context_length", "vocab_size")
-            clip.load_state_dict({k: v.float() for k, v in state.items() if k not in extra})
-    except Exception as error:  # unpickling, safetensors and key errors share no base class
-        raise UserError(
-            f"--pretrained {path}: cannot be loaded into this model ({first_line(error)}); expected its state dict"
-        ) from None
+            open_clip.convert.load_big_vision_weights(clip, str(path))
+        except Exception as error:  # numpy, key and shape errors share no base class
+            raise refused(path, reason(error), name) from None
+        check_finite(clip.state_dict(), f"--pretrained {path}")
+        return "", True
+    state, found = read(path, own)
+    if not any(key.startswith("visual.") for key in state):  # names that only the image tower has, without its prefix
+        bare = not state.keys().isdisjoint(clip.visual.state_dict().keys() - own.keys())
+        state = {f"visual.{key}": tensor for key, tensor in state.items()} if bare else state
+    if all(key.startswith("visual.") or key in LOGITS for key in state):
+        state = {key: tensor for key, tensor in state.items() if key not in LOGITS}
+        _resize(state, clip)
+        fit(
+            clip.visual,
+            {key.removeprefix("visual."): t for key, t in state.items()},
+            path,
+            name=f"{name}'s image tower",
+        )
+        return _words([*found, "image tower alone"]), False
+    state = open_clip.convert.convert_state_dict(clip, state)
+    if "positional_embedding" in state and "positional_embedding" not in own:
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    for key in LOGITS:  # a number or a vector of one
+        if key in state and key in own and state[key].numel() == own[key].numel():
+            state[key] = state[key].reshape(own[key].shape)
+    if "logit_bias" in own:  # a model without it, trained on as SigLIP
+        state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
+    if (ids := "text.transformer.embeddings.position_ids") not in own:  # of older transformers
+        state.pop(ids, None)
+    _resize(state, clip)
+    fit(clip, state, path, name=name)
+    return _words(found), True
 
 
-def load_tiny(pretrained: str) -> tuple[Backbone, TextEncoder]:
+def _resize(state: dict[str, Tensor], clip: Any) -> None:
+    """Interpolate the position tables to the model's size, as open_clip does."""
+    with contextlib.suppress(AssertionError, AttributeError, RuntimeError):  # another width: `fit` names it
+        open_clip.model.resize_pos_embed(state, clip)
+    with contextlib.suppress(AssertionError, AttributeError, RuntimeError):
+        open_clip.model.resize_text_pos_embed(state, clip)
+
+
+def _words(found: list[str]) -> str:
+    return f" ({', '.join(found)})" if found else ""
+
+
+def load_tiny(pretrained: str, normalisation: Normalisation | None) -> tuple[Backbone, TextEncoder | None]:
     """The embedded CLIP: tag `glyphs`, `none`, or a file with its state dict."""
+    text = True
     if pretrained == "glyphs":
         clip, weights = tiny.load_tiny(), "embedded weights 'glyphs'"
     elif pretrained == "none":
         clip, weights = tiny.create_tiny(), "random weights"
     elif Path(pretrained).is_file():
-        clip, weights = tiny.create_tiny(), f"file {pretrained}"
-        load_file(clip, Path(pretrained))
+        clip = tiny.create_tiny()
+        words, text = load_file(clip, Path(pretrained), "tiny")
+        weights = f"file {pretrained}{words}"
     else:
         raise UserError(f"--pretrained {pretrained}: the tiny model takes the tag glyphs, a file, or none")
     dim: Any = tiny.CONFIG["embed_dim"]
-    about: dict[str, Any] = {"image_size": tiny.IMAGE_SIZE, "mean": tiny.IMAGE_MEAN, "std": tiny.IMAGE_STD}
-    backbone = OpenClipBackbone("tiny", clip.visual, weights=weights, feature_dim=dim, **about)
-    return backbone, TextEncoder(clip, tiny.tokenize)
+    about = normalisation or Normalisation(tiny.IMAGE_MEAN, tiny.IMAGE_STD, "of the tiny model")
+    backbone = OpenClipBackbone(
+        "tiny", clip.visual, weights=weights, image_size=tiny.IMAGE_SIZE, feature_dim=dim, **about._asdict()
+    )
+    return backbone, TextEncoder(clip, tiny.tokenize) if text else None
 
 
-def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbone, TextEncoder]:
-    """An open_clip model by name (see `open_clip.list_models()`)."""
+def load(
+    name: str,
+    pretrained: str,
+    *,
+    download: bool = False,
+    tag: str | None = None,
+    normalisation: Normalisation | None = None,
+) -> tuple[Backbone, TextEncoder | None]:
+    """An open_clip model by name (see `open_clip.list_models()`). tag: of the weights in the file `pretrained`.
+    normalisation: in place of the one that belongs to the weights."""
     if name == "tiny":
-        return load_tiny(pretrained)
+        return load_tiny(pretrained, normalisation)
     path: Path | None = None
-    weights: str = "random weights"
-    config: dict[str, Any] = {}
+    weights, file = "random weights", None
     if pretrained != "none" and Path(pretrained).is_file():
-        path, weights = Path(pretrained), f"file {pretrained}"
+        path, weights, file = Path(pretrained), f"file {pretrained}", pretrained
+        if tag is not None and open_clip.get_pretrained_cfg(name, tag):
+            check_activation(name, tag)
     elif pretrained != "none":
-        path, weights = find_weights(name, pretrained, download), f"open_clip tag {pretrained}"
-        config = open_clip.get_pretrained_cfg(name, pretrained)
+        path, weights, tag = find_weights(name, pretrained, download), f"open_clip tag {pretrained}", pretrained
     clip = create(name, download)
+    default = (
+        clip.visual.image_mean or open_clip.OPENAI_DATASET_MEAN,
+        clip.visual.image_std or open_clip.OPENAI_DATASET_STD,
+    )
+    file = None if normalisation else file
+    about = choose(name, tag_normalisations(name, default), default, tag=tag, file=file)
+    text = True
     if path is not None:
-        load_file(clip, path)
+        words, text = load_file(clip, path, name)
+        weights += words
     size = clip.visual.image_size
     sides = size if isinstance(size, tuple | list) else (size, size)
     if sides[0] != sides[1]:
         raise UserError(f"model {name} takes {sides[0]} x {sides[1]} images; only square ones are supported")
     feature_dim = open_clip.get_model_config(name)["embed_dim"]
-    mean = config.get("mean") or clip.visual.image_mean or open_clip.OPENAI_DATASET_MEAN
-    std = config.get("std") or clip.visual.image_std or open_clip.OPENAI_DATASET_STD
-    about = {"image_size": sides[0], "mean": mean, "std": std, "feature_dim": feature_dim}
     if not math.isfinite(float(clip.logit_scale.detach().exp())):
         raise UserError(f"--pretrained {pretrained}: its logit scale is not finite")
-    backbone = OpenClipBackbone(name, clip.visual, weights=weights, **about)
-    return backbone, TextEncoder(clip, tokenizer(name, download))
+    backbone = OpenClipBackbone(
+        name,
+        clip.visual,
+        weights=weights,
+        image_size=sides[0],
+        feature_dim=feature_dim,
+        **(normalisation or about)._asdict(),
+    )
+    return backbone, TextEncoder(clip, tokenizer(name, download)) if text else None
+
+
+def tag_normalisations(name: str, default: tuple[Any, Any]) -> dict[str, tuple[Any, Any]]:
+    """tag -> (mean, std) of the tags of `name`. default: where a tag does not say."""
+    configs = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
+    return {
+        tag: (tuple(config.get("mean") or default[0]), tuple(config.get("std") or default[1]))
+        for tag, config in configs.items()
+    }

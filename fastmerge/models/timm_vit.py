@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastmerge.errors import UserError, first_line, nearest
+from fastmerge.errors import UserError, nearest
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.hub import from_hub_cache, missing_weights
+from fastmerge.models.normalisation import Normalisation, Numbers, choose
+from fastmerge.models.weights import check_finite, fit, read, reason, refused, some
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -31,13 +34,15 @@ class TimmBackbone(Backbone):
 
     family = "timm"
 
-    def __init__(self, name: str, model: Any, *, weights: str):
+    def __init__(self, name: str, model: Any, *, weights: str, normalisation: Normalisation | None = None):
         config = model.pretrained_cfg
         height, width = config["input_size"][1:]
         if height != width:
             raise UserError(f"model {name} takes {height} x {width} images; only square ones are supported")
-        about = {"image_size": height, "mean": config["mean"], "std": config["std"], "feature_dim": model.num_features}
-        super().__init__(name, model, weights=weights, **about)
+        about = normalisation or Normalisation(config["mean"], config["std"], f"default of {name}")
+        super().__init__(
+            name, model, weights=weights, image_size=height, feature_dim=model.num_features, **about._asdict()
+        )
         if reads_class_token(model):
             self.has_class_token = True
             self.layers, self.width = len(model.blocks), model.embed_dim
@@ -78,38 +83,66 @@ def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str,
     return None, found_tag, looked
 
 
-def load_file(model: nn.Module, path: Path) -> None:
-    """Load a local checkpoint without its classifier.
+def load_file(model: nn.Module, path: Path, name: str) -> str:
+    """Load a local checkpoint without its classifier; return what was unwrapped and left out, in words.
 
     Raises:
         UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack tensors.)
     """
+    if path.suffix in (".npz", ".npy"):
+        try:
+            timm.models.load_checkpoint(model, str(path))
+        except Exception as error:  # numpy, key and shape errors share no base class
+            raise refused(path, reason(error), name) from None
+        check_finite(model.state_dict(), f"--pretrained {path}")
+        return ""
+    state, found = read(path, model.state_dict())
     # such as resizing position embeddings
     mend = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    try:
-        result = timm.models.load_checkpoint(model, str(path), strict=False, filter_fn=mend)
-        if result is not None and result.missing_keys:
-            raise KeyError(f"it lacks {len(result.missing_keys)} tensors, such as {result.missing_keys[0]}")
-    except Exception as error:  # unpickling, safetensors and key errors share no base class
-        raise UserError(
-            f"--pretrained {path}: cannot be loaded into this model ({first_line(error)}); expected its state dict"
-        ) from None
+    if mend is not None:
+        with contextlib.suppress(Exception):  # a file of another model: `fit` says what does not fit
+            state = mend(dict(state), model)
+    left = fit(model, state, path, extra=True, name=name)
+    found += [f"without {some(left)}"] if left else []
+    return f" ({', '.join(found)})" if found else ""
 
 
-def load(name: str, pretrained: str, *, download: bool = False) -> tuple[Backbone, None]:
-    """A timm model by name (see `timm.list_models()`), without a text tower."""
+def load(
+    name: str,
+    pretrained: str,
+    *,
+    download: bool = False,
+    tag: str | None = None,
+    normalisation: Normalisation | None = None,
+) -> tuple[Backbone, None]:
+    """A timm model by name (see `timm.list_models()`), without a text tower. tag: of the weights in the file `pretrained`.
+    normalisation: in place of the one that belongs to the weights."""
     if pretrained == "none" or Path(pretrained).is_file():
-        model, weights = timm.create_model(name, num_classes=0), "random weights"
-        if pretrained != "none":
-            load_file(model, Path(pretrained))
-            weights = f"file {pretrained}"
-        return TimmBackbone(name, model, weights=weights), None
+        file = None if pretrained == "none" else pretrained
+        default = pair_of(timm.get_pretrained_cfg(name))
+        about = choose(name, tags := tag_normalisations(name), default, tag=tag, file=None if normalisation else file)
+        model = timm.create_model(f"{name}.{tag}" if tag in tags else name, num_classes=0)
+        weights = "random weights" if file is None else f"file {file}{load_file(model, Path(file), name)}"
+        return TimmBackbone(name, model, weights=weights, normalisation=normalisation or about), None
     path, tag, looked = find_weights(name, pretrained, download)
     overlay = None if path is None else {"file": str(path)}
     try:
         model = timm.create_model(f"{name}.{tag}", pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the hub, urllib, sockets and file formats raise unrelated types
         if path is None:
-            raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
-        raise UserError(f"weights {tag!r} of model {name}: {path} cannot be read ({first_line(error)})") from None
-    return TimmBackbone(name, model, weights=f"timm tag {tag}"), None
+            raise missing_weights(name, tag, looked, f", and the download failed ({reason(error)})") from None
+        raise UserError(f"weights {tag!r} of model {name}: {path} cannot be read ({reason(error)})") from None
+    check_finite(model.state_dict(), f"weights {tag!r} of model {name}")
+    about = normalisation or Normalisation(*pair_of(timm.get_pretrained_cfg(f"{name}.{tag}")), f"tag {tag}")
+    return TimmBackbone(name, model, weights=f"timm tag {tag}", normalisation=about), None
+
+
+def pair_of(config: Any) -> tuple[Numbers, Numbers]:
+    return tuple(config.mean), tuple(config.std)
+
+
+def tag_normalisations(name: str) -> dict[str, tuple[Numbers, Numbers]]:
+    """tag -> (mean, std) of the tags of `name`."""
+    return {
+        full.partition(".")[2]: pair_of(timm.get_pretrained_cfg(full)) for full in timm.list_pretrained(f"{name}.*")
+    }

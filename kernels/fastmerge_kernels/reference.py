@@ -1,6 +1,6 @@
-"""The formula of every op in float64: the oracle of all tests. Slow, allocates freely, reads like the paper.
+"""The formula of every op in float64, the reference for all tests: slow, but written as in the papers.
 
-Inputs are tensors of any float dtype on the CPU; results are float64. Random words come from a Philox of its own, in numpy.
+Inputs are CPU tensors of any float dtype; results are float64. Random words come from a separate Philox in numpy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .philox import PURPOSES, key_words, threshold
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
-    """Philox4x32 of counters [4, n] under two key words: uint64 [4, n] of 32-bit words (Salmon et al. 2011, sec. 3.3)."""
+    """Philox4x32 of counters [4, n] with a two-word key: uint64 [4, n] of 32-bit words (Salmon 2011, sec. 3.3)."""
     x, (k0, k1), low, half = counter.astype(np.uint64), key, np.uint64(0xFFFFFFFF), np.uint64(32)
     for r in range(rounds):
         a, b = np.uint64(0xD2511F53) * x[0], np.uint64(0xCD9E8D57) * x[2]
@@ -77,7 +77,7 @@ def pam_coefficient(total, moment, merged, theta, initial) -> Tensor:
 
 
 def magmax_update(kept, theta, initial=None) -> Tensor:
-    """The task vector of larger magnitude, the later at ties; NaN on either side stays."""
+    """Per entry the task vector of larger magnitude, the later one in a tie; a NaN in either is kept."""
     k, d = kept.double(), theta.double() - (0 if initial is None else initial.double())
     return torch.where((d.abs() < k.abs()) | k.isnan(), k, d)
 
@@ -93,13 +93,13 @@ def ewc_gradient(gradient, fisher, theta, anchor, lam) -> Tensor:
 
 
 def replaced(n: int, seed: int, subsequence: int, ratio: float, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """(entry is replaced, ... by the value of `previous`): u < floor(ratio 2^32), u < floor(ratio / 2 2^32)."""
+    """Masks (entry is replaced, it is replaced by `previous`): u < floor(ratio 2^32), u < floor(ratio / 2 2^32)."""
     u = random_words(n, seed, subsequence, "mask", offset)
     return torch.from_numpy(u < threshold(ratio)), torch.from_numpy(u < threshold(ratio / 2))
 
 
 def _plane(previous, current, seed, subsequence, replace, ratio, offset):
-    """d and r, zero where both models are exactly zero and (anchored) under the mask."""
+    """d and r; both are zero where both models are exactly zero and, if anchored, where an entry is replaced."""
     n, d = previous.numel(), current.double() - previous.double()
     keep = (previous != 0) | (current != 0)
     if replace == "anchored":
@@ -114,7 +114,7 @@ def trm_direction(previous, current, *, seed, subsequence, replace="anchored", r
 
 
 def perpendicular(direction: Tensor) -> tuple[float, float]:
-    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. d = 0 gives c = 0; r parallel to d (to 1e-3 rad) gives (c, 0): P = 0."""
+    """(c, 1 / ||r - c d||), c = <r,d> / <d,d>. d = 0: c = 0. r parallel to d (to 1e-3 rad): (c, 0), so P = 0."""
     rd, dd, rr = (float(x) for x in direction)
     c = 0.0 if dd == 0 else rd / dd
     square = rr - c * rd
@@ -135,7 +135,7 @@ def trm_merge(
     offset=0,
     initial=None,
 ) -> Tensor:
-    """TRM eq. 4 and 5 with P of eq. 3, in the three readings of the random replacement."""
+    """TRM eq. 4 and 5 with P of eq. 3, for the three interpretations of the random replacement."""
     (d, r), (c, scale) = _plane(previous, current, seed, subsequence, replace, ratio, offset), perpendicular(direction)
     p, a, b = (r - c * d) * scale, previous.double(), current.double()
     mask, from_previous = replaced(previous.numel(), seed, subsequence, ratio, offset)
@@ -197,7 +197,7 @@ def weighted_sum(models, weights, *, initial=None, segments=None) -> Tensor:
 
 
 def magmax_merge(models, *, initial, scale=1.0) -> Tensor:
-    """initial + scale * task vector of largest fp32 magnitude, the later at ties; a NaN stays."""
+    """initial + scale * (per entry the task vector of largest fp32 magnitude, the later one in a tie; NaN is kept)."""
     kept = torch.zeros(initial.shape, dtype=torch.float64)
     for m in models:
         kept = magmax_update(kept, m.float() - initial.float())
@@ -205,7 +205,7 @@ def magmax_merge(models, *, initial, scale=1.0) -> Tensor:
 
 
 def fisher_average(models, fishers, weights=None) -> Tensor:
-    """sum w F theta / sum w F; the weighted mean where that is 0 / 0."""
+    """sum w F theta / sum w F; the weighted mean of theta where sum w F = 0."""
     w = torch.tensor(weights or [1.0] * len(models), dtype=torch.float64)[:, None]
     theta, f = torch.stack([m.double() for m in models]), torch.stack([f.double() for f in fishers])
     below = (w * f).sum(0)
@@ -220,7 +220,7 @@ def dare_merge(models, p, weights, *, initial, seed, subsequence, offset=0) -> T
 
 
 def keep_largest(magnitude: Tensor, k: int, keep: str) -> Tensor:
-    """Mask of the k largest magnitudes: 'exactly' k, the earlier of equal ones first, or 'at least' k with all ties."""
+    """Mask of the k largest magnitudes: 'exactly' k, earlier entries first in a tie, or 'at least' k with all ties."""
     order = torch.sort(magnitude, descending=True, stable=True)
     if keep == "exactly" or k == 0:
         return torch.zeros(len(magnitude), dtype=torch.bool).index_fill_(0, order.indices[:k], True)
@@ -228,7 +228,7 @@ def keep_largest(magnitude: Tensor, k: int, keep: str) -> Tensor:
 
 
 def ties(models, *, initial, counts, segments, weights, convention="paper", keep="exactly", scale=1.0) -> Tensor:
-    """TIES by its definition: trim every task vector per segment, elect a sign per entry, average what agrees."""
+    """TIES: trim every task vector per segment, elect a sign per entry, average the entries of that sign."""
     deltas = [m.float() - initial.float() for m in models]  # the threshold compares fp32 magnitudes
     for d in deltas:
         for k, a, b in zip(counts, segments, segments[1:], strict=False):
@@ -242,7 +242,7 @@ def ties(models, *, initial, counts, segments, weights, convention="paper", keep
 
 
 def stock(models, *, initial, segments) -> tuple[Tensor, Tensor]:
-    """(Model Stock by its definition, ratio per segment): mean cosine of all pairs, clamped to [0, 1]."""
+    """(Model Stock, ratio per segment), from the mean cosine of all pairs, clamped to [0, 1]."""
     deltas, out, ratios = torch.stack([m.double() - initial.double() for m in models]), initial.double().clone(), []
     count = len(models)
     for a, b in zip(segments, segments[1:], strict=False):

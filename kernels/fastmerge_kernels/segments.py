@@ -23,7 +23,7 @@ def _short(bounds: tuple[int, ...]) -> str:
 
 
 @functools.lru_cache(64)
-def chunks(bounds: tuple[int, ...], size: int) -> np.ndarray:
+def chunk_rows(bounds: tuple[int, ...], size: int) -> np.ndarray:
     """int64 [rows, 3]: start, stop, segment of chunks of at most `size` entries, in order; no chunk crosses a boundary."""
     rows = [
         (a, min(a + size, stop), s)
@@ -34,23 +34,23 @@ def chunks(bounds: tuple[int, ...], size: int) -> np.ndarray:
 
 
 @functools.lru_cache(64)
-def chunks_on(bounds: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, bool]:
-    """`chunks` on the device, and whether every chunk but a segment's last starts and ends at a multiple of 16."""
-    rows = chunks(bounds, size)
+def chunk_rows_on(bounds: tuple[int, ...], size: int, device: torch.device) -> tuple[Tensor, bool]:
+    """`chunk_rows` on the device, and whether every chunk but a segment's last starts and ends at a multiple of 16."""
+    rows = chunk_rows(bounds, size)
     return torch.from_numpy(rows).to(device), bool((rows[:, :2] % 16 == 0).all())
 
 
 def sum_rows(rows: np.ndarray, bounds: tuple[int, ...], size: int) -> np.ndarray:
     """float64 [segments, columns]: the sums over each segment of one row per chunk, in order."""
     out = np.zeros((len(bounds) - 1, rows.shape[1]))
-    np.add.at(out, chunks(bounds, size)[:, 2], rows)
+    np.add.at(out, chunk_rows(bounds, size)[:, 2], rows)
     return out
 
 
 @functools.lru_cache(64)
 def first_rows(bounds: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """int64 [segments + 1] on the device: segment s has the rows first[s] .. first[s + 1] - 1 of `chunks`."""
-    return torch.from_numpy(np.searchsorted(chunks(bounds, size)[:, 2], np.arange(len(bounds)))).to(device)
+    """int64 [segments + 1] on the device: segment s has the rows first[s] .. first[s + 1] - 1 of `chunk_rows`."""
+    return torch.from_numpy(np.searchsorted(chunk_rows(bounds, size)[:, 2], np.arange(len(bounds)))).to(device)
 
 
 def inverse_roots(norms: Tensor) -> Tensor:

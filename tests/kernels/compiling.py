@@ -1,4 +1,4 @@
-"""Compile Triton kernels for a GPU that is not there: launches are recorded, not run, and built as the launcher would."""
+"""Compile Triton kernels without a GPU: record launches instead of running them, then build as the launcher would."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 
 @contextlib.contextmanager
 def recorded_launches():
-    """Within the context `kernel[grid](...)` only appends (kernel, arguments, options) to the list given."""
+    """Within the context `kernel[grid](...)` only appends (kernel, arguments, options) to the yielded list."""
     launches, original = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -37,7 +37,7 @@ def recorded_launches():
 
 
 def launches(dtype: torch.dtype) -> list:
-    """Every kernel as the ops launch it, for aligned vectors of this dtype."""
+    """Record the launches that the ops make of every kernel, for aligned vectors of this dtype."""
     from fastmerge_kernels.gpu import elementwise, lists, sampling, stock, threshold, ties, trm
 
     a, b, c, out = (torch.zeros(1 << 21, dtype=dtype) for _ in range(4))
@@ -83,7 +83,7 @@ def launches(dtype: torch.dtype) -> list:
 
 
 def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capability: int):
-    """The kernel built for compute capability 80, 90 or 100, specialised as at a launch (alignment, ints divisible by 16)."""
+    """Build the kernel for compute capability 80, 90 or 100, specialised as launched (alignment, multiples of 16)."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -104,13 +104,13 @@ def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capabili
 
 
 def _bundled(tool: str, *arguments: str | Path) -> str:
-    """What one of Triton's own copies of NVIDIA's tools prints."""
+    """Run an NVIDIA tool that Triton bundles and return its output."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def registers_and_stack(compiled) -> tuple[int, int]:
-    """(registers per thread, bytes of stack and local memory per thread: 0 unless registers were spilt)."""
+    """Return (registers, bytes of stack and local memory) per thread; the bytes are 0 unless registers spill."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -120,9 +120,9 @@ def registers_and_stack(compiled) -> tuple[int, int]:
 
 
 def instructions(compiled, capability: int) -> tuple[int, int]:
-    """SASS instructions (outside loops, in one pass through each loop), without padding; subroutines for rare cases count.
+    """Count SASS instructions (outside loops, in one pass through each loop), with code for rare cases but no padding.
 
-    ptxas unrolls loops, some of them into several copies; to count a pass it assembles the same PTX without unrolling.
+    ptxas unrolls some loops into several copies; to count one pass, it assembles the PTX here without unrolling.
     """
     assembler = "ptxas" if capability < 90 else "ptxas-blackwell"  # as Triton chooses
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `oracle`, `compiling`: shared 
 from fastmerge_kernels import reference  # noqa: E402
 from oracle import INTERPRET  # noqa: E402
 
-reference.random_words = functools.lru_cache(8)(reference.random_words)  # most of the tests' time otherwise
+reference.random_words = functools.lru_cache(8)(reference.random_words)  # otherwise most of the tests' time goes here
 reference.random_normal = functools.lru_cache(8)(reference.random_normal)
 
 
@@ -29,16 +29,16 @@ def device(request):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "test_interpreter.py" in item.nodeid)  # last: its process runs beside all others
+    items.sort(key=lambda item: "test_interpreter.py" in item.nodeid)  # last: its process runs during the others
 
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_run(request):
-    """(process, log) of the run that `test_interpreter.py` waits for, if it was selected; started before the first test."""
+    """If `test_interpreter.py` is selected, start its run before the first test and yield (process, log)."""
     if INTERPRET or not any("test_interpreter.py" in item.nodeid for item in request.session.items):
         yield None
         return
-    # a family of Triton kernels without tests of its own is an error: pytest does not find its file
+    # every family of Triton kernels needs its own test file: pytest fails if the file is missing
     families = sorted((Path(reference.__file__).parent / "gpu").glob("*.py"))
     names = [file.stem for file in families if file.stem not in ("__init__", "launch")]
     files = [Path(__file__).parent / f"test_{name}.py" for name in names]

@@ -1,4 +1,4 @@
-"""Comparison with the float64 reference: the bound is the rounding of fp32 arithmetic and of the output's dtype, no more."""
+"""Compare with the float64 reference; the bound allows only fp32 rounding and the rounding to the output's dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def vectors(count: int, n: int, dtype=torch.float32, device="cpu", seed=0) -> list[Tensor]:
-    """Models near each other: one of N(0, 1), the others 0.1 N(0, 1) away, some entries exactly zero in all."""
+    """Return similar models: the first is N(0, 1), the others add 0.1 N(0, 1) to it; some entries are zero in all."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(n, generator=generator)
     models = [base] + [base + 0.1 * torch.randn(n, generator=generator) for _ in range(count - 1)]
@@ -24,7 +24,7 @@ def vectors(count: int, n: int, dtype=torch.float32, device="cpu", seed=0) -> li
 
 
 def assert_rounded(actual: Tensor, expected: Tensor, scale: Tensor | float, steps: float = 8.0) -> None:
-    """|actual - expected| <= half a unit of actual's dtype + `steps` fp32 roundings of `scale`; the same NaN and inf."""
+    """Assert |actual - expected| <= half a unit of the dtype + `steps` fp32 roundings of `scale`; equal NaN and inf."""
     actual, kind = actual.detach().cpu(), torch.finfo(actual.dtype)
     exact = actual.double()
     expected = torch.where(expected.abs() > kind.max * (1 + kind.eps / 4), expected.sign() * torch.inf, expected)
@@ -40,7 +40,7 @@ def assert_rounded(actual: Tensor, expected: Tensor, scale: Tensor | float, step
 
 
 def assert_sums(actual: Tensor, expected: Tensor, absolute: Tensor) -> None:
-    """|actual - expected| <= 3e-6 of the sum of absolute terms: normals are good to 1e-6, products to 1e-7."""
+    """Assert |actual - expected| <= 3e-6 of the sum of absolute terms; normals are good to 1e-6, products to 1e-7."""
     assert actual.dtype == torch.float64
     error = (actual.cpu() - expected).abs()
     assert bool((error <= 3e-6 * absolute + 1e-30).all()), f"error {error.tolist()}, terms {absolute.tolist()}"

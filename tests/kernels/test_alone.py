@@ -1,4 +1,4 @@
-"""The ops without the trainer: the wheel of `kernels/` is built and used where the trainer's dependencies are absent."""
+"""The wheel of `kernels/` builds, and its ops work without the trainer and the trainer's dependencies."""
 
 from __future__ import annotations
 

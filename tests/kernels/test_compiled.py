@@ -1,6 +1,6 @@
-"""What Triton and ptxas make of every kernel, without a GPU: no spills, 128-bit loads and stores.
+"""Every kernel, compiled without a GPU, spills no registers and uses 128-bit loads and stores.
 
-A kernel that no call in `compiling.launches` launches fails `test_every_kernel_is_compiled`.
+`test_every_kernel_is_compiled` fails if `compiling.launches` does not launch a kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from oracle import INTERPRET
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is compiled in the interpreter")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 
 import fastmerge_kernels  # noqa: E402
 
@@ -24,7 +24,7 @@ SMALL = {
     "project_kernel",
     "stock_sums_kernel",
     "tie_place_kernel",
-}  # a program per segment, or a single one
+}  # one program per segment, or one in all
 
 WIDEST = (
     "lerp_kernel",
@@ -32,7 +32,7 @@ WIDEST = (
     "sums_kernel",
     "ties_update_kernel",
     "ties_merge_kernel",
-)  # those with most registers or vectors
+)  # the kernels with most registers or vectors
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_committed_table_has_every_kernel():
 
 
 def test_offsets_are_64_bit():
-    """A vector of 2^40 entries: the length arrives as a 64-bit integer and addresses are computed from it."""
+    """For a vector of 2^40 entries the length is a 64-bit integer, and addresses are computed in 64 bits."""
     from compiling import compile_launch, launches
 
     for kernel, arguments, options in launches(torch.float32):
@@ -101,7 +101,7 @@ def test_offsets_are_64_bit():
             "merge_kernel",
             "sums_kernel",
             "magmax_merge_kernel",
-        ):  # the ways to compute indices
+        ):  # one kernel for each way to compute indices
             compiled = compile_launch(kernel, arguments | {"n": 1 << 40}, options, 90)
             assert re.search(r"tt.func public @\w+\(.*%n: i64", compiled.asm["ttir"])
             assert re.search(r"arith.extsi .* : i32 to i64|arith.muli .* : i64", compiled.asm["ttir"])

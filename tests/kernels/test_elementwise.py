@@ -1,4 +1,4 @@
-"""The one-formula ops against `reference.py` in float64; P&M in two vectors against the sum of the paper."""
+"""Compare the elementwise ops with `reference.py` in float64, and P&M with two vectors with the paper's sum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def magnitude(*tensors):
     return 4 * sum(x.double().abs().nan_to_num(0, 0, 0) for x in tensors)
 
 
-# name: (vectors, which are Fishers, call on clones -> what was written, formula -> the same, scale of the rounding error)
+# name: (number of vectors, indices of Fishers, op -> written tensors, formula -> the same, scale of the rounding error)
 OPS = {
     "axpy": (2, (), lambda x, d: [fk.axpy(x, d, 0.3)], lambda x, d: [reference.axpy(x, d, 0.3)], magnitude),
     "fisher_merge_": (
@@ -92,7 +92,7 @@ def test_dtypes(device, name, types):
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in ("fisher_merge_", "pam_accumulate_")])
 def test_special_values(device, name):
-    """NaN, inf, zeros and subnormals in every combination: the same NaN and inf as the formula, and counted."""
+    """For every combination of NaN, inf, zeros and subnormals, NaN and inf are the same as in the formula."""
     special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -2.0, 1e-40, 1e30]
     count, fishers, call, formula, scale = OPS[name]
     grid = torch.tensor(list(itertools.product(special, repeat=count)), dtype=torch.float32)
@@ -112,13 +112,13 @@ def test_nonfinite_values_are_counted(device):
         fisher = d.abs()
         fk.fisher_merge_(x, fisher, d, fisher.clone(), 0.5, nonfinite=bad, check=False)
         assert bad.item() == int((~x.isfinite()).sum() + (~fisher.isfinite()).sum())
-    big = torch.full((10,), 60000.0, dtype=torch.float16, device=device)  # finite operands, the result is not
+    big = torch.full((10,), 60000.0, dtype=torch.float16, device=device)  # finite operands, infinite result
     fk.axpy(big, big, 1.0, nonfinite=bad)
     assert bad.item() == 10
 
 
 def test_fisher_merge_rules(device):
-    """Zero Fishers in both: plain lerp. Zero in one: the other model, exactly. Equal Fishers: lerp."""
+    """Two zero Fishers give a plain lerp, one zero Fisher gives exactly the other model, equal Fishers give a lerp."""
     x, y = (v.to(device) for v in vectors(2, 1000))
     zero, some = torch.zeros(1000, device=device), torch.rand(1000, device=device) + 0.1
     expected = {(0, 0): fk.lerp(x, y, 0.25), (1, 0): x, (0, 1): y, (1, 1): fk.lerp(x, y, 0.25)}
@@ -132,7 +132,7 @@ def test_fisher_merge_rules(device):
 
 
 def test_tiny_fishers_keep_their_ratio(device):
-    """Second moments of 1e-30 merge like those of 1: no epsilon, no underflow."""
+    """Fishers of order 1e-30 merge like Fishers of order 1: no epsilon, no underflow."""
     x, y = (v.to(device) for v in vectors(2, 500))
     f, g = torch.rand(500, device=device) + 0.1, torch.rand(500, device=device) + 0.1
     expected = fk.fisher_merge_(x.clone(), f.clone(), y, g, 0.5)
@@ -164,14 +164,14 @@ def test_magmax_keeps_the_later_of_equals(device):
 
 
 def test_magmax_equals_the_batch_definition(device):
-    """One task at a time equals argmax over all task vectors (MagMax, eq. 1)."""
+    """Updating one task at a time equals the argmax over all task vectors (MagMax, eq. 1)."""
     initial, *models = (v.to(device) for v in vectors(6, LARGE))
     kept = torch.zeros_like(initial)
     for model in models:
         fk.magmax_update_(kept, model, initial=initial)
     deltas = torch.stack([m - initial for m in models]).flip(
         0
-    )  # the first of equals in the flipped stack is the latest
+    )  # argmax takes the first of equals: in the flipped stack, the latest
     assert torch.equal(kept, deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0])
 
 
@@ -225,7 +225,7 @@ def test_threads_and_shards_give_the_same_bits():
 def test_parallel_errors_reach_the_caller(monkeypatch):
     """An exception inside a worker thread is raised, not lost."""
     if INTERPRET:
-        pytest.skip("threads of the numba loops")
+        pytest.skip("tests the threads of the numba loops")
     from fastmerge_kernels.cpu import threads as loops
 
     threads = torch.get_num_threads()

@@ -1,6 +1,6 @@
-"""The Triton kernels on the CPU: the value tests of this folder again, in a process where Triton interprets its kernels.
+"""Run the value tests of this folder again, in a process where Triton interprets its kernels on the CPU.
 
-`conftest.py` starts that process with the session, so that it uses a second core meanwhile; this test waits for it.
+`conftest.py` starts that process at the start of the session, so that it uses a second core; this test waits for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def since(package: str, minor: tuple[int, int]) -> bool:
 def test_interpreted_kernels_pass(interpreted_run):
     pytest.importorskip("triton")
     if since("numpy", (2, 4)) and not since("triton", (3, 7)):
-        pytest.skip("before 3.7 Triton's interpreter needs numpy < 2.4: it makes ints of arrays with one entry")
+        pytest.skip("before 3.7 Triton's interpreter needs numpy < 2.4: it converts arrays of one entry to int")
     process, log = interpreted_run
     code = process.wait()
     log.seek(0)

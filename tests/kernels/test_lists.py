@@ -1,4 +1,4 @@
-"""Rules over lists of models: against their float64 formulas, against the streaming ops, in place, bad input."""
+"""Rules over lists of models: compared with float64 formulas and with the streaming ops, in place, on bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = [(torch.float32,) * 5, (torch.bfloat16,) * 5, (*DTYPES, *DTYPES[:2])]
 
 
 def near(n, dtypes=TYPES[0], device="cpu"):
-    """[initial, four models]."""
+    """Return [initial, *models], one per dtype."""
     return [x.to(t).to(device) for x, t in zip(vectors(len(dtypes), n), dtypes, strict=True)]
 
 
@@ -56,7 +56,7 @@ def test_magmax(device, n, dtypes):
 
 
 def test_magmax_equals_the_stream(device):
-    """Bit for bit, ties included: the later model wins."""
+    """The bits are equal, also for ties, where the later model wins."""
     generator = torch.Generator().manual_seed(4)
     initial, *models = (torch.randn(N, generator=generator).round().to(device) for _ in range(6))
     kept = torch.zeros(N, device=device)
@@ -71,7 +71,7 @@ def test_fisher_average(device, n, dtypes):
     _, *models = near(n, dtypes, device)
     fishers = [(x**2).abs() for x in near(n, dtypes[::-1], device)[1:]]
     for fisher in fishers:
-        fisher[: n // 4] = 0  # no information: the plain mean
+        fisher[: n // 4] = 0  # no information, so the plain mean
     weights = [1.0, 0.5, 2.0, 1.0]
     merged = fk.fisher_average(models, fishers, weights, out=torch.empty(n, device=device))
     expected = reference.fisher_average([m.cpu() for m in models], [f.cpu() for f in fishers], weights)
@@ -112,7 +112,7 @@ def test_random_mix_of_mixed_types(device):
 
 
 def rules(initial, models):
-    """Every rule as call(out=, nonfinite=)."""
+    """Return every rule as a callable that takes `out` and `nonfinite`."""
     fishers = [m.abs() for m in models]
     return [
         lambda **k: fk.weighted_sum(models, **k),
@@ -128,7 +128,7 @@ def rules(initial, models):
 
 @pytest.mark.parametrize("rule", range(8))
 def test_in_place_and_counted(device, rule):
-    """out may be a model or initial; NaN and inf are counted, and the inputs stay as they are otherwise."""
+    """`out` may be a model or `initial`; no other input changes; NaN and inf are counted."""
     initial, *models = near(3000, device=device)
     expected = rules(initial, models)[rule]()
     for k in (0, 2):
@@ -149,11 +149,11 @@ def test_one_model(device, rule):
     initial, model = near(2000, TYPES[0][:2], device)
     merged = rules(initial, [model])[rule]()
     assert merged.data_ptr() != model.data_ptr()
-    if rule not in (4, 6):  # DARE and TIES trim
+    if rule not in (4, 6):  # DARE and TIES drop entries
         torch.testing.assert_close(merged, model, rtol=0, atol=3e-7)
 
 
-@pytest.mark.skipif(INTERPRET, reason="threads of the numba loops")
+@pytest.mark.skipif(INTERPRET, reason="tests the threads of the numba loops")
 def test_results_do_not_depend_on_threads():
     initial, *models = near(300_001)
     threads = torch.get_num_threads()
@@ -191,7 +191,7 @@ def test_unaligned_models(device):
 
 
 def test_many_models(device):
-    """A hundred models cost no more memory than two, and nothing depends on their number."""
+    """Rules accept a hundred models."""
     initial = torch.zeros(700, device=device)
     models = [torch.full((700,), float(k), device=device) for k in range(100)]
     assert fk.weighted_sum(models).tolist() == [49.5] * 700

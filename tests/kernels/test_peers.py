@@ -1,6 +1,6 @@
-"""The conventions we name after mergekit 0.1.5 and peft 0.21.2, held against those packages (`pip install -e .[bench]`).
+"""Compare the conventions named after mergekit 0.1.5 and peft 0.21.2 with those packages (`pip install -e .[bench]`).
 
-Where we differ on purpose a test says how.
+Where our ops differ on purpose, a test shows how.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="compares conventions, not kernels"),
     pytest.mark.filterwarnings("ignore:The density 1.0 is greater"),
 ]
-MIXED = [0, 1, 4, 9, 9, 400, 5000, 5064, 20_000]  # tensors of one entry and of none among them
+MIXED = [0, 1, 4, 9, 9, 400, 5000, 5064, 20_000]  # includes tensors with one entry and with none
 SMALL = [0, *itertools.accumulate(1 + k % 30 for k in range(600))]
 LARGE = [0, 3, 1 << 18, (1 << 18) + 1000, 400_001]
 WEIGHTS = [(1.0, 1.0, 1.0), (1.0, 0.25, 2.0)]
@@ -25,7 +25,7 @@ TIGHT = {"rtol": 0, "atol": 1e-6}
 
 @pytest.fixture
 def mergekit():
-    """merge(method, models, base=None, bounds=MIXED, **parameters): state dicts through mergekit, flat again."""
+    """merge(method, models, base=None, bounds=MIXED, **parameters) merges flat vectors with mergekit."""
     methods = pytest.importorskip("mergekit.merge_methods")
 
     def merge(method, models, base=None, bounds=MIXED, **parameters):
@@ -43,7 +43,7 @@ def mergekit():
 
 @pytest.fixture
 def peft():
-    """merge(function, models, base, weights, *arguments, bounds=MIXED): tensor by tensor through peft, flat again."""
+    """merge(function, models, base, weights, *arguments, bounds=MIXED) merges flat vectors with peft, per tensor."""
     functions = pytest.importorskip("peft.utils.merge_utils")
 
     def merge(function, models, base, weights, *arguments, bounds=MIXED):
@@ -58,7 +58,7 @@ def peft():
 
 @pytest.fixture(params=["mergekit", "peft"])
 def ties(request):
-    """(convention, merge(models, base, weights, density, bounds=MIXED)): TIES of either package."""
+    """(convention, merge); merge(models, base, weights, density, bounds=MIXED) is TIES of that package."""
     rule = request.getfixturevalue(request.param)
 
     def merge(models, base, weights, density, bounds=MIXED):
@@ -74,7 +74,7 @@ def by_model(weights):
 
 
 def ranks(count, bounds, seed=11):
-    """Task vectors of integers whose magnitudes are distinct within a tensor: no ties, exact sums, many sums of zero."""
+    """Return integer task vectors with distinct magnitudes in each tensor: no ties, exact sums, many sums of zero."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [b - a for a, b in itertools.pairwise(bounds)]
     return [
@@ -98,7 +98,7 @@ def test_ties(ties, weights, density):
 @pytest.mark.parametrize("weights", [None, (1.0, 0.25, 2.0, 0.5, 1.0)])
 @pytest.mark.parametrize("density", [0.2, 0.29, 0.9])
 def test_ties_bit_for_bit(ties, bounds, weights, density):
-    """600 small tensors, or a few large ones, in exact arithmetic: kept sets, zero mass and divisors all have to agree."""
+    """On 600 small or a few large tensors, in exact arithmetic, kept sets, zero mass and divisors must all agree."""
     convention, merge = ties
     base, models = torch.zeros(bounds[-1]), ranks(5, bounds)
     expected = merge(models, base, weights or (1.0,) * 5, density, bounds)
@@ -108,7 +108,7 @@ def test_ties_bit_for_bit(ties, bounds, weights, density):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_zero_mass_is_elected_as_in_both(ties, weights):
-    """Untrimmed values of a lattice: thousands of entries cancel exactly."""
+    """Untrimmed values on a lattice, so that many entries cancel exactly."""
     convention, merge = ties
     base, *others = vectors(4, MIXED[-1], seed=7)
     base, *models = ((4 * x).round() / 4 for x in (base, *(base + 3 * (m - base) for m in others)))
@@ -131,7 +131,7 @@ def test_fewer_nonzero_entries_than_are_kept(ties, density):
 
 @pytest.mark.parametrize("values", ["constant", "lattice"])
 def test_equal_magnitudes_keep_as_many(ties, values):
-    """Ties at the threshold: the same magnitudes are kept in every tensor, though not at the same places."""
+    """With ties at the threshold, both keep the same magnitudes in every tensor, but may keep them at other places."""
     convention, merge = ties
     base = torch.zeros(MIXED[-1])
     model = base + 1 if values == "constant" else (vectors(1, MIXED[-1])[0] * 4).round()
@@ -142,7 +142,7 @@ def test_equal_magnitudes_keep_as_many(ties, values):
 
 
 def test_tiny_tensors(ties):
-    """At density 0.2 mergekit keeps one entry of a tensor with fewer than five, peft none."""
+    """At density 0.2 mergekit keeps one entry of a tensor with fewer than five entries; peft keeps none."""
     convention, merge = ties
     bounds = [0, *itertools.accumulate(range(1, 11))]
     base, (model,) = torch.zeros(bounds[-1]), ranks(1, bounds)
@@ -162,7 +162,7 @@ def test_density_zero(ties):
 
 
 def test_ties_with_nan_and_inf(ties):
-    """They count as largest and arrive: a NaN always, an infinity as itself."""
+    """NaN and infinity count as the largest magnitudes, so they are kept and appear in the result."""
     convention, merge = ties
     base, models = torch.zeros(LARGE[-1]), ranks(3, LARGE)
     models[0][7], models[1][300_000] = float("nan"), float("-inf")
@@ -175,7 +175,7 @@ def test_ties_with_nan_and_inf(ties):
 
 
 def test_ties_in_bf16(ties):
-    """Integers that bf16 holds exactly, so that mergekit's arithmetic in bf16 only rounds at the end; peft returns fp32."""
+    """The integers are exact in bf16, so that mergekit's bf16 arithmetic only rounds at the end; peft returns fp32."""
     convention, merge = ties
     base, models = torch.zeros(SMALL[-1]).bfloat16(), [m.bfloat16() for m in ranks(4, SMALL)]
     expected = merge(models, base, (1.0,) * 4, 0.3, SMALL)
@@ -193,7 +193,7 @@ def test_scale_is_lambda_of_mergekit(mergekit):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_average_and_task_arithmetic(mergekit, peft, weights):
-    """Over lists, and one model at a time by `lerp` and `axpy`."""
+    """Test the list ops, and `lerp` and `axpy` with one model at a time."""
     base, *models = vectors(4, MIXED[-1], seed=7)
     shares = [w / sum(weights) for w in weights]
     average = mergekit("linear", models, weight=by_model(weights))  # normalises
@@ -215,7 +215,7 @@ def test_average_and_task_arithmetic(mergekit, peft, weights):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_average_of_many_half_precision_models(mergekit, dtype):
-    """Both sum in fp32 and round once: at most one unit apart, and hardly ever."""
+    """Both sum in fp32 and round once: results rarely differ, and by at most one unit."""
     models = vectors(20, MIXED[-1], dtype, seed=7)
     ours, theirs = fk.weighted_sum(models), mergekit("linear", models, weight=1.0)
     assert ours.dtype == theirs.dtype == dtype
@@ -224,7 +224,7 @@ def test_average_of_many_half_precision_models(mergekit, dtype):
 
 
 def towards_each_other(count, n, pull, seed=3):
-    """[base, models]: task vectors with a common part `pull` times as large as their own."""
+    """Return [base, models]; the task vectors share a part `pull` times as large as their own part."""
     base, shared, *own = vectors(count + 2, n, seed=seed)
     return base, [m + pull * (shared - base) for m in own]
 
@@ -252,7 +252,7 @@ def test_model_stock(mergekit, count, bounds):
 
 
 def test_model_stock_of_opposing_task_vectors(mergekit):
-    """Mean cosine below 0: mergekit extrapolates away from the mean of the models (t < 0), we keep the initial model."""
+    """For a mean cosine below 0 mergekit extrapolates away from the models' mean (t < 0); we keep the initial model."""
     base, models = torch.zeros(1000), vectors(2, 1000, seed=1)
     models[1] = models[1] - 2 * models[0]
     t = mergekit("model_stock", models, base, [0, 1000], filter_wise=False) / (sum(models) / 2)
@@ -262,7 +262,7 @@ def test_model_stock_of_opposing_task_vectors(mergekit):
 
 
 def test_model_stock_of_short_task_vectors(mergekit):
-    """mergekit divides by a product of norms of at least 1e-6, so that task vectors shorter than 1e-3 lose their angle."""
+    """mergekit clamps the product of norms to at least 1e-6, so cosines of task vectors shorter than 1e-3 are wrong."""
     base = torch.zeros(100)
     models = [base + 1e-5, base + 1e-5]  # parallel: t = 1
     theirs = mergekit("model_stock", models, base, [0, 100], filter_wise=False)
@@ -273,7 +273,7 @@ def test_model_stock_of_short_task_vectors(mergekit):
 
 @pytest.mark.parametrize("merge", [lambda *a: fk.stock_merge(a[0], initial=a[1], segments=a[2]), streamed_stock])
 def test_model_stock_with_a_task_that_changes_nothing(mergekit, merge):
-    """Its cosines count as 0: two parallel task vectors and a zero one have mean cosine 1/3, t = 0.6."""
+    """A zero task vector has cosines 0: two parallel task vectors and a zero one have mean cosine 1/3, t = 0.6."""
     base = torch.zeros(100)
     models = [base + 1, base + 1, base.clone()]
     expected = mergekit("model_stock", models, base, [0, 100], filter_wise=False)
@@ -283,7 +283,7 @@ def test_model_stock_with_a_task_that_changes_nothing(mergekit, merge):
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_dare_in_distribution(peft, density):
-    """Per model: the share of kept entries, their value, and that the mean is kept; masks of models are independent."""
+    """The share and the values of kept entries are right for every model; the masks of models are independent."""
     torch.manual_seed(0)
     base, n = torch.zeros(MIXED[-1]), MIXED[-1]
     models, weights = [base + 1, base + 16, base + 256], (1.0, 0.5, 2.0)
@@ -291,7 +291,7 @@ def test_dare_in_distribution(peft, density):
     theirs = peft("dare_linear", models, base, weights, density)
     for merged in (ours, theirs):
         digits, kept = (merged * density).round().long(), []
-        for value in (1, 8, 512):  # weight times task vector: sums are unique
+        for value in (1, 8, 512):  # weight times task vector; all sums differ
             kept.append(digits & value != 0)
             assert abs(kept[-1].double().mean().item() - density) < 5 * (density * (1 - density) / n) ** 0.5
         torch.testing.assert_close(merged, sum(v * k for v, k in zip((1, 8, 512), kept, strict=True)) / density)
@@ -300,7 +300,7 @@ def test_dare_in_distribution(peft, density):
 
 
 def test_dare_keeps_the_mean(peft):
-    """Projected on the task vector, the merge has length 1 up to the noise of the mask."""
+    """The merge's projection on the task vector has relative length 1, up to the noise of the mask."""
     torch.manual_seed(0)
     base, model = vectors(2, MIXED[-1], seed=5)
     delta = model - base
@@ -313,7 +313,7 @@ def test_dare_keeps_the_mean(peft):
 
 
 def test_dare_of_mergekit_restores_the_l1_norm(mergekit):
-    """Its factor is ||delta||_1 / ||kept||_1 per tensor, ours 1 / density: same mean, other values."""
+    """mergekit scales by ||delta||_1 / ||kept||_1 per tensor, we by 1 / density: equal mean, different values."""
     torch.manual_seed(0)
     n, base = MIXED[-1], torch.zeros(MIXED[-1])
     delta = vectors(1, n, seed=5)[0] + 0.01

@@ -1,6 +1,6 @@
-"""Random numbers against the published Philox vectors, against the numpy reference, and against the normal distribution.
+"""Compare random numbers with the published Philox vectors, the numpy reference and the normal distribution.
 
-Masks and normals are read through the public op `trm_merge`: the same tests for the numba loop, the interpreter and CUDA.
+Masks and normals come from the public op `trm_merge`, so the tests cover the numba loop, the interpreter and CUDA.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KNOWN = [
 
 
 def mask(n, seed, subsequence, ratio, offset, device="cpu"):
-    """What `trm_merge` shows of the mask: 0 not replaced, 1 from previous, 2 from current."""
+    """Read the mask from `trm_merge`: 0 not replaced, 1 taken from previous, 2 taken from current."""
     previous, current = torch.full((n,), 1.0, device=device), torch.full((n,), 2.0, device=device)
     direction = torch.ones(3, dtype=torch.float64, device=device)
     merged = fk.trm_merge(
@@ -36,7 +36,7 @@ def mask(n, seed, subsequence, ratio, offset, device="cpu"):
 
 
 def normal(n, seed, subsequence, offset, device="cpu"):
-    """What `trm_merge` shows of r: with d = 0 and ||r|| = 1 it writes previous + r."""
+    """Read r from `trm_merge`: with d = 0 and ||r|| = 1 it writes previous + r."""
     tiny, direction = (
         torch.full((n,), 1e-30, device=device),
         torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device),
@@ -60,7 +60,7 @@ def test_published_vectors(counter, key, result):
 
 
 def test_the_map_uses_the_published_function():
-    """Position 0 of seed and subsequence 0 takes word 0 of counter 0, the first published vector."""
+    """With seed and subsequence 0, the words of counter 0 are those of the first published vector."""
     assert reference.random_words(512, 0, 0, "mask")[[0, 128, 256, 384]].tolist() == [
         int(w, 16) for w in KNOWN[0][2].split()
     ]
@@ -87,7 +87,7 @@ def test_normals_follow_the_formula(device, offset):
 
 
 def test_normals_are_normal():
-    """Moments and tail of a sample within five standard errors of N(0, 1); neighbours and subsequences uncorrelated."""
+    """Moments and tail are within five standard errors of N(0, 1); neighbours and subsequences are uncorrelated."""
     n = 8_000 if INTERPRET else 1_000_000
     z, other = normal(n, 1, 0, 0).double(), normal(n, 1, 1, 0).double()
     five = 5 / math.sqrt(n)

@@ -1,4 +1,4 @@
-"""The examples of kernels/README.md run as they stand there, and its table names every public op."""
+"""The examples of kernels/README.md run, and its table names every public op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
 
 
 def run(tmp_path, code, path=""):
-    """What the script prints, in an empty folder, on the CPU; nothing on PATH, so no compiler, unless one is given."""
+    """Run the script on the CPU in `tmp_path` and return its output; without `path` it finds no compiler."""
     script = tmp_path / "example.py"
     script.write_text(code)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path or str(tmp_path)}
@@ -63,5 +63,5 @@ def test_shards_on_ranks(tmp_path):
 
 
 def test_the_table_names_every_op():
-    named = set(re.findall(r"`(\w+)", README.split("## Rules that hold")[0]))
+    named = set(re.findall(r"`(\w+)", README.split("## Rules for all ops")[0]))
     assert set(fk.__all__) <= named, set(fk.__all__) - named

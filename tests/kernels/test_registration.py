@@ -1,4 +1,4 @@
-"""The ops as torch sees them: `opcheck`, `torch.compile(fullgraph=True)` against eager, argument errors, imports, caching."""
+"""Registration of the ops: `opcheck`, `torch.compile(fullgraph=True)`, argument errors, imports, caching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = {"seed": 3, "subsequence": 1}
 
 
 def calls(device):
-    """(op, arguments) of every registered op, in all its optional forms."""
+    """Yield (op, arguments) for every registered op, with and without its optional arguments."""
     a, b, c, g = vectors(4, 1100, device=device)
     number, bad = torch.tensor(0.3, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     direction = fk.trm_direction(a, b, **KEY)
@@ -79,7 +79,7 @@ def test_opcheck(device):
     for op, arguments in calls(device):
         every = (
             {} if op not in seen else {"test_utils": ("test_schema", "test_faketensor")}
-        )  # the others take a second each
+        )  # the other checks take a second each
         torch.library.opcheck(op, arguments, **every)
         seen.add(op)
 
@@ -144,7 +144,7 @@ def lists(a, b, c, g, alpha, seed):
 
 @pytest.mark.parametrize("function", [trm_step, pairwise, streamed_ties, lists])
 def test_compiles_to_one_graph(device, function):
-    """Every public op under torch.compile(fullgraph=True) gives what it gives without."""
+    """torch.compile(fullgraph=True) does not change the result of any public op."""
     a, b, c, g = vectors(4, 1100, device=device)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for seed in (5, 6, 2**62):
@@ -261,7 +261,7 @@ except ValueError as error:
 
 
 def test_import_is_light():
-    """Importing loads neither numba nor Triton; the first op loads numba, and never torch's compiler."""
+    """Importing loads neither numba nor Triton; the first op loads numba, but not Triton or torch's compiler."""
     run = python(
         "import sys, torch; before = set(sys.modules); import fastmerge_kernels as fk\n"
         "new = set(sys.modules) - before; assert not new & {'numba', 'triton', 'llvmlite'}, new\n"
@@ -277,7 +277,7 @@ def addition(start, stop, x):
 
 @pytest.mark.parametrize("fault", ["no folder", "full disk"])
 def test_unwritable_cache_gives_one_warning(monkeypatch, fault):
-    """Where numba finds no folder to cache in, or cannot write there, loops work and one warning says what that costs."""
+    """If numba finds no cache folder or cannot write to it, loops still work and one warning states the cost."""
     from fastmerge_kernels.cpu import cache
     from numba.core import caching
 
@@ -298,7 +298,7 @@ def test_unwritable_cache_gives_one_warning(monkeypatch, fault):
 
 
 def test_cache_is_used_and_follows_the_sources(monkeypatch, tmp_path):
-    """A second dispatcher loads what the first compiled; with another fingerprint of the sources it compiles again."""
+    """A second dispatcher loads what the first compiled; one with a new fingerprint of the sources compiles again."""
     import numba
     from fastmerge_kernels.cpu import cache
 
@@ -312,8 +312,26 @@ def test_cache_is_used_and_follows_the_sources(monkeypatch, tmp_path):
     assert results == [(0, 1), (1, 0), (0, 1)]
 
 
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "names a class that is gone"])
+def test_a_damaged_cache_file_is_made_anew(monkeypatch, tmp_path, ending, damage):
+    import numba
+    from fastmerge_kernels.cpu import cache
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert cache.loop(addition)(1, 2, np.ones(1, np.float32)) == 4
+    (file,) = tmp_path.rglob(f"*{ending}")
+    whole = file.read_bytes()
+    gone = b"cfastmerge_kernels.cpu.memory\nGone\n."  # a pickle
+    file.write_bytes({"cut": whole[:-10], "emptied": b""}.get(damage, gone))
+    for misses in (1, 0):  # compiled again, then loaded again
+        function = cache.loop(addition)
+        assert function(1, 2, np.ones(1, np.float32)) == 4
+        assert len(function.stats.cache_misses) == misses
+
+
 def test_the_cache_key_covers_every_file(tmp_path):
-    """A changed constant in any file of the package (a tile size, say) is another fingerprint."""
+    """A changed constant in any file of the package (a tile size, say) changes the fingerprint."""
     from fastmerge_kernels.cpu import cache
 
     copy = tmp_path / "fastmerge_kernels"

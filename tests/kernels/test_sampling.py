@@ -1,4 +1,4 @@
-"""random_mix and dare_delta against `reference.py`: the choice bit for bit, values to rounding; distribution, shards."""
+"""random_mix, random_replace_ and dare_delta: compared with `reference.py`; distribution, shards, bad input."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_random_replace(device, types):
 
 
 def test_a_stream_is_mixed_equally(device):
-    """p = 1 / t for the t-th model: each of five models has a fifth of the entries."""
+    """With p = 1 / t for the t-th model, each of five models gets a fifth of the entries."""
     kept = torch.zeros(LARGE, device=device)
     for k in range(5):
         fk.random_replace_(kept, torch.full_like(kept, float(k)), 1 / (k + 1), seed=3, subsequence=k)

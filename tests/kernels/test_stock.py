@@ -1,4 +1,4 @@
-"""Model Stock in O(T) against its definition over all pairs (`reference.stock`); per-segment norms against float64."""
+"""Compare Model Stock in O(T) with its definition over all pairs (`reference.stock`), segment norms with float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOUNDS = [0, 3, 3, 16, N // 2, N - 100, N]
 
 
 def near(count, n, dtype=torch.float32, device="cpu"):
-    """Models whose task vectors share a direction, so that cosines lie between 0 and 1; the first vector is `initial`."""
+    """Return [initial, *models]; the task vectors share a direction, so that cosines are between 0 and 1."""
     base = vectors(count + 2, n, seed=3)
     shared = base[1] - base[0]
     return [base[0].to(dtype).to(device)] + [(m + 2 * shared).to(dtype).to(device) for m in base[2:]]
@@ -57,7 +57,7 @@ def test_equals_the_definition(device, count, dtype):
 
 
 def test_task_vectors_that_point_apart(device):
-    """Mean cosine below 0 has no meaning in the formula: the initial model is kept, nothing is NaN."""
+    """The formula has no meaning for a mean cosine below 0: the initial model is kept, and nothing is NaN."""
     initial, delta = torch.zeros(100, device=device), torch.ones(100, device=device)
     total, units = stream(initial, [delta, -delta * 3], None)
     assert fk.stock_ratio(units, 2).tolist() == [0.0]
@@ -65,7 +65,7 @@ def test_task_vectors_that_point_apart(device):
 
 
 def test_a_task_that_changes_nothing(device):
-    """Two parallel task vectors and a zero one: mean cosine 1/3, t = 0.6. Per segment: in the second all three move."""
+    """Two parallel task vectors and a zero one have mean cosine 1/3, t = 0.6; in the second segment none is zero."""
     initial, delta = torch.zeros(100, device=device), torch.ones(100, device=device)
     models = [delta, delta.clone(), torch.cat([torch.zeros(40), torch.ones(60)]).to(device)]
     total, units = torch.zeros(100, device=device), torch.zeros(100, device=device)
@@ -92,7 +92,7 @@ def test_task_vectors_may_be_given(device):
     assert torch.equal(total, expected[0]) and torch.equal(units, expected[1])
 
 
-@pytest.mark.skipif(INTERPRET, reason="threads of the numba loops")
+@pytest.mark.skipif(INTERPRET, reason="tests the threads of the numba loops")
 def test_results_do_not_depend_on_threads():
     initial, *models = near(3, N)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The k-th largest magnitude against sorting: ties, NaN, segments, samples that mislead, threads, shards."""
+"""Compare the k-th largest magnitude with sorting: ties, NaN, segments, misleading samples, threads, shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N = 1200 if INTERPRET else 70_000
 
 
 def kept(x, threshold, cut):
-    """The rule of `ties.py`, on one segment."""
+    """Return the mask of kept entries by the rule of `ties.py`, on one segment."""
     bits, limit = x.abs().float().view(torch.int32), threshold.view(torch.int32)
     return (bits > limit) | ((bits == limit) & (torch.arange(len(x), device=x.device) <= cut))
 
@@ -24,7 +24,7 @@ def kept(x, threshold, cut):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep", ["at least", "exactly"])
 def test_threshold_equals_sorting(device, dtype, keep):
-    """The k-th largest of a sort, for values with and without ties; bf16 and fp16 have many."""
+    """The threshold is the k-th largest of a sort, with and without ties; bf16 and fp16 have many ties."""
     x = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     for k in (0, 1, N // 5, N - 1, N):
         threshold, cut = fk.magnitude_threshold(x, k, keep=keep)
@@ -58,13 +58,13 @@ def test_threshold_per_segment(device):
         assert torch.equal(kept(d, t, c - a).cpu(), reference.keep_largest(d.abs().cpu(), k, "exactly"))
 
 
-@pytest.mark.skipif(INTERPRET, reason="the brackets of the numba loops")
+@pytest.mark.skipif(INTERPRET, reason="tests the brackets of the numba loops")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "shape", ["normal", "sorted", "periodic", "few values", "one spike", "all equal", "nan", "bf16"]
 )
 def test_values_that_mislead_a_sample(shape, threads, monkeypatch):
-    """Whatever the sample says the threshold is that of a sort; large segments are shared by threads with the same result."""
+    """A misleading sample does not change the threshold; neither do threads that share a large segment."""
     from fastmerge_kernels.cpu import threshold
 
     monkeypatch.setattr(threshold, "LARGE", 50_000)
@@ -103,7 +103,7 @@ def test_values_that_mislead_a_sample(shape, threads, monkeypatch):
 
 
 def test_histograms_of_shards_find_the_threshold(device):
-    """The loop of the docstring, over two shards and two segments each."""
+    """Run the loop of the docstring over two shards with two segments each."""
     x, initial = (v.to(device) for v in vectors(2, N))
     shards = [(slice(0, 600), [0, 100, 600]), (slice(600, N), [0, 50, N - 600])]
     prefix, known, rank = None, 0, torch.tensor([40, 900 if INTERPRET else 9000], device=device)

@@ -1,4 +1,4 @@
-"""TIES against its definition in float64 (`reference.ties`), list against stream."""
+"""Compare TIES with its float64 definition (`reference.ties`), and the list op with the streaming ops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_half_precision_models(device, dtype):
 
 
 def stream(models, initial, convention, bounds, weights, keep="exactly", scale=0.7):
-    """What `ties_merge` computes, by the streaming ops."""
+    """Compute `ties_merge` with the streaming ops."""
     rule = CONVENTIONS[convention]
     state = [torch.zeros(initial.shape, device=initial.device) for _ in range(4)]
     mass = torch.zeros_like(state[0]) if rule["elect"] == "unweighted" else None
@@ -69,7 +69,7 @@ def stream(models, initial, convention, bounds, weights, keep="exactly", scale=0
 @pytest.mark.parametrize("convention", ["paper", "mergekit", "peft"])
 @pytest.mark.parametrize("keep", ["at least", "exactly"])
 def test_list_and_stream_give_the_same_bits(device, convention, keep):
-    """On a lattice of few values many kept entries cancel exactly, so the rule for zero mass decides; also in place."""
+    """On a lattice many kept entries cancel exactly, which tests the rule for zero mass; `out` may be an input."""
     generator = torch.Generator().manual_seed(5)
     initial, *models = ((torch.randn(N, generator=generator) * 2).round().to(device) for _ in range(5))
     models.append(initial - 1)  # more negative signs than positive
@@ -99,7 +99,7 @@ def test_mixed_types(device):
 
 
 def test_small_cases(device):
-    """Density 1 of one model is the model; tiny tensors keep an entry; equal and opposite entries follow the convention."""
+    """Merging one model at density 1 returns it; tiny tensors and entries that cancel follow the convention."""
     initial, model = (v.to(device) for v in vectors(2, 500))
     torch.testing.assert_close(fk.ties_merge([model], initial=initial, density=1.0), model, rtol=0, atol=2e-7)
     for n in (1, 4, 8):
@@ -122,7 +122,7 @@ def test_nan_is_not_dropped(device):
     assert bad.item() == 1 and merged[7].isnan()
 
 
-@pytest.mark.skipif(INTERPRET, reason="threads of the numba loops")
+@pytest.mark.skipif(INTERPRET, reason="tests the threads of the numba loops")
 def test_results_do_not_depend_on_threads():
     initial, *models = vectors(4, 300_001)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""lerp and the TRM ops against the float64 formulas of `reference.py`; shards, threads and dtypes against each other."""
+"""Compare lerp and the TRM ops with the float64 formulas of `reference.py`; test shards, threads and dtypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cpu(*tensors):
 
 
 def check_merge(previous, current, initial, position, alpha=0.4, beta=3.0, out=None):
-    """One merge against the reference, given the direction that the reference computes."""
+    """Compare one merge with the reference; both get the direction that the reference computes."""
     direction = reference.trm_direction(*cpu(previous, current), **position)
     bad = torch.full((1,), -1, dtype=torch.int64, device=previous.device)
     initial = initial if position["replace"] == "literal" else None
@@ -123,7 +123,7 @@ def test_ratio_ends(device, replace, ratio):
 @pytest.mark.parametrize("replace", REPLACE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adversarial_values(device, replace, dtype):
-    """NaN, inf, signed zeros, subnormals, values near the dtype's ends: the formula decides, and the count tells."""
+    """NaN, inf, signed zeros, subnormals and extreme values follow the formula, and non-finite results are counted."""
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bf16, NaN to infinity")
     kind = torch.finfo(dtype)
@@ -174,13 +174,13 @@ def test_both_zero_stays_zero(device):
         )
         assert bool((merged[zero] == 0).all()) and bool((merged[~zero] != 0).all())
         dropped = torch.where(zero, 0.0, gradient)
-        for g in (gradient, dropped):  # a gradient on padding changes neither inner product
+        for g in (gradient, dropped):  # gradients of padding change neither inner product
             sums = fk.subspace_gradient(g, previous, current, direction, **position)
             assert torch.equal(sums[:2], fk.subspace_gradient(dropped, previous, current, direction, **position)[:2])
 
 
 def test_direction_is_perpendicular_and_normalised(device):
-    """P of the op, read from a merge with alpha = 0, beta = 1: ||P|| = 1 and <P, d> = 0."""
+    """P, computed from the op's sums, satisfies ||P|| = 1 and <P, d> = 0."""
     previous, current = vectors(2, LARGE, device=device)
     for replace in ("none", "anchored"):
         position = {**KEY, "replace": replace}
@@ -194,7 +194,7 @@ def test_direction_is_perpendicular_and_normalised(device):
 
 
 def test_degenerate_planes(device):
-    """d = 0: P is r normalised. One entry: r is parallel to d, P = 0. NaN stays NaN."""
+    """If d = 0, P is the normalised r. With one entry r is parallel to d, so P = 0. NaN stays NaN."""
     same = torch.ones(1000, device=device)
     position = {**KEY, "replace": "none"}
     direction = fk.trm_direction(same, same, **position)
@@ -212,7 +212,7 @@ def test_degenerate_planes(device):
 
 @pytest.mark.parametrize("replace", REPLACE)
 def test_shards_give_the_same_bits(device, replace):
-    """Any cut of the vector, merged piece by piece with its offset, equals the whole merge; sums of shards add up."""
+    """Merging pieces of the vector with their offsets equals merging the whole; the sums of the pieces add up."""
     n = LARGE
     previous, current, initial, gradient, _ = vectors(5, n, device=device)
     position = {**KEY, "replace": replace, "ratio": 0.6}
@@ -295,7 +295,7 @@ def test_empty_vectors(device):
     assert fk.lerp(empty, empty, 0.5).shape == (0,)
 
 
-@pytest.mark.skipif(INTERPRET, reason="threads of the numba loops")
+@pytest.mark.skipif(INTERPRET, reason="tests the threads of the numba loops")
 def test_results_do_not_depend_on_threads():
     previous, current, _, gradient, _ = vectors(5, 700_001)
     threads = torch.get_num_threads()
@@ -323,7 +323,7 @@ def test_repeated_reductions_are_bit_identical(device):
 
 @pytest.mark.gpu
 def test_cuda_agrees_with_cpu():
-    """Masks and picked entries bit for bit, the rest to fp32 rounding."""
+    """CUDA and CPU agree to fp32 rounding."""
     previous, current, initial, gradient, gradient2 = vectors(5, 3_000_017)
     for replace in REPLACE:
         position = {**KEY, "replace": replace, "offset": 12_345}
@@ -340,7 +340,7 @@ def test_cuda_agrees_with_cpu():
 
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_entries_on_cuda():
-    """The last entries of a vector of 2^31 + 1000 bf16 entries equal those of its last shard."""
+    """The last entries of a merge of 2^31 + 1000 bf16 entries equal a merge of the last shard alone."""
     n, tail = 2**31 + 1000, 5000
     if torch.cuda.mem_get_info()[0] < 5 * n * 2:
         pytest.skip("needs 22 GB of free device memory")

@@ -6,6 +6,7 @@ No fast-math flag is set, so NaN and inf propagate, and vector and scalar code g
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -31,12 +32,17 @@ class _Cache(FunctionCache):
 
     def __init__(self, function):
         super().__init__(function)
-        self._cache_file._source_stamp = _SOURCES
+        # numba compares the version before it unpickles the rest, which may name classes that are gone
+        self._cache_file._version = f"{numba.__version__} {_SOURCES}"
 
     def load_overload(self, signature, context):
         try:
             return super().load_overload(signature, context)
         except OSError:
+            return None
+        except Exception:  # a damaged file can raise anything while it is unpickled
+            with contextlib.suppress(OSError):
+                self.flush()
             return None
 
     def save_overload(self, signature, data):

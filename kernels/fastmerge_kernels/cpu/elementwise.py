@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .cache import loop
-from .memory import arrays, fetch, number, store
+from .memory import arrays, fetch, scalar, store
 from .sums import add_sums
 from .threads import CHUNK, reduce, run
 
@@ -150,7 +150,7 @@ LOOPS = {
 
 
 def launch(name, vectors, numbers, nonfinite):
-    bad = run(LOOPS[name], vectors[0].numel(), *arrays(*vectors), *(number(*x) for x in numbers))
+    bad = run(LOOPS[name], vectors[0].numel(), *arrays(*vectors), *(scalar(*x) for x in numbers))
     if nonfinite is not None:
         nonfinite.fill_(bad)
 

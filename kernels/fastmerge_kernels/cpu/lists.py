@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..philox import threshold
-from ..segments import chunks
+from ..segments import chunk_rows
 from .cache import loop
-from .memory import arrays, fetch, fetch_at, number, store, table
+from .memory import address_table, arrays, fetch, fetch_at, scalar, store
 from .philox import DROP, block_span, block_words, key
 from .threads import CHUNK, run
 
@@ -26,12 +26,12 @@ def finish(bad, nonfinite):
 
 
 @loop
-def _weighted_sum(start, stop, rows, models, weights, initial, out):
+def _weighted_sum(start, stop, chunks, models, weights, initial, out):
     scratch, total, bad = np.empty((2, BLOCK), np.float32), np.empty(BLOCK, np.float32), 0
     for row in range(start, stop):
-        segment = rows[row, 2]
-        for first in range(rows[row, 0], rows[row, 1], BLOCK):
-            count = min(BLOCK, rows[row, 1] - first)
+        segment = chunks[row, 2]
+        for first in range(chunks[row, 0], chunks[row, 1], BLOCK):
+            count = min(BLOCK, chunks[row, 1] - first)
             total[:] = _ZERO
             if initial is None:
                 for t in range(models.codes.size):
@@ -51,9 +51,10 @@ def _weighted_sum(start, stop, rows, models, weights, initial, out):
 
 
 def weighted_sum(models, weights, initial, bounds, out, nonfinite):
-    rows = chunks(bounds, CHUNK)
+    chunks = chunk_rows(bounds, CHUNK)
     finish(
-        run(_weighted_sum, len(rows), rows, table(models), weights.numpy(), *arrays(initial, out), grain=1), nonfinite
+        run(_weighted_sum, len(chunks), chunks, address_table(models), weights.numpy(), *arrays(initial, out), grain=1),
+        nonfinite,
     )
 
 
@@ -78,7 +79,7 @@ def _magmax(start, stop, models, initial, out, scale):
 
 
 def magmax(models, initial, scale, out, nonfinite):
-    finish(run(_magmax, out.numel(), table(models), *arrays(initial, out), number(*scale)), nonfinite)
+    finish(run(_magmax, out.numel(), address_table(models), *arrays(initial, out), scalar(*scale)), nonfinite)
 
 
 @loop
@@ -105,7 +106,7 @@ def _fisher(start, stop, models, fishers, weights, out):
 
 
 def fisher(models, fishers, weights, out, nonfinite):
-    bad = run(_fisher, out.numel(), table(models), table(fishers), weights.numpy(), *arrays(out))
+    bad = run(_fisher, out.numel(), address_table(models), address_table(fishers), weights.numpy(), *arrays(out))
     finish(bad, nonfinite)
 
 
@@ -132,4 +133,4 @@ def _dare(start, stop, models, weights, initial, out, drop, keys, offset):
 def dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite):
     keys = np.array([key(seed, subsequence + t) for t in range(len(models))], np.uint32)
     scaled, drop = weights.numpy() * np.float32(1 / (1 - p)), np.uint32(threshold(p))
-    finish(run(_dare, out.numel(), table(models), scaled, *arrays(initial, out), drop, keys, offset), nonfinite)
+    finish(run(_dare, out.numel(), address_table(models), scaled, *arrays(initial, out), drop, keys, offset), nonfinite)

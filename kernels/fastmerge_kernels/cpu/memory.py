@@ -29,7 +29,7 @@ def arrays(*tensors: Tensor | None) -> list:
     return [None if x is None else (np.uint64(x.data_ptr()), _CODES[x.dtype]) for x in tensors]
 
 
-def number(value: float, tensor: Tensor | None) -> np.float32:
+def scalar(value: float, tensor: Tensor | None) -> np.float32:
     """The op's scalar as fp32, from `checks.scalar`'s pair."""
     return np.float32(value if tensor is None else tensor.item())
 
@@ -190,15 +190,15 @@ def _put_back(x, first, count, values):
     return lambda x, first, count, values: _encode(x[0], x[1], first, count, values)
 
 
-class Table(NamedTuple):
+class AddressTable(NamedTuple):
     addresses: np.ndarray  # [T] uint64
     codes: np.ndarray  # [T] int64
 
 
-def table(tensors) -> Table:
+def address_table(tensors) -> AddressTable:
     """Many tensors for `fetch_at`. The caller keeps them alive."""
     codes = [_CODES[x.dtype] for x in tensors]
-    return Table(np.array([x.data_ptr() for x in tensors], np.uint64), np.array(codes, np.int64))
+    return AddressTable(np.array([x.data_ptr() for x in tensors], np.uint64), np.array(codes, np.int64))
 
 
 @intrinsic
@@ -211,7 +211,7 @@ def _pointer(typingctx, address):
 
 @part
 def fetch_at(models, t, first, count, scratch):
-    """`fetch` from the t-th tensor of a `table`."""
+    """`fetch` from the t-th tensor of an `address_table`."""
     if models.codes[t] == 0:
         return numba.carray(_pointer(models.addresses[t] + np.uint64(4 * first)), (count,))
     _decode(models.addresses[t], models.codes[t], first, count, scratch)
@@ -220,7 +220,7 @@ def fetch_at(models, t, first, count, scratch):
 
 @inline
 def entry_at(models, t, i):
-    """Entry i of the t-th tensor of a `table`, as fp32."""
+    """Entry i of the t-th tensor of an `address_table`, as fp32."""
     if models.codes[t] == 0:
         return _read32(models.addresses[t], i)
     if models.codes[t] == 1:

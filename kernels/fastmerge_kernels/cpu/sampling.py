@@ -6,7 +6,7 @@ import numpy as np
 
 from ..philox import TILE, threshold
 from .cache import loop
-from .memory import arrays, entry_at, fetch, store, table
+from .memory import address_table, arrays, entry_at, fetch, store
 from .philox import DROP, MIX, block_span, block_words, key, tile_span, words
 from .threads import run
 
@@ -28,7 +28,7 @@ def _random_mix(start, stop, models, out, key, offset):
 
 
 def random_mix(models, seed, subsequence, offset, out, nonfinite):
-    bad = run(_random_mix, out.numel(), table(models), *arrays(out), key(seed, subsequence), offset)
+    bad = run(_random_mix, out.numel(), address_table(models), *arrays(out), key(seed, subsequence), offset)
     if nonfinite is not None:
         nonfinite.fill_(bad)
 

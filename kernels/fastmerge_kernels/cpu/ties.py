@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..segments import chunks
+from ..segments import chunk_rows
 from ..threshold import NOTHING
 from .cache import inline, loop, part
-from .memory import arrays, bits, fetch, fetch_at, number, put_back, store, table
+from .memory import address_table, arrays, bits, fetch, fetch_at, put_back, scalar, store
 from .threads import run
 
 BLOCK = 1024
@@ -27,10 +27,10 @@ def _up(value):
 
 
 @loop
-def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, positive, negative, more, less, mass):
+def _update(start, stop, chunks, theta, initial, thresholds, cuts, weight, unit, positive, negative, more, less, mass):
     scratch, zero = np.empty((7, BLOCK), np.float32), np.zeros(BLOCK, np.float32)
     for row in range(start, stop):
-        first, hi, threshold, cut = table[row, 0], table[row, 1], thresholds[table[row, 2]], cuts[table[row, 2]]
+        first, hi, threshold, cut = chunks[row, 0], chunks[row, 1], thresholds[chunks[row, 2]], cuts[chunks[row, 2]]
         while first < hi:  # up to the cut equal magnitudes are kept: a block ends there
             end = min(first + BLOCK, hi)
             end = cut + 1 if first <= cut < end else end
@@ -63,10 +63,10 @@ def _update(start, stop, table, theta, initial, thresholds, cuts, weight, unit, 
 
 
 def update(theta, initial, threshold, cut, bounds, weight, unit, *state):
-    table = chunks(bounds, CHUNK)
+    chunks = chunk_rows(bounds, CHUNK)
     theta, initial, *state = arrays(theta, initial, *state)
     numbers = (threshold.numpy(), cut.numpy(), np.float32(weight), np.float32(unit))
-    run(_update, len(table), table, theta, initial, *numbers, *state, grain=1)
+    run(_update, len(chunks), chunks, theta, initial, *numbers, *state, grain=1)
 
 
 @loop
@@ -98,7 +98,7 @@ def _finalize(start, stop, positive, negative, more, less, mass, initial, out, z
 
 def finalize(positive, negative, more, less, mass, initial, zero, scale, out, nonfinite):
     vectors = arrays(positive, negative, more, less, mass, initial, out)
-    bad = run(_finalize, out.numel(), *vectors, number(*zero), number(*scale))
+    bad = run(_finalize, out.numel(), *vectors, scalar(*zero), scalar(*scale))
     if nonfinite is not None:
         nonfinite.fill_(bad)
 
@@ -139,17 +139,17 @@ def _vote(sums, at, x, y, z, v, base, limits, weights, units):
 
 @loop
 def _merge(
-    start, stop, rows, models, initial, thresholds, cuts, weights, units, unweighted, out, zero, scale, write, verdict
+    start, stop, chunks, models, initial, thresholds, cuts, weights, units, unweighted, out, zero, scale, write, verdict
 ):
-    """verdict [rows, 2]: sum of the elected signs, and how many entries `zero` decides."""
+    """verdict [chunks, 2]: sum of the elected signs, and how many entries `zero` decides."""
     scratch, d, bad = np.empty((5, WIDE), np.float32), np.empty(WIDE, np.float32), 0
     sums, T = np.empty((5, WIDE), np.float32), models.codes.size
     p, q, m, n, mass = sums[0], sums[1], sums[2], sums[3], sums[4]
     limits, w, u = np.empty(4, np.int32), np.zeros(4, np.float32), np.zeros(4, np.float32)
     for row in range(start, stop):
-        segment = rows[row, 2]
-        for first in range(rows[row, 0], rows[row, 1], WIDE):
-            count = min(WIDE, rows[row, 1] - first)
+        segment = chunks[row, 2]
+        for first in range(chunks[row, 0], chunks[row, 1], WIDE):
+            count = min(WIDE, chunks[row, 1] - first)
             i = fetch(initial, first, count, scratch[4])
             sums[:] = _ZERO
             for t in range(0, T, 4):  # missing ones of the last four keep nothing
@@ -192,23 +192,23 @@ def _merge(
 
 
 def merge(models, initial, threshold, cut, bounds, weights, units, unweighted, zero, scale, out, nonfinite):
-    rows, scale = chunks(bounds, CHUNK), number(*scale)
+    chunks, scale = chunk_rows(bounds, CHUNK), scalar(*scale)
     trim = (threshold.numpy(), cut.numpy(), weights.numpy(), units.numpy(), unweighted)
     start, target = arrays(initial, out)
 
-    def merge_rows(rows, sign, write):
-        verdict = np.zeros((len(rows), 2), np.int64)
+    def merge_rows(chunks, sign, write):
+        verdict = np.zeros((len(chunks), 2), np.int64)
         last = (np.float32(sign), scale, write, verdict)
-        return run(_merge, len(rows), rows, table(models), start, *trim, target, *last, grain=1), verdict
+        return run(_merge, len(chunks), chunks, address_table(models), start, *trim, target, *last, grain=1), verdict
 
     def majority(verdict):
         return -1.0 if zero == "majority" and verdict[:, 0].sum() < 0 else 1.0
 
     inputs = {x.data_ptr() for x in (*models, initial)}
     in_place = zero == "majority" and out.data_ptr() in inputs
-    sign = majority(merge_rows(rows, 1.0, write=False)[1]) if in_place else 1.0
-    bad, verdict = merge_rows(rows, sign, write=True)
+    sign = majority(merge_rows(chunks, 1.0, write=False)[1]) if in_place else 1.0
+    bad, verdict = merge_rows(chunks, sign, write=True)
     if majority(verdict) < sign:  # chunks with entries whose kept values cancel exactly, done with the wrong sign
-        merge_rows(rows[verdict[:, 1] > 0], -1.0, write=True)
+        merge_rows(chunks[verdict[:, 1] > 0], -1.0, write=True)
     if nonfinite is not None:
         nonfinite.fill_(bad)

@@ -8,7 +8,7 @@ import torch
 from ..philox import TILE, threshold
 from ..trm import perpendicular
 from .cache import loop
-from .memory import arrays, fetch, number, store
+from .memory import arrays, fetch, scalar, store
 from .philox import MASK, key, normals, tile_span, words
 from .sums import add_sums
 from .threads import CHUNK, reduce, run
@@ -113,7 +113,7 @@ def merge(
 ):
     c, scale = (np.float32(x) for x in perpendicular(direction))
     mask = (*_mask(replace, ratio), np.uint32(threshold(ratio / 2)))
-    args = (number(*alpha), number(*beta), c, scale, key(seed, subsequence), *mask, offset)
+    args = (scalar(*alpha), scalar(*beta), c, scale, key(seed, subsequence), *mask, offset)
     bad = run(_merge, previous.numel(), *arrays(previous, current, initial, out), *args)
     if nonfinite is not None:
         nonfinite.fill_(bad)

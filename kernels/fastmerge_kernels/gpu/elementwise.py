@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store, total
+from .launch import BLOCK, OPTIONS, cleared, load, on, scalar, scalar_arguments, store, total
 
 
 @triton.jit
@@ -97,7 +97,7 @@ KERNELS = {
 def launch(name, vectors, numbers, nonfinite):
     n, nonfinite = vectors[0].numel(), cleared(nonfinite)
     if n:
-        pairs = [argument for number in numbers for argument in pointer(number, vectors[0])]
+        pairs = [argument for number in numbers for argument in scalar_arguments(number, vectors[0])]
         with on(vectors[0]):
             KERNELS[name][(triton.cdiv(n, BLOCK),)](*vectors, n, *pairs, nonfinite, BLOCK=BLOCK, **OPTIONS)
 

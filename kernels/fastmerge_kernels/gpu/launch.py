@@ -20,7 +20,7 @@ OPTIONS = {"enable_fp_fusion": True}  # fused multiply-add; said aloud, because 
 
 @triton.jit
 def scalar(value, pointer):
-    """An op's number as fp32: from `pointer` if there is one, else the launch argument."""
+    """An op's scalar as fp32: from `pointer` if there is one, else the launch argument."""
     if pointer is not None:
         value = tl.load(pointer)
     return tl.cast(value, tl.float32)
@@ -60,9 +60,9 @@ def on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def pointer(number: tuple[float, Tensor | None], like: Tensor) -> tuple[float, Tensor | None]:
-    """An op's number for `scalar`: a tensor on the kernel's device is read there, without waiting for it."""
-    value, tensor = number
+def scalar_arguments(pair: tuple[float, Tensor | None], like: Tensor) -> tuple[float, Tensor | None]:
+    """(value, pointer) for `scalar` in a kernel. A tensor on the kernel's device is read there, without waiting for it."""
+    value, tensor = pair
     if tensor is not None and tensor.device != like.device:
         return tensor.item(), None  # a CPU scalar beside CUDA tensors
     return value, tensor

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from ..philox import threshold
-from ..segments import chunks_on
-from .launch import BLOCK, OPTIONS, cleared, int32, load, on, pointer, scalar, store
+from ..segments import chunk_rows_on
+from .launch import BLOCK, OPTIONS, cleared, int32, load, on, scalar, scalar_arguments, store
 from .philox import counters, key, lanes, positions, tiles, words
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -17,22 +17,22 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def listed(models):
     """(addresses and dtype codes int64 [2, T] on the device, first model, T, all of one dtype, all aligned) for `model`."""
     rows = [[x.data_ptr() for x in models], [_CODES[x.dtype] for x in models]]
-    table = torch.tensor(rows, dtype=torch.int64).to(models[0].device)
+    addresses = torch.tensor(rows, dtype=torch.int64).to(models[0].device)
     same = all(x.dtype == models[0].dtype for x in models)
-    return table, models[0], len(models), same, all(x.data_ptr() % 16 == 0 for x in models)
+    return addresses, models[0], len(models), same, all(x.data_ptr() % 16 == 0 for x in models)
 
 
 @triton.jit
-def model(table, like, count, t, i, inside, SAME: tl.constexpr, ALIGNED: tl.constexpr):
+def model(addresses, like, count, t, i, inside, SAME: tl.constexpr, ALIGNED: tl.constexpr):
     """Entries of the t-th model as fp32; SAME: all have the dtype of `like`."""
-    address = tl.load(table + t)
+    address = tl.load(addresses + t)
     if SAME:
         typed = address.to(like.dtype)
         if ALIGNED:
             typed = tl.multiple_of(typed, 16)
         value = load(typed, i, inside)
     else:
-        code = tl.load(table + count + t)
+        code = tl.load(addresses + count + t)
         value = tl.zeros(i.shape, tl.float32)
         if code == 0:
             value = load(address.to(tl.pointer_type(tl.float32)), i, inside)
@@ -44,9 +44,9 @@ def model(table, like, count, t, i, inside, SAME: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
-def row_of(rows, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+def row_of(chunks, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
     """(indices of this program's chunk, which of them exist, its segment)."""
-    row = rows + tl.program_id(0).to(tl.int64) * 3
+    row = chunks + tl.program_id(0).to(tl.int64) * 3
     start, stop = tl.load(row), tl.load(row + 1)
     if ALIGNED:
         start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
@@ -56,15 +56,15 @@ def row_of(rows, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def weighted_sum_kernel(
-    rows, table, like, count, weights, segments, initial, out, nonfinite,
-    SAME: tl.constexpr, ALIGNED: tl.constexpr, ROWS_ALIGNED: tl.constexpr, SIZE: tl.constexpr,
+    chunks, addresses, like, count, weights, segments, initial, out, nonfinite,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, CHUNKS_ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    i, inside, segment = row_of(rows, ROWS_ALIGNED, SIZE)
+    i, inside, segment = row_of(chunks, CHUNKS_ALIGNED, SIZE)
     total = tl.zeros([SIZE], tl.float32)
     if initial is not None:
         base = load(initial, i, inside)
     for t in range(count):
-        x = model(table, like, count, t, i, inside, SAME, ALIGNED)
+        x = model(addresses, like, count, t, i, inside, SAME, ALIGNED)
         if initial is not None:
             x -= base
         total += tl.load(weights + t * segments + segment) * x
@@ -74,45 +74,45 @@ def weighted_sum_kernel(
 
 
 def weighted_sum(models, weights, initial, bounds, out, nonfinite):
-    rows, rows_aligned = chunks_on(bounds, BLOCK, out.device)
-    table, like, count, same, aligned = listed(models)
+    chunks, chunks_aligned = chunk_rows_on(bounds, BLOCK, out.device)
+    addresses, like, count, same, aligned = listed(models)
     nonfinite = cleared(nonfinite)
-    if len(rows):
+    if len(chunks):
         with on(out):
-            weighted_sum_kernel[(len(rows),)](
-                rows, table, like, count, weights, len(bounds) - 1, initial, out, nonfinite,
-                SAME=same, ALIGNED=aligned, ROWS_ALIGNED=rows_aligned, SIZE=BLOCK, **OPTIONS,
+            weighted_sum_kernel[(len(chunks),)](
+                chunks, addresses, like, count, weights, len(bounds) - 1, initial, out, nonfinite,
+                SAME=same, ALIGNED=aligned, CHUNKS_ALIGNED=chunks_aligned, SIZE=BLOCK, **OPTIONS,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
 def magmax_merge_kernel(
-    table, like, count, initial, out, n, scale, scale_pointer, nonfinite,
+    addresses, like, count, initial, out, n, scale, scale_pointer, nonfinite,
     SAME: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     base, kept = load(initial, i, inside), tl.zeros([BLOCK], tl.float32)
     for t in range(count):
-        d = model(table, like, count, t, i, inside, SAME, ALIGNED) - base
+        d = model(addresses, like, count, t, i, inside, SAME, ALIGNED) - base
         kept = tl.where((tl.abs(d) < tl.abs(kept)) | (kept != kept), kept, d)
     store(out, i, base + scalar(scale, scale_pointer) * kept, inside, nonfinite)
 
 
 def magmax(models, initial, scale, out, nonfinite):
     n, nonfinite = out.numel(), cleared(nonfinite)
-    table, like, count, same, aligned = listed(models)
+    addresses, like, count, same, aligned = listed(models)
     if n:
         with on(out):
             magmax_merge_kernel[(triton.cdiv(n, BLOCK),)](
-                table, like, count, initial, out, n, *pointer(scale, out), nonfinite,
+                addresses, like, count, initial, out, n, *scalar_arguments(scale, out), nonfinite,
                 SAME=same, ALIGNED=aligned, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
 def fisher_average_kernel(
-    table, like, fishers, like_fisher, count, weights, out, n, nonfinite,
+    addresses, like, fishers, like_fisher, count, weights, out, n, nonfinite,
     SAME: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -120,7 +120,7 @@ def fisher_average_kernel(
     above, below, plain = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for t in range(count):
         w = tl.load(weights + t)
-        x = model(table, like, count, t, i, inside, SAME, ALIGNED)
+        x = model(addresses, like, count, t, i, inside, SAME, ALIGNED)
         v = w * model(fishers, like_fisher, count, t, i, inside, SAME, ALIGNED)
         above += v * x
         below += v
@@ -131,26 +131,26 @@ def fisher_average_kernel(
 
 def fisher(models, fishers, weights, out, nonfinite):
     n, nonfinite = out.numel(), cleared(nonfinite)
-    table, like, count, same, aligned = listed(models)
+    addresses, like, count, same, aligned = listed(models)
     others, like_fisher, _, same_fishers, aligned_fishers = listed(fishers)
     if n:
         with on(out):
             fisher_average_kernel[(triton.cdiv(n, BLOCK),)](
-                table, like, others, like_fisher, count, weights, out, n, nonfinite,
+                addresses, like, others, like_fisher, count, weights, out, n, nonfinite,
                 SAME=same and same_fishers, ALIGNED=aligned and aligned_fishers, BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
 
 
 @triton.jit
-def kept(table, like, count, t, i, n, base, w, u, drop, SAME: tl.constexpr, ALIGNED: tl.constexpr):
+def kept(addresses, like, count, t, i, n, base, w, u, drop, SAME: tl.constexpr, ALIGNED: tl.constexpr):
     """w (theta_t - initial) where the word u keeps the entry, else 0."""
-    x = model(table, like, count, t, i, (i >= 0) & (i < n), SAME, ALIGNED)
+    x = model(addresses, like, count, t, i, (i >= 0) & (i < n), SAME, ALIGNED)
     return tl.where(u >= drop, w * (x - base), 0.0)
 
 
 @triton.jit(do_not_specialize=["count", "first_tile", "drop"])
 def dare_merge_kernel(
-    table, like, count, weights, keys, initial, out, n, drop, first_tile, shift, nonfinite,
+    addresses, like, count, weights, keys, initial, out, n, drop, first_tile, shift, nonfinite,
     SAME: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A counter's four words serve four runs of 128 entries, so a program sums four blocks beside each other."""
@@ -165,10 +165,10 @@ def dare_merge_kernel(
     for t in range(count):
         k, w = keys + t * 4, tl.load(weights + t)
         u0, u1, u2, u3 = words(counter, tl.load(k), tl.load(k + 1), tl.load(k + 2), tl.load(k + 3), 3)
-        s0 += kept(table, like, count, t, i0, n, b0, w, u0, drop, SAME, ALIGNED)
-        s1 += kept(table, like, count, t, i1, n, b1, w, u1, drop, SAME, ALIGNED)
-        s2 += kept(table, like, count, t, i2, n, b2, w, u2, drop, SAME, ALIGNED)
-        s3 += kept(table, like, count, t, i3, n, b3, w, u3, drop, SAME, ALIGNED)
+        s0 += kept(addresses, like, count, t, i0, n, b0, w, u0, drop, SAME, ALIGNED)
+        s1 += kept(addresses, like, count, t, i1, n, b1, w, u1, drop, SAME, ALIGNED)
+        s2 += kept(addresses, like, count, t, i2, n, b2, w, u2, drop, SAME, ALIGNED)
+        s3 += kept(addresses, like, count, t, i3, n, b3, w, u3, drop, SAME, ALIGNED)
     store(out, i0, b0 + s0, in0, nonfinite)
     store(out, i1, b1 + s1, in1, nonfinite)
     store(out, i2, b2 + s2, in2, nonfinite)
@@ -180,10 +180,11 @@ def dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite)
     if n == 0:
         return
     first, shift, spans = tiles(offset, n)
-    table, like, count, same, aligned = listed(models)
+    addresses, like, count, same, aligned = listed(models)
     keys = torch.tensor([key(seed, subsequence + t) for t in range(count)], dtype=torch.int32).to(out.device)
     with on(out):
         dare_merge_kernel[(triton.cdiv(spans * 128, size),)](
-            table, like, count, weights * (1 / (1 - p)), keys, initial, out, n, int32(threshold(p)), first, shift, nonfinite,
+            addresses, like, count, weights * (1 / (1 - p)), keys, initial, out, n, int32(threshold(p)), first, shift,
+            nonfinite,
             SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS,
         )  # fmt: skip

@@ -15,7 +15,7 @@ _FREE = ["first_tile", "k0", "k1", "s0", "s1", "drop", "count"]  # values for wh
 
 @triton.jit(do_not_specialize=_FREE)
 def random_mix_kernel(
-    table, like, out, n, count, first_tile, shift, k0, k1, s0, s1, nonfinite,
+    addresses, like, out, n, count, first_tile, shift, k0, k1, s0, s1, nonfinite,
     SAME: tl.constexpr, ALIGNED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0).to(tl.int64)
@@ -27,7 +27,7 @@ def random_mix_kernel(
         chosen = tl.umulhi(u[run], tl.zeros_like(u[run]) + count.to(tl.uint32))
         value = tl.zeros([LANES], tl.float32)
         for t in range(count):
-            value = tl.where(chosen == t, model(table, like, count, t, i, inside, SAME, ALIGNED), value)
+            value = tl.where(chosen == t, model(addresses, like, count, t, i, inside, SAME, ALIGNED), value)
         store(out, i, value, inside, nonfinite)
 
 
@@ -51,11 +51,11 @@ def random_mix(models, seed, subsequence, offset, out, nonfinite):
     if n == 0:
         return
     first, shift, spans = tiles(offset, n)
-    table, like, count, same, aligned = listed(models)
+    addresses, like, count, same, aligned = listed(models)
     position = (first, shift, *key(seed, subsequence))
     with on(out):
         random_mix_kernel[(triton.cdiv(spans * 128, size),)](
-            table, like, out, n, count, *position, nonfinite, SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS
+            addresses, like, out, n, count, *position, nonfinite, SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS
         )
 
 

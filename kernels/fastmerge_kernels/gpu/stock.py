@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..segments import chunks_on, first_rows, inverse_roots
+from ..segments import chunk_rows_on, first_rows, inverse_roots
 from .launch import BLOCK, OPTIONS, cleared, load, on, store
 from .lists import listed, model, row_of
 
@@ -14,8 +14,8 @@ _SIZE = 2 * BLOCK
 
 
 @triton.jit
-def stock_norms_kernel(table, x, initial, rows, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, _ = row_of(table, ALIGNED, SIZE)
+def stock_norms_kernel(chunks, x, initial, rows, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    i, inside, _ = row_of(chunks, ALIGNED, SIZE)
     d = load(x, i, inside)
     if initial is not None:
         d -= load(initial, i, inside)
@@ -36,22 +36,22 @@ def stock_sums_kernel(rows, first, out, BLOCK: tl.constexpr):
 
 def norms(x, initial, bounds):
     out = torch.zeros(len(bounds) - 1, dtype=torch.float64, device=x.device)
-    table, aligned = chunks_on(bounds, _SIZE, x.device)
-    if len(table):
-        rows = torch.empty(len(table), dtype=torch.float64, device=x.device)
+    chunks, aligned = chunk_rows_on(bounds, _SIZE, x.device)
+    if len(chunks):
+        rows = torch.empty(len(chunks), dtype=torch.float64, device=x.device)
         with on(x):
-            stock_norms_kernel[(len(table),)](table, x, initial, rows, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS)
+            stock_norms_kernel[(len(chunks),)](chunks, x, initial, rows, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS)
             stock_sums_kernel[(len(out),)](rows, first_rows(bounds, _SIZE, x.device), out, BLOCK=256, **OPTIONS)
     return out
 
 
 @triton.jit(do_not_specialize=["count"])
 def stock_units_kernel(
-    table, models, like, count, initial, scales, segments, rows,
+    chunks, models, like, count, initial, scales, segments, rows,
     SAME: tl.constexpr, MODELS_ALIGNED: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """rows[chunk] = ||sum_t scales[t, segment] (theta_t - initial)||^2."""
-    i, inside, segment = row_of(table, ALIGNED, SIZE)
+    i, inside, segment = row_of(chunks, ALIGNED, SIZE)
     base, total = load(initial, i, inside), tl.zeros([SIZE], tl.float32)
     for t in range(count):
         d = model(models, like, count, t, i, inside, SAME, MODELS_ALIGNED) - base
@@ -61,13 +61,13 @@ def stock_units_kernel(
 
 def squares(models, initial, bounds):
     every = torch.stack([norms(x, initial, bounds) for x in models])
-    (table, aligned), out = chunks_on(bounds, _SIZE, initial.device), torch.zeros_like(every[0])
-    if len(table):
+    (chunks, aligned), out = chunk_rows_on(bounds, _SIZE, initial.device), torch.zeros_like(every[0])
+    if len(chunks):
         addresses, like, count, same, models_aligned = listed(models)
-        rows = torch.empty(len(table), dtype=torch.float64, device=initial.device)
+        rows = torch.empty(len(chunks), dtype=torch.float64, device=initial.device)
         with on(initial):
-            stock_units_kernel[(len(table),)](
-                table, addresses, like, count, initial, inverse_roots(every), len(out), rows,
+            stock_units_kernel[(len(chunks),)](
+                chunks, addresses, like, count, initial, inverse_roots(every), len(out), rows,
                 SAME=same, MODELS_ALIGNED=models_aligned, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS,
             )  # fmt: skip
             stock_sums_kernel[(len(out),)](rows, first_rows(bounds, _SIZE, initial.device), out, BLOCK=256, **OPTIONS)
@@ -75,8 +75,8 @@ def squares(models, initial, bounds):
 
 
 @triton.jit
-def stock_update_kernel(table, scales, theta, initial, total, units, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, segment = row_of(table, ALIGNED, SIZE)
+def stock_update_kernel(chunks, scales, theta, initial, total, units, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    i, inside, segment = row_of(chunks, ALIGNED, SIZE)
     d = load(theta, i, inside)
     if initial is not None:
         d -= load(initial, i, inside)
@@ -85,26 +85,26 @@ def stock_update_kernel(table, scales, theta, initial, total, units, ALIGNED: tl
 
 
 def update(theta, initial, norms, bounds, total, units):
-    table, aligned = chunks_on(bounds, _SIZE, theta.device)
+    chunks, aligned = chunk_rows_on(bounds, _SIZE, theta.device)
     scales = inverse_roots(norms)
-    if len(table):
+    if len(chunks):
         with on(theta):
-            stock_update_kernel[(len(table),)](
-                table, scales, theta, initial, total, units, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
+            stock_update_kernel[(len(chunks),)](
+                chunks, scales, theta, initial, total, units, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
             )
 
 
 @triton.jit
-def stock_finalize_kernel(table, factors, total, initial, out, nonfinite, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, segment = row_of(table, ALIGNED, SIZE)
+def stock_finalize_kernel(chunks, factors, total, initial, out, nonfinite, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    i, inside, segment = row_of(chunks, ALIGNED, SIZE)
     store(out, i, load(initial, i, inside) + tl.load(factors + segment) * load(total, i, inside), inside, nonfinite)
 
 
 def finalize(total, initial, factors, bounds, out, nonfinite):
-    table, aligned = chunks_on(bounds, _SIZE, out.device)
+    chunks, aligned = chunk_rows_on(bounds, _SIZE, out.device)
     nonfinite = cleared(nonfinite)
-    if len(table):
+    if len(chunks):
         with on(out):
-            stock_finalize_kernel[(len(table),)](
-                table, factors.float(), total, initial, out, nonfinite, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
+            stock_finalize_kernel[(len(chunks),)](
+                chunks, factors.float(), total, initial, out, nonfinite, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
             )

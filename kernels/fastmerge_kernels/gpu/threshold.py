@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..segments import chunks_on, first_rows
+from ..segments import chunk_rows_on, first_rows
 from ..threshold import NOTHING, magnitude_digit
 from .launch import OPTIONS, load, on
 from .lists import row_of
@@ -26,10 +26,10 @@ def magnitudes(x, initial, i, inside):
 
 @triton.jit(do_not_specialize=["upper", "lower"])
 def histogram_kernel(
-    rows, x, initial, prefix, counts, upper, lower,
+    chunks, x, initial, prefix, counts, upper, lower,
     BINS: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    i, inside, segment = row_of(rows, ALIGNED, SIZE)
+    i, inside, segment = row_of(chunks, ALIGNED, SIZE)
     _, b = magnitudes(x, initial, i, inside)
     if prefix is not None:
         inside = inside & ((b >> upper) == tl.load(prefix + segment))
@@ -40,28 +40,28 @@ def histogram_kernel(
 
 def histogram(x, initial, prefix, known, bits, bounds):
     counts = torch.zeros(len(bounds) - 1, 1 << bits, dtype=torch.int64, device=x.device)
-    rows, aligned = chunks_on(bounds, SIZE, x.device)
-    if len(rows):
+    chunks, aligned = chunk_rows_on(bounds, SIZE, x.device)
+    if len(chunks):
         with on(x):
-            histogram_kernel[(len(rows),)](
-                rows, x, initial, prefix, counts, 31 - known, 31 - known - bits,
+            histogram_kernel[(len(chunks),)](
+                chunks, x, initial, prefix, counts, 31 - known, 31 - known - bits,
                 BINS=1 << bits, ALIGNED=aligned, SIZE=SIZE, **OPTIONS,
             )  # fmt: skip
     return counts
 
 
 @triton.jit
-def tie_count_kernel(rows, x, initial, thresholds, counts, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
-    i, inside, segment = row_of(rows, ALIGNED, SIZE)
+def tie_count_kernel(chunks, x, initial, thresholds, counts, ALIGNED: tl.constexpr, SIZE: tl.constexpr):
+    i, inside, segment = row_of(chunks, ALIGNED, SIZE)
     _, b = magnitudes(x, initial, i, inside)
     tl.store(counts + tl.program_id(0), tl.sum((inside & (b == tl.load(thresholds + segment))).to(tl.int64), 0))
 
 
 @triton.jit
-def tie_place_kernel(rows, x, initial, thresholds, chunk, rank, out, SIZE: tl.constexpr):
+def tie_place_kernel(chunks, x, initial, thresholds, chunk, rank, out, SIZE: tl.constexpr):
     """out[s] = index of the rank[s]-th tie of chunk[s]; one program per segment."""
     s = tl.program_id(0)
-    row = rows + tl.load(chunk + s) * 3
+    row = chunks + tl.load(chunk + s) * 3
     i = tl.load(row) + tl.arange(0, SIZE)
     inside = i < tl.load(row + 1)
     _, b = magnitudes(x, initial, i, inside)
@@ -72,14 +72,14 @@ def tie_place_kernel(rows, x, initial, thresholds, chunk, rank, out, SIZE: tl.co
 
 def tie_positions(x, initial, thresholds, rank, bounds):
     """int64 [segments]: index of the rank-th entry of each segment whose magnitude has the threshold's bits."""
-    (rows, aligned), out = chunks_on(bounds, SIZE, x.device), torch.zeros_like(rank)
-    counts = torch.empty(len(rows), dtype=torch.int64, device=x.device)
-    tie_count_kernel[(len(rows),)](rows, x, initial, thresholds, counts, ALIGNED=aligned, SIZE=SIZE, **OPTIONS)
+    (chunks, aligned), out = chunk_rows_on(bounds, SIZE, x.device), torch.zeros_like(rank)
+    counts = torch.empty(len(chunks), dtype=torch.int64, device=x.device)
+    tie_count_kernel[(len(chunks),)](chunks, x, initial, thresholds, counts, ALIGNED=aligned, SIZE=SIZE, **OPTIONS)
     through = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     target = through[first_rows(bounds, SIZE, x.device)[:-1]] + rank
-    chunk = torch.searchsorted(through, target).clamp(1, len(rows)) - 1
+    chunk = torch.searchsorted(through, target).clamp(1, len(chunks)) - 1
     tie_place_kernel[(len(out),)](
-        rows, x, initial, thresholds, chunk, target - through[chunk], out, SIZE=SIZE, **OPTIONS
+        chunks, x, initial, thresholds, chunk, target - through[chunk], out, SIZE=SIZE, **OPTIONS
     )
     return out
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..segments import chunks_on
-from .launch import BLOCK, OPTIONS, cleared, load, on, pointer, scalar, store
+from ..segments import chunk_rows_on
+from .launch import BLOCK, OPTIONS, cleared, load, on, scalar, scalar_arguments, store
 from .lists import listed, model, row_of
 from .threshold import magnitudes
 
@@ -16,10 +16,10 @@ _SIZE = 2 * BLOCK  # entries of a chunk in `update`
 
 @triton.jit
 def ties_update_kernel(
-    table, theta, initial, thresholds, cuts, weight, unit, positive, negative, more, less, mass,
+    chunks, theta, initial, thresholds, cuts, weight, unit, positive, negative, more, less, mass,
     ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    row = table + tl.program_id(0).to(tl.int64) * 3
+    row = chunks + tl.program_id(0).to(tl.int64) * 3
     start, stop, segment = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     if ALIGNED:
         start, stop = tl.multiple_of(start, 16), tl.multiple_of(stop, 16)
@@ -40,11 +40,11 @@ def ties_update_kernel(
 
 
 def update(theta, initial, threshold, cut, bounds, weight, unit, *state):
-    table, aligned = chunks_on(bounds, _SIZE, theta.device)
-    if len(table):
+    chunks, aligned = chunk_rows_on(bounds, _SIZE, theta.device)
+    if len(chunks):
         with on(theta):
-            ties_update_kernel[(len(table),)](
-                table, theta, initial, threshold, cut, weight, unit, *state, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
+            ties_update_kernel[(len(chunks),)](
+                chunks, theta, initial, threshold, cut, weight, unit, *state, ALIGNED=aligned, SIZE=_SIZE, **OPTIONS
             )
 
 
@@ -72,16 +72,17 @@ def finalize(positive, negative, more, less, mass, initial, zero, scale, out, no
     if n:
         with on(out):
             ties_finalize_kernel[(triton.cdiv(n, BLOCK),)](
-                positive, negative, more, less, mass, initial, out, n, *pointer(zero, out), *pointer(scale, out), nonfinite,
+                positive, negative, more, less, mass, initial, out, n, *scalar_arguments(zero, out),
+                *scalar_arguments(scale, out), nonfinite,
                 BLOCK=BLOCK, **OPTIONS,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
 def ties_merge_kernel(
-    rows, table, like, count, initial, thresholds, cuts, weights, units, segments, out, zero, scale, scale_pointer,
+    chunks, addresses, like, count, initial, thresholds, cuts, weights, units, segments, out, zero, scale, scale_pointer,
     signs, open, nonfinite, UNWEIGHTED: tl.constexpr, DECIDED: tl.constexpr, AGAIN: tl.constexpr,
-    SAME: tl.constexpr, ALIGNED: tl.constexpr, ROWS_ALIGNED: tl.constexpr, SIZE: tl.constexpr,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, CHUNKS_ALIGNED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`signs` [1] receives the sum of the elected signs, `open` [programs] how many entries `zero` decides. DECIDED: they
     come from an earlier launch, whose signs decide now. AGAIN: only where that changes what the earlier launch wrote."""
@@ -91,12 +92,12 @@ def ties_merge_kernel(
     if AGAIN:
         needed = (sign < 0.0) & (tl.load(open + tl.program_id(0)) > 0)
     if needed:
-        i, inside, segment = row_of(rows, ROWS_ALIGNED, SIZE)
+        i, inside, segment = row_of(chunks, CHUNKS_ALIGNED, SIZE)
         base = load(initial, i, inside)
         p, q, mass = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
         m, n = tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
         for t in range(count):
-            d = model(table, like, count, t, i, inside, SAME, ALIGNED) - base
+            d = model(addresses, like, count, t, i, inside, SAME, ALIGNED) - base
             b, limit = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF, tl.load(thresholds + t * segments + segment)
             kept = (b > limit) | ((b == limit) & (i <= tl.load(cuts + t * segments + segment)))
             d = tl.where(kept, d, 0.0)
@@ -122,17 +123,17 @@ def ties_merge_kernel(
 
 
 def merge(models, initial, threshold, cut, bounds, weights, units, unweighted, zero, scale, out, nonfinite):
-    rows, rows_aligned = chunks_on(bounds, BLOCK, out.device)
-    table, like, count, same, aligned = listed(models)
-    scale, nonfinite = pointer(scale, out), cleared(nonfinite)
-    if not len(rows):
+    chunks, chunks_aligned = chunk_rows_on(bounds, BLOCK, out.device)
+    addresses, like, count, same, aligned = listed(models)
+    scale, nonfinite = scalar_arguments(scale, out), cleared(nonfinite)
+    if not len(chunks):
         return
 
     def launch(target, signs, open, bad, decided, again):
-        ties_merge_kernel[(len(rows),)](
-            rows, table, like, count, initial, threshold, cut, weights, units, len(bounds) - 1, target, 1.0, *scale,
+        ties_merge_kernel[(len(chunks),)](
+            chunks, addresses, like, count, initial, threshold, cut, weights, units, len(bounds) - 1, target, 1.0, *scale,
             signs, open, bad, UNWEIGHTED=unweighted, DECIDED=decided, AGAIN=again,
-            SAME=same, ALIGNED=aligned, ROWS_ALIGNED=rows_aligned, SIZE=BLOCK, **OPTIONS,
+            SAME=same, ALIGNED=aligned, CHUNKS_ALIGNED=chunks_aligned, SIZE=BLOCK, **OPTIONS,
         )  # fmt: skip
 
     with on(out):
@@ -140,7 +141,7 @@ def merge(models, initial, threshold, cut, bounds, weights, units, unweighted, z
             launch(out, None, None, nonfinite, False, False)
             return
         signs = torch.zeros(1, dtype=torch.int64, device=out.device)
-        open = torch.empty(len(rows), dtype=torch.int32, device=out.device)
+        open = torch.empty(len(chunks), dtype=torch.int32, device=out.device)
         if out.data_ptr() in {
             x.data_ptr() for x in (*models, initial)
         }:  # the signs first: a second launch reads the inputs

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..philox import threshold
-from .launch import OPTIONS, cleared, int32, load, on, pointer, scalar, store, total
+from .launch import OPTIONS, cleared, int32, load, on, scalar, scalar_arguments, store, total
 from .philox import counters, key, lanes, normals, positions, tiles, words
 
 SPANS = 8  # spans of LANES counters that one program of a reduction adds up; 1 in vectors too short to fill a GPU
@@ -163,7 +163,8 @@ def merge(
     last, masked = _mask(replace, ratio)
     with on(previous):
         merge_kernel[(triton.cdiv(count * 128, size),)](
-            previous, current, initial, out, n, *pointer(alpha, previous), *pointer(beta, previous), direction, nonfinite,
+            previous, current, initial, out, n, *scalar_arguments(alpha, previous), *scalar_arguments(beta, previous),
+            direction, nonfinite,
             first, shift, *key(seed, subsequence), last, int32(threshold(ratio / 2)),
             MASKED=masked, LANES=size, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
