@@ -122,6 +122,7 @@ def run(config: Any) -> int:
     from fastmerge.results import finished
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
+    from fastmerge.sinks import Sinks, wanted
 
     gc.collect()
     gc.freeze()  # imported objects stay alive; otherwise the collection before every task spends 0.3 s on them
@@ -129,6 +130,7 @@ def run(config: Any) -> int:
     console = Console(config.run.quiet)
     for spec in config.training.method:
         read_method(spec, config)  # reports a wrong name before any data is read
+    kinds = wanted(config)
     setup = Setup(config, console.encoding)
     scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
@@ -197,7 +199,9 @@ def run(config: Any) -> int:
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
                 method = kind.build(learner, trajectories[number], run.protocol)
-                state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
+                with contextlib.closing(Sinks(kinds, record.folder.name, record.folder, run.config)) as sinks:
+                    record.listen = sinks.write
+                    state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,

@@ -73,8 +73,9 @@ def parser() -> Parser:
                 add(flag, action="store_true")
             elif bool in get_args(hint):  # None leaves the choice to the data set
                 add(flag, nargs="?", const=True, type=reader(hint))
-            elif get_origin(hint) is tuple:
-                add(flag, nargs="*", type=reader(get_args(hint)[0]))
+            elif several := [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]:
+                one, *more = get_args(several[0])
+                add(flag, nargs="*" if ... in more else 1 + len(more), type=reader(one))
             else:
                 add(flag, type=reader(hint | None if declarations()[group][name][0].late else hint))
     return made

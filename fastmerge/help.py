@@ -89,7 +89,11 @@ def _usage(group: str, name: str) -> str:
     flag, kinds = f"--{flag_of(group, name)}", {hint, *get_args(hint)}
     if bool in kinds:
         return f"{flag}, --{no_flag_of(group, name)}"
-    many = " ..." if get_origin(hint) is tuple else ""
+    many = ""
+    for kind in kinds:
+        if get_origin(kind) is tuple:
+            kinds, many = {*get_args(kind)}, " ..."
+            break
     return f"{flag} {_takes(kinds)}{many}"
 
 

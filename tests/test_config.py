@@ -91,6 +91,7 @@ def test_bad_config_files(tmp_path, content, message):
         ("--download yes", "'yes' is not expected here"),
         ("fast", "'fast' is not expected here"),
         ("--config", "--config needs a value"),
+        ("--mean 0.5 0.5", "--mean expected 3 arguments"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, message, capsys):
