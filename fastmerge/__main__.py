@@ -55,6 +55,7 @@ def run(config: Any) -> int:
         results_markdown,
         results_rows,
         results_table,
+        single_class_warning,
         summary,
         warmup_warning,
     )
@@ -68,8 +69,10 @@ def run(config: Any) -> int:
     for spec in config.training.method:
         read_method(spec, config)  # reports a wrong name before any data is read
     setup = Setup(config, console.encoding)
-    scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
+    config, scenario, cache, seeds = setup.config, setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
+    for run in runs:  # before anything is trained or written
+        METHODS[run.method].check(run.config, setup.backbone)
     manifest = scenario.manifest() | {
         "weights": setup.backbone.weights,
         "weights_sha256": setup.backbone.weights_sha256,
@@ -81,8 +84,10 @@ def run(config: Any) -> int:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
         console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
-    if (warning := warmup_warning(scenario, config.training)) is not None:
-        console.line(f"warning: {warning}", style="yellow")
+    trained = [run.scenario for run in runs if METHODS[run.method].trains]
+    for warning in (warmup_warning(scenario, config.training), single_class_warning(trained)):
+        if warning is not None:
+            console.line(f"warning: {warning}", style="yellow")
 
     results: dict[str, dict[str, Any]] = {run.label: {} for run in runs}
     share = shared_trainings(runs, config.training.keep_trajectory)
