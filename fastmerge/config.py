@@ -183,7 +183,8 @@ class ScenarioSettings:
     )
     class_order: str = setting(
         "1993",
-        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices "
+        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices, "
+        "in any published form (JSON, YAML, text), names:FILE or indices:FILE where both are possible "
         "(dil: domains).",
         derived="1993; with --scenario dil natural",
     )
