@@ -116,6 +116,7 @@ def run(config: Any) -> int:
         header,
         results_markdown,
         results_rows,
+        single_class_warning,
         summary,
         warmup_warning,
     )
@@ -132,8 +133,10 @@ def run(config: Any) -> int:
         read_method(spec, config)  # reports a wrong name before any data is read
     kinds = wanted(config)
     setup = Setup(config, console.encoding)
-    scenario, cache, seeds = setup.scenario, setup.cache, config.training.seeds
+    config, scenario, cache, seeds = setup.config, setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
+    for run in runs:  # before anything is trained or written
+        METHODS[run.method].check(run.config, setup.backbone)
     manifest = scenario.manifest() | {
         "weights": setup.backbone.weights,
         "weights_sha256": setup.backbone.weights_sha256,
@@ -150,8 +153,10 @@ def run(config: Any) -> int:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
         warn("--pretrained none: the backbone starts from random weights")
-    if (warning := warmup_warning(scenario, config.training)) is not None:
-        warn(warning)
+    trained = [run.scenario for run in runs if METHODS[run.method].trains]
+    for warning in (warmup_warning(scenario, config.training), single_class_warning(trained)):
+        if warning is not None:
+            warn(warning)
 
     labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)

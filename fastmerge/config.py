@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from fastmerge.errors import UserError
 
+FP32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)  # the smallest normal and the largest number of fp32
+
 
 @dataclass(frozen=True)
 class Declaration:
@@ -69,6 +71,8 @@ class Declaration:
                 continue
             if not math.isfinite(number):
                 raise UserError(f"{flag} {number}: expected a finite number")
+            if isinstance(number, float) and number and not FP32[0] <= abs(number) <= FP32[1]:
+                raise UserError(f"{flag} {number}: fp32 holds 0 and sizes from {FP32[0]:.1e} to {FP32[1]:.1e}")
             if isinstance(number, int) and abs(number) > self.largest:
                 raise UserError(f"{flag} {number}: expected at most {self.largest}")
             good = (
@@ -180,11 +184,12 @@ class ScenarioSettings:
         None,
         "Number of tasks.",
         at_least=1,
-        derived="10, for glyphs 5; with --scenario dil one per domain",
+        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain",
     )
     class_order: str = setting(
         "1993",
-        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices "
+        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices, "
+        "in any published form (JSON, YAML, text), names:FILE or indices:FILE where both are possible "
         "(dil: domains).",
         derived="1993; with --scenario dil natural",
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastmerge.__main__ import main as command
-from fastmerge.commands.table import differing, joined_rows, names
+from fastmerge.commands.table import differing, joined_rows
 from fastmerge.evaluate import metrics
 from fastmerge.results import names
 
