@@ -160,7 +160,9 @@ def run(config: Any) -> int:
 
     labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)
-    trajectories = [Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label) for run in runs]
+    trajectories = [
+        Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label, run.scenario) for run in runs
+    ]
     starting: dict[str, Any] | None = None
 
     def write() -> Any:

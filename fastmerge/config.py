@@ -216,7 +216,7 @@ class ModelSettings:
     )
     pretrained: str = setting(
         "openai",
-        "Tag | checkpoint file | none (random weights).",
+        "Tag | checkpoint file | folder of a finished run | none (random weights).",
         derived="glyphs for tiny, openai for ViT-B-16-quickgelu",
     )
     mean: tuple[float, float, float] | None = setting(
@@ -264,6 +264,11 @@ class TrainingSettings:
         False,
         "Keep the un-merged model of every task in the run folder (one file per task), so that merge rules named "
         "in a later command need no training. Otherwise they are deleted when the command is done.",
+    )
+    keep_models: bool = setting(
+        False,
+        "Keep the model after every task in the folder of its method, models/task-<t>.safetensors; fastmerge.load "
+        "and all commands take these files.",
     )
     nearest_mean: bool = setting(
         True,
@@ -732,6 +737,7 @@ FREE = {
     "training.seeds",
     "training.protocol",
     "training.keep_trajectory",
+    "training.keep_models",
     "training.nearest_mean",
     "run.run_dir",
     "run.save_every",

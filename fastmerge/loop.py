@@ -21,6 +21,7 @@ from fastmerge.errors import UserError
 from fastmerge.evaluate import accuracies, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
+from fastmerge.models.saved import model_tensors, recipe
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
 from fastmerge.training import PHASES, Learner, Phase
 
@@ -121,16 +122,16 @@ def learn(
         start = time.perf_counter()
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
-        row = accuracies(learner, tests, classes, tick, method.features())
+        features = method.features()
+        row = accuracies(learner, tests, classes, tick, features)
         others = {
-            name: accuracies(learner, tests, classes, tick, features)
-            for name, features in method.also_evaluated().items()
+            name: accuracies(learner, tests, classes, tick, other) for name, other in method.also_evaluated().items()
         }
         # from here to the save nothing stops: the state is that of this task, or of the next one
         unseen: list[float | None] = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
-        for name, other in others.items():
-            state.also.setdefault(name, []).append(other + unseen)
+        for name, values in others.items():
+            state.also.setdefault(name, []).append(values + unseen)
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
         state.bad_images += tests[task.index].skipped
@@ -141,6 +142,11 @@ def learn(
         state.task, state.phase = task.index + 1, 0
         summary = {"accuracy": row, "seen_accuracy": micro(row[: task.index + 1], state.test_counts)}
         record.task({"task": task.index, "phase": "evaluate", "seen_accuracy": summary["seen_accuracy"]})
+        if learner.config.training.keep_models:
+            about = {"method": record.folder.name, "seed": learner.seed, "final_accuracy": summary["seen_accuracy"]}
+            about = recipe(learner, features, scenario, task.index, **about)
+            model = model_tensors(learner.backbone, learner.head, features)
+            state.bytes_written += record.keep(task.index, model, about)
         if state.task < len(scenario.tasks):  # after the last one the model itself is written
             save_if_due()
         console.task_done(task, summary, state)
@@ -176,8 +182,8 @@ def check_finite(tensors: Tensors, task: Task, phase: str, record: Record) -> No
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise UserError(
-            f"{task.name}, phase {phase}: the model has values that are not finite ({', '.join(bad[:3])}). The last good "
-            f"state is saved in {record.folder}; try a smaller learning rate or merge factor with another --run-dir"
+            f"{task.name}, phase {phase}: the model has values that are not finite ({', '.join(bad[:3])}). Any "
+            f"checkpoint in {record.folder} is valid; try a smaller learning rate or merge factor with another --run-dir"
         )
 
 

@@ -5,6 +5,7 @@ runs/<name>/trajectory-seed<seed>/   un-merged models that methods share; delete
 runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per task
                                 accuracy.csv       the accuracy matrix
                                 model.safetensors  the final model; its recipe is in the metadata
+                                models/            with --keep-models: task-<t>.safetensors, the model after task t
                                 result.json        this run's part of results.json
                                 checkpoint.safetensors   during the run, and checkpoint-before.safetensors, the one
                                                          before it; the same command continues from them
@@ -307,6 +308,12 @@ class Record:
     def due(self) -> bool:
         """Whether to save now: `save_every` seconds have passed or a signal arrived."""
         return StopRequest.signal is not None or time.monotonic() - self._saved_at >= self.save_every
+
+    def keep(self, task: int, model: dict[str, Tensor], recipe: dict[str, Any]) -> int:
+        """Write the model after a task to `models/`; returns the bytes written."""
+        folder = self.folder / "models"
+        folder.mkdir(exist_ok=True)
+        return save_tensors(folder / f"task-{task + 1}.safetensors", model, recipe)
 
     def finish(
         self, result: dict[str, Any], names: list[str], model: dict[str, Tensor], recipe: dict[str, Any]

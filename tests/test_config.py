@@ -12,6 +12,7 @@ import typing
 import pytest
 
 from fastmerge.__main__ import main
+from fastmerge.commands import COMMANDS
 from fastmerge.config import FREE, Config, check, declarations, flag_of, to_dict
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
@@ -89,7 +90,7 @@ def test_bad_config_files(tmp_path, content, message):
         ("--trm.replace some", "--trm.replace some: expected anchored | literal | none"),
         ("--flip maybe", "--flip maybe: expected True or False"),
         ("--download yes", "'yes' is not expected here"),
-        ("fast", "'fast' is not expected here"),
+        ("--quiet fast", "'fast' is not expected here"),
         ("--config", "--config needs a value"),
         ("--mean 0.5 0.5", "--mean expected 3 arguments"),
     ],
@@ -165,7 +166,7 @@ def test_the_short_help_has_one_line_for_each_of_twenty_settings(monkeypatch):
         lines = printed("--help", *flags).splitlines()
         assert max(map(len, lines)) <= 100
         rows = {line.split()[0].rstrip(",").removeprefix("--"): line for line in lines if line.startswith("  ")}
-        assert list(rows) == [flag_of(*place.split(".")) for place in FIRST] + ["config", "help", "help-all"]
+        assert list(rows) == [flag_of(*place.split(".")) for place in FIRST] + ["config", "help", "help-all", *COMMANDS]
         config = parse([] if "--tasks" in flags else flags)
         for place, text in zip(FIRST, rows.values(), strict=False):
             group, name = place.split(".")
@@ -210,7 +211,8 @@ def test_derived_defaults_are_what_the_help_says():
         return declarations()[group][name][0].derived
 
     small, large, domains = [], ["--dataset", "imagenet1k"], ["--scenario", "dil"]
-    assert text("scenario", "tasks") == "10, for glyphs 5; with --scenario dil one per domain"
+    few = "10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain"
+    assert text("scenario", "tasks") == few  # fewer: tests/test_inputs.py
     assert [value("scenario", "tasks", *f) for f in (small, large, domains)] == [5, 10, None]
     assert text("scenario", "class_order") == "1993; with --scenario dil natural"
     assert [value("scenario", "class_order", *f) for f in (small, domains)] == ["1993", "natural"]

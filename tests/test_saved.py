@@ -139,3 +139,68 @@ def test_what_cannot_be_loaded(finished, data, tmp_path):
     for file in (data / "test" / "colour_0" / "0.jpg", finished / "config.json"):
         with pytest.raises(UserError, match="not the model of a finished run"):
             fastmerge.load(file)
+
+
+def test_a_runs_model_starts_another_run(finished, data, tmp_path, capsys):
+    """Before its first task the second run is the model of the first one: the zero-shot row says so."""
+    before = json.loads((finished / "results.json").read_text())["methods"]
+    for method, accuracy in (
+        ("trm", before["trm"]["0"]["final_accuracy"]),
+        ("cmm", before["cmm"]["0"]["also"]["plain"]["final_accuracy"]),  # a linearised model starts as a plain one
+    ):
+        start = ["--pretrained", finished / f"{method}-seed0", "--model", "tiny", "--method", "finetune"]
+        run(tmp_path / method, data, *start)
+        found = json.loads((tmp_path / method / "results.json").read_text())
+        assert found["zero_shot"]["final_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+        again = run(tmp_path / method, data, *start)  # the same contents: shown again
+        assert again == found["methods"]
+    model = fastmerge.load(tmp_path / "trm" / "finetune-seed0")  # and the chain can be loaded and continued
+    assert "trm-seed0" in model.recipe["starting_weights"]["source"]
+    run(
+        tmp_path / "third",
+        data,
+        "--pretrained",
+        tmp_path / "trm",
+        "--model",
+        "tiny",
+        "--method",
+        "finetune",
+        "--tasks",
+        4,
+    )
+    place = ["--data-root", str(data), "--run-dir", str(tmp_path / "r"), "--pretrained", str(finished / "trm-seed0")]
+    assert main([*QUICK, *place, "--model", "test_vit"]) == 2
+    assert "is a run of model tiny, not of test_vit: pass --model tiny" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_the_backbone_starts_nothing(data, tmp_path, capsys):
+    run(tmp_path / "a", data, "--method", "clip-adapter", "--model", "tiny")
+    flags = ["--data-root", str(data), "--run-dir", str(tmp_path / "b"), "--pretrained", str(tmp_path / "a")]
+    assert main([*QUICK, *flags, "--model", "tiny", "--method", "finetune"]) == 2
+    assert "adds 'clip-adapter', which cannot start another run" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_models_of_every_task(data, tmp_path):
+    """--keep-models and --keep-trajectory: every file loads, and scores its row of the accuracy matrix."""
+    keep = ["--keep-models", "--keep-trajectory", "--model", "tiny", "--head", "linear"]
+    results = run(tmp_path / "r", data, "--method", "average", "--protocol", "full", *keep)
+    matrix = results["average-full"]["0"]["accuracy_matrix"]
+    folder = tmp_path / "r" / "average-full-seed0"
+    pixels = torch.rand(4, 3, 32, 32)
+    last = fastmerge.load(folder)(pixels)
+    first, second = (fastmerge.load(folder / "models" / f"task-{t}.safetensors") for t in (1, 2))
+    assert torch.equal(second(pixels), last)
+    learned = first.recipe["tasks"][0]["classes"]
+    assert first.recipe["candidates"] == sorted(learned) and len(learned) == 2
+    assert set(first(pixels).isfinite().any(0).nonzero().flatten().tolist()) == set(learned)
+    test = load_dataset("folder", str(data), download=False, skip_bad_images=False, split_file=None).test
+    rows = np.flatnonzero(np.isin(test.labels, learned))
+    images, _ = test.read(rows, 32, torch.device("cpu"))
+    hits = first(images).argmax(1).numpy() == test.labels[rows]
+    assert 100 * hits.mean() == pytest.approx(matrix[0][0], abs=1e-9)
+    trained = tmp_path / "r" / "trajectory-seed0"
+    assert torch.equal(fastmerge.load(trained / "sequential-task-1.safetensors")(pixels), first(pixels))
+    unmerged = fastmerge.load(trained / "sequential-task-2.safetensors")
+    assert unmerged.recipe["method"] == "average-full, not merged"
+    assert not torch.equal(unmerged(pixels), last)

@@ -10,14 +10,17 @@ import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmerge.checkpoint import joined, load_tensors, save_tensors, select
 from fastmerge.data.cache import TaskImages
-from fastmerge.data.scenario import Task
+from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError
+from fastmerge.models.features import plain
+from fastmerge.models.saved import recipe
 from fastmerge.results import expect
 from fastmerge.training import Learner, Phase, Train
 
@@ -25,14 +28,15 @@ from fastmerge.training import Learner, Phase, Train
 class Trajectory:
     """The un-merged models of one seed. folder: their files. share: which of 'sequential' and 'independent' training to
     save, for other methods or because the user keeps it. run: who uses it; a run that goes on from before a file of its
-    own trains again, to the same bits and with the same lines in its metrics.
+    own trains again, to the same bits and with the same lines in its metrics. scenario: described in the files, so that
+    `fastmerge.load` takes them.
 
     Raises:
         UserError: a file stands where the folder should be.
     """
 
-    def __init__(self, folder: Path, share: Collection[str], run: str = ""):
-        self.folder, self.share, self.run = folder, share, run
+    def __init__(self, folder: Path, share: Collection[str], run: str = "", scenario: Scenario | None = None):
+        self.folder, self.share, self.run, self.scenario = folder, share, run, scenario
         expect(folder, folder=True)
 
     def train(self, learner: Learner, task: Task, images: TaskImages, init: str = "sequential") -> Phase:
@@ -44,7 +48,7 @@ class Trajectory:
                 return Reused(learner, model, seconds)
         elif init not in self.share:
             return Train(learner, task, images)
-        return Recorded(learner, task, images, path, self.run)
+        return Recorded(learner, task, images, path, self.run, self.scenario)
 
     def keep(self) -> None:
         """Mark the models as kept: only the user deletes them."""
@@ -60,8 +64,11 @@ class Trajectory:
 class Recorded(Train):
     """Training that saves its result and the seconds it took."""
 
-    def __init__(self, learner: Learner, task: Task, images: TaskImages, path: Path, run: str):
+    def __init__(
+        self, learner: Learner, task: Task, images: TaskImages, path: Path, run: str, scenario: Scenario | None = None
+    ):
         super().__init__(learner, task, images)
+        self.scenario = scenario
         self.path, self.run, self._before, self._begun = path, run, 0.0, time.perf_counter()
 
     def seconds(self) -> float:
@@ -71,7 +78,10 @@ class Recorded(Train):
         super().finish()
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize(self.learner.device)  # time finished work, not queued work
-        about = {"seconds": self.seconds(), "run": self.run}
+        about: dict[str, Any] = {"seconds": self.seconds(), "run": self.run}
+        if self.scenario is not None:
+            own = {"method": f"{self.run}, not merged", "seed": self.learner.seed, "final_accuracy": None}
+            about |= recipe(self.learner, plain(self.learner.backbone), self.scenario, self.task.index, **own)
         self.path.parent.mkdir(exist_ok=True)
         self.bytes_written = save_tensors(self.path, joined(learner=self.learner.state_dict()), about)
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def load_backbone(
     name: str, pretrained: str, *, download: bool = False, normalisation: Normalisation | None = None
 ) -> tuple[Backbone, TextEncoder | None]:
-    """Load image tower `name` with weights `pretrained` (a tag, a file, or 'none'), and its text tower if it has one.
+    """Load image tower `name` with weights `pretrained` (a tag, a file, a
+    finished run, or 'none'), and its text tower if it has one.
 
     name: with a file also NAME.TAG, where the tag says how the weights in the file were trained. normalisation: in place
     of the one that belongs to the weights. Random weights come from torch's global generator. Nothing is downloaded
@@ -28,7 +29,10 @@ def load_backbone(
     import open_clip
     import timm
 
-    from fastmerge.models import openclip, timm_vit
+    from fastmerge.models import openclip, saved, timm_vit
+
+    if pretrained != "none" and saved.is_run_model(pretrained):
+        return saved.starting_model(pretrained, name, download, normalisation)
 
     loaders = {n: timm_vit.load for n in timm.list_models()} | {
         n: openclip.load for n in ("tiny", *open_clip.list_models())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import fastmerge
@@ -25,13 +26,16 @@ from fastmerge.config import to_dict
 from fastmerge.data.augment import normalise, to_float
 from fastmerge.data.files import decode, square
 from fastmerge.errors import UserError
+from fastmerge.flat import FlatModel
 from fastmerge.models import load_backbone
-from fastmerge.models.backbone import Backbone
+from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.features import Features, restore
 from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
+from fastmerge.models.normalisation import Normalisation
 
 if TYPE_CHECKING:
     from fastmerge.data.scenario import Scenario
+    from fastmerge.models.openclip import TextEncoder
     from fastmerge.training import Learner
 
 NAME = "model.safetensors"
@@ -194,6 +198,58 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
+def is_run_model(pretrained: str) -> bool:
+    """Whether `--pretrained` names the model of a run: a folder, or a file with a recipe."""
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "about" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def starting_model(
+    path: str, name: str, download: bool, normalisation: Normalisation | None
+) -> tuple[Backbone, TextEncoder | None]:
+    """The model of a finished run as the start of another: its image tower, and the text tower of its own start.
+
+    A linearised model starts as the plain network with its weights.
+
+    Raises:
+        UserError: the run trained another model than `name`, or its method keeps the backbone and trains an adapter.
+    """
+    tensors, about = read(path)
+    settings = about["config"]["model"]
+    if settings["model"] != name:
+        raise UserError(
+            f"--pretrained {path} is a run of model {settings['model']}, not of {name}: pass --model {settings['model']}"
+        )
+    if about["features"] not in ("backbone", "linearised"):
+        raise UserError(
+            f"--pretrained {path}: {about['method']} leaves the backbone as it was and adds {about['features']!r}, which "
+            f"cannot start another run; use its own start, --pretrained {settings['pretrained']}"
+        )
+    torch.manual_seed(about["seed"])  # of a run with --pretrained none, which drew its text tower from it
+    numbers = tuple(about["input"]["mean"]), tuple(about["input"]["std"])
+    normalisation = normalisation or Normalisation(*numbers, f"of the run {path}")
+    backbone, encoder = load_backbone(name, settings["pretrained"], download=download, normalisation=normalisation)
+    restore_backbone(backbone, tensors)
+    backbone.weights, backbone.weights_sha256 = f"the model of {path}", hash_tensors(backbone.state_dict())
+    return backbone, encoder
+
+
+def restore_backbone(backbone: Backbone, tensors: dict[str, Tensor]) -> None:
+    """Copy the weights of a model file, or the flat vector of a file of `--keep-trajectory`, into `backbone`."""
+    if "learner.theta" in tensors:
+        FlatModel(backbone).theta.data.copy_(tensors["learner.theta"])
+        for parameter in backbone.parameters():
+            parameter.grad = None
+    else:
+        backbone.load_state_dict(select(tensors, "backbone"))
+
+
 def load(path: str | Path) -> Model:
     """Load the model of a finished run on the CPU, in eval mode. path: the run's folder, a method's folder, or the file.
 
@@ -201,13 +257,14 @@ def load(path: str | Path) -> Model:
         UserError: the file is missing, or is not the model of a finished run.
     """
     tensors, about = read(path)
-    settings = about["config"]["model"]
+    settings, numbers = about["config"]["model"], (tuple(about["input"]["mean"]), tuple(about["input"]["std"]))
+    normalisation = Normalisation(*numbers, f"of the run {path}")
     with torch.random.fork_rng(devices=[]):  # random weights are overwritten, so leave the generator as it was
-        backbone, _ = load_backbone(settings["model"], "none")
-    backbone.load_state_dict(select(tensors, "backbone"))
+        backbone, _ = load_backbone(settings["model"], "none", normalisation=normalisation)
+    restore_backbone(backbone, tensors)
     backbone.weights = f"file {path}"
-    backbone.mean, backbone.std = tuple(about["input"]["mean"]), tuple(about["input"]["std"])
-    parts, classes = select(tensors, "head"), len(about["class_names"])
+    parts = select(tensors, "learner.head" if "learner.theta" in tensors else "head")
+    classes = len(about["class_names"])
     if about["head"] == "text":
         head: Head = TextHead(parts["weight"], float(parts["scale"]))
     else:
