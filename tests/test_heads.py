@@ -41,6 +41,9 @@ def test_text_weights_by_hand_and_cached(cache):
     assert encoder.asked == 4 and len(list(cache.iterdir())) == 1
     assert torch.equal(text_weights(encoder, names, templates, "k"), weight) and encoder.asked == 4
     text_weights(encoder, names[:1], templates, "k")  # one class works and makes a new entry
+    (plain := cache / "plain").write_text("")
+    assert {path.stat().st_mode for path in cache.glob("*.safetensors")} == {plain.stat().st_mode}  # the umask's
+    plain.unlink()
     text_weights(encoder, names, templates, "other weights")
     assert encoder.asked == 10 and len(list(cache.iterdir())) == 3
     for file in cache.iterdir():

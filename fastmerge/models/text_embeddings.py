@@ -49,7 +49,10 @@ def text_weights(
     with contextlib.suppress(OSError, SafetensorError):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask allows; safetensors would make it private
             save_file({"weight": weight.contiguous()}, temporary)
+            temporary.chmod(mode)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # exists only after a failure, such as a full disk
