@@ -17,7 +17,7 @@ from fastmerge.runfolder import Record, StopRequest
 
 FLAGS = (
     "--dataset folder --model tiny --pretrained none --head prototype --tasks 2 --method finetune --epochs 2"
-    " --batch-size 4 --lr 1e-3 --device cpu"
+    " --batch-size 4 --lr 1e-3 --device cpu --no-nearest-mean"
 ).split()
 
 

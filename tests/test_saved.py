@@ -15,7 +15,10 @@ from fastmerge.data import load_dataset
 from fastmerge.errors import UserError
 from fastmerge.methods import METHODS
 
-QUICK = "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --dataset folder --tasks 2".split()
+QUICK = (
+    "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --dataset folder --tasks 2"
+    " --no-nearest-mean"
+).split()
 PROTOCOLS = ["--protocol", "full", "running", "strict"]
 
 

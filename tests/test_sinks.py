@@ -14,7 +14,7 @@ from fastmerge.runfolder import Interrupted, Record, StopRequest
 
 FLAGS = (
     "--dataset folder --model tiny --pretrained none --head prototype --tasks 2 --epochs 2 --batch-size 8 --lr 1e-3"
-    " --device cpu --method finetune --no-nearest-mean --quiet --save-every 1e9"
+    " --device cpu --method finetune --no-nearest-mean --quiet --save-every 0"
 ).split()
 
 
