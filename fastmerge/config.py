@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from fastmerge.errors import UserError
 
+FP32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)  # the smallest normal and the largest number of fp32
+
 
 @dataclass(frozen=True)
 class Declaration:
@@ -69,6 +71,8 @@ class Declaration:
                 continue
             if not math.isfinite(number):
                 raise UserError(f"{flag} {number}: expected a finite number")
+            if isinstance(number, float) and number and not FP32[0] <= abs(number) <= FP32[1]:
+                raise UserError(f"{flag} {number}: fp32 holds 0 and sizes from {FP32[0]:.1e} to {FP32[1]:.1e}")
             if isinstance(number, int) and abs(number) > self.largest:
                 raise UserError(f"{flag} {number}: expected at most {self.largest}")
             good = (
@@ -148,7 +152,7 @@ class DataSettings:
     )
     skip_bad_images: bool = setting(
         False,
-        "Skip unreadable images and count them; otherwise the first one is an error.",
+        "Skip unreadable images and count them; otherwise the first one stops the run, and this flag lets it continue.",
     )
     crop_scale: float = setting(
         0.9,
@@ -180,11 +184,12 @@ class ScenarioSettings:
         None,
         "Number of tasks.",
         at_least=1,
-        derived="10, for glyphs 5; with --scenario dil one per domain",
+        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain",
     )
     class_order: str = setting(
         "1993",
-        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices "
+        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices, "
+        "in any published form (JSON, YAML, text), names:FILE or indices:FILE where both are possible "
         "(dil: domains).",
         derived="1993; with --scenario dil natural",
     )
@@ -344,7 +349,8 @@ class RunSettings:
     )
     save_every: float = setting(
         60.0,
-        "Time between checkpoints inside a task. One is also written after every phase.",
+        "Time between checkpoints; 0 saves after every step. A run that is killed repeats at most this much, or one merge "
+        "or evaluation that takes longer.",
         unit="seconds",
         at_least=0,
     )
@@ -720,7 +726,7 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
-# numbers. What the last five name is compared by its content (identity.py).
+# numbers. What the last seven name is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
@@ -740,6 +746,8 @@ FREE = {
     "data.split_file",
     "scenario.class_order",
     "model.pretrained",
+    "model.mean",
+    "model.std",
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.data.cache import TaskImages
+from fastmerge.errors import UserError
 from fastmerge.training import Learner, positions
 
 Matrix = Sequence[Sequence[float | None]]
@@ -60,11 +61,28 @@ def accuracies(
     features = features or learner.backbone
     candidates = torch.tensor(classes, device=learner.device)
     correct = torch.zeros(len(tests), dtype=torch.int64, device=learner.device)
+    broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
         logits = learner.head(features(learner.plain(pixels)), candidates)
         correct.index_add_(0, test, (logits.argmax(1) == positions(labels, candidates)).long())
+        broken += unusable(logits)
         tick(len(labels))
+    refuse(broken)
     return [100.0 * c / len(images) if len(images) else None for c, images in zip(correct.tolist(), tests, strict=True)]
+
+
+def unusable(logits: Tensor) -> Tensor:
+    """How many images have a logit that is nan or +inf; -inf is a class that cannot be predicted. 0-d, on the device."""
+    return (~(logits < torch.inf)).any(1).sum()
+
+
+def refuse(broken: Tensor) -> None:
+    """Raise UserError if the logits of some images were unusable. Asked once, at the end: it waits for the device."""
+    if count := int(broken):
+        raise UserError(
+            f"the logits of {count} test images are not finite: the model predicts nothing. Try a smaller learning rate or "
+            "merge factor with another --run-dir; if no task was trained yet, other weights"
+        )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -132,13 +150,16 @@ def zero_shot(
     everything = torch.tensor(sorted({c for row in candidates for c in row}), device=learner.device)
     masks = [torch.isin(everything, torch.tensor(row, device=learner.device)) for row in candidates]
     hits = torch.zeros(len(candidates), len(tests), dtype=torch.int64, device=learner.device)
+    broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     inside = torch.zeros_like(hits)  # test images whose class is a candidate
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
         logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
+        broken += unusable(logits)
         truth = positions(labels, everything)
         for t, mask in enumerate(masks):
             hits[t].index_add_(0, test, (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).long())
             inside[t].index_add_(0, test, mask[truth].long())
+    refuse(broken)
     return [
         [100.0 * h / len(x) if n == len(x) > 0 else None for h, n, x in zip(hs, ns, tests, strict=True)]
         for hs, ns in zip(hits.tolist(), inside.tolist(), strict=True)

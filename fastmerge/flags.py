@@ -135,8 +135,8 @@ def resolve(given: Given) -> Config:
         for name, (declaration, default) in settings.items():
             if declaration.tiny is not None and values[group][name] is None:
                 values[group][name] = declaration.tiny if model["model"] == "tiny" else default
-    if scenario["tasks"] is None and scenario["scenario"] == "cil":
-        scenario["tasks"] = 5 if data["dataset"] == "glyphs" else 10
+    if scenario["tasks"] is None and scenario["scenario"] == "cil" and data["dataset"] == "glyphs":
+        scenario["tasks"] = 5  # of other data sets, `settled` decides when their classes are known
     if scenario["class_order"] is None:  # the permutation of 1993 is a convention for classes, not for domains
         scenario["class_order"] = "natural" if scenario["scenario"] == "dil" else "1993"
     if run["run_dir"] is None:
@@ -145,6 +145,18 @@ def resolve(given: Given) -> Config:
     config = Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items()})
     check(config)
     return config
+
+
+DEFAULT_TASKS = 10
+
+
+def settled(config: Config, classes: int) -> Config:
+    """`config` with the default that depends on the data: the number of tasks of a class-incremental run. A task of a single
+    class has nothing to learn (its loss is over its own classes), so a task has two classes or more by default."""
+    if config.scenario.tasks is not None or config.scenario.scenario != "cil":
+        return config
+    tasks = min(DEFAULT_TASKS, max(1, classes // 2))
+    return dataclasses.replace(config, scenario=dataclasses.replace(config.scenario, tasks=tasks))
 
 
 def as_flags(values: dict[str, Any], source: str) -> list[str]:

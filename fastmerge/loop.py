@@ -17,6 +17,7 @@ from fastmerge.config import Config
 from fastmerge.console import Console
 from fastmerge.data.cache import ImageCache, TaskImages
 from fastmerge.data.scenario import Scenario, Task
+from fastmerge.errors import UserError
 from fastmerge.evaluate import accuracies, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
@@ -49,7 +50,8 @@ def learn(
 
     Raises:
         Interrupted: a signal arrived; the run can be continued.
-        UserError: a loss is not finite, an image is unreadable, a file cannot be written; the last checkpoint is valid.
+        UserError: a loss, weight or logit is not finite, an image is unreadable, a file cannot be written; the last
+            checkpoint is valid.
     """
     state, saved = record.open()
     during: Tensors = {}  # tensors of the current task
@@ -87,6 +89,8 @@ def learn(
                 learner.grow_head(task, train_images)
                 during = method.begin(task)
                 state.bad_images += train_images.skipped
+                for text in skipped(scenario, task, train_images):
+                    console.line(text, style="yellow")
             phases = list(zip(PHASES, (method.train, method.merge), strict=True))
             for number, (name, make) in list(enumerate(phases))[state.phase :]:
                 start = time.perf_counter()
@@ -109,6 +113,8 @@ def learn(
                 if number == len(PHASES) - 1:
                     during.clear()
                 phase, saved = None, {}
+                record.flush()  # a loss that is not finite says more than the weights
+                check_finite(joined(learner=learner.state_dict(), method=method.state_dict()), task, name, record)
                 state.phase, state.step = number + 1, 0
                 save_if_due()
 
@@ -128,6 +134,8 @@ def learn(
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
         state.bad_images += tests[task.index].skipped
+        if tests[task.index].skipped:
+            console.line(f"{task.name}: {_left_out(tests[task.index], 'test')}", style="yellow")
         state.kept_bytes.append(kept_bytes(learner, method))
         state.peak_memory_bytes.append(memory.read())
         state.task, state.phase = task.index + 1, 0
@@ -142,6 +150,35 @@ def learn(
 def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
     """The candidate classes at test time after task `after`."""
     return range(len(scenario.dataset.class_names)) if config.scenario.eval_classes == "all" else scenario.seen(after)
+
+
+def skipped(scenario: Scenario, task: Task, images: TaskImages) -> list[str]:
+    """What `--skip-bad-images` left out of a task's training images, and the classes that have none now; in lines."""
+    if not images.skipped:
+        return []
+    labels = scenario.dataset.train.labels[task.train]
+    gone = sorted(set(labels.tolist()) - set(images.labels.tolist()))
+    names = ", ".join(scenario.dataset.class_names[c] for c in gone[:5]) + (
+        f" and {len(gone) - 5} more" * (len(gone) > 5)
+    )
+    lines = [f"{task.name}: {_left_out(images, 'training')}"]
+    if gone:
+        lines.append(f"warning: {task.name}: no training image is left of class {names}, so the model cannot learn it")
+    return lines
+
+
+def _left_out(images: TaskImages, part: str) -> str:
+    return f"{images.skipped} of {images.skipped + len(images)} {part} images cannot be read and are left out"
+
+
+def check_finite(tensors: Tensors, task: Task, phase: str, record: Record) -> None:
+    """Raise UserError if the model, or what the method keeps, has values that are not finite."""
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise UserError(
+            f"{task.name}, phase {phase}: the model has values that are not finite ({', '.join(bad[:3])}). The last good "
+            f"state is saved in {record.folder}; try a smaller learning rate or merge factor with another --run-dir"
+        )
 
 
 def kept_bytes(learner: Learner, method: Method) -> int:

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from fastmerge.flags import DEFAULT_TASKS
 from fastmerge.results import METRICS
 
 BASELINE = "nearest-mean"  # beside every table
@@ -22,10 +23,11 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
     shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
+    fewer = f" ({DEFAULT_TASKS} by default, fewer for so few classes)" if setup.fewer_tasks else ""
     kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
     return [
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
-        f"{kind}, {len(sizes)} tasks with {shown} classes, order {manifest['order_sha256']}",
+        f"{kind}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "
@@ -44,6 +46,18 @@ def warmup_warning(scenario: Any, training: Any) -> str | None:
     return (
         f"--warmup-steps {training.warmup_steps}: the shortest task has {steps} steps, so its learning rate "
         f"only rises, to {highest:.2g} instead of {training.lr:.2g}"
+    )
+
+
+def single_class_warning(scenarios: Sequence[Any]) -> str | None:
+    """Where training learns nothing: the tasks of one class, as the loss is over a task's own classes."""
+    single = {task.name: None for scenario in scenarios for task in scenario.tasks if len(task.classes) == 1}
+    if not single:
+        return None
+    names = ", ".join(list(single)[:5]) + (f" and {len(single) - 5} more" if len(single) > 5 else "")
+    return (
+        f"{names}: a single class. The loss is over the classes of the task alone, so it is 0 and nothing is learned. "
+        "Choose fewer tasks with --tasks"
     )
 
 
@@ -79,6 +93,10 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
         for name in results[0].get("also", {}):  # the same weights evaluated with other features
             values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
             rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
+    if any(result.get("bad_images") for seeds in methods.values() for result in seeds.values()):
+        for row in rows:  # images that --skip-bad-images left out
+            counts = [result.get("bad_images", 0) for result in methods.get(row[0], {}).values()]
+            row.append("skipped images" if row is rows[0] else str(max(counts)) if counts else "")
     return rows
 
 

@@ -13,6 +13,7 @@ from fastmerge.config import Config
 from fastmerge.data import load_dataset
 from fastmerge.data.cache import ImageCache
 from fastmerge.data.scenario import build_scenario
+from fastmerge.flags import DEFAULT_TASKS, settled
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
@@ -27,7 +28,9 @@ class Setup:
     """Loads data and weights at the start, so that nothing is missing later, and creates learners.
 
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
-    learner's seed), cache for decoded images; text_sha256: hash of the text tower that a text head comes from, else None.
+    learner's seed), cache for decoded images, text_sha256: hash of the text tower that a text head comes from (else None),
+    config with the defaults that depend on the data, fewer_tasks: whether the classes are too few for the default number
+    of tasks.
 
     progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
     """
@@ -35,7 +38,7 @@ class Setup:
     def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None):
         # a user of this program cannot act on the warnings of libraries
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
-        self.config, self.progress = config, progress
+        self.progress = progress
         self.device = choose_device(config.run.device)
         dataset = load_dataset(
             config.data.dataset,
@@ -46,6 +49,9 @@ class Setup:
         )
         if config.scenario.validation:
             dataset = dataset.held_out(config.scenario.validation)
+        given, config = config.scenario.tasks, settled(config, len(dataset.class_names))
+        self.config, tasks = config, config.scenario.tasks
+        self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
         s = config.scenario
         self.dataset, self.scenario = dataset, build_scenario(dataset, s.scenario, s.tasks, s.class_order)
         self._prepare(config.training.seeds[0])

@@ -120,16 +120,60 @@ def test_domain_incremental(tmp_path):
         "sea_lion ant bee",
         "sea_lion\r\n  ant\r\n2\n".replace("2", "bee"),
         "sea_lion\n0\nbee",
+        "2, 0, 1",
+        "sea lion, ant, bee",
+        '"sea lion", "ant",\n"bee"  # the last task\n',
+        "2,\n0,\n1,\n",
+        "# order of the paper\n2\n0 # task 2\n\n1\n",
+        "- sea lion\n- ant  # a comment\n- bee\n",
+        "# comment\n- 2\n- 0\n- 1\n",
+        "---\nclass_order: [2, 0, 1]\nseed: 3\n",
+        "class_order:\n  - sea lion\n  - ant\n  - bee\n",
+        "class_order: 2, 0, 1\n",
+        "[sea lion, 'ant', bee]",
+        '{"class_order": [2, 0, 1], "tasks": 3}',
+        '# comment\n{"class_order": ["sea_lion", "ant", "bee"]}',
+        '["2", "0", "1"]',
+        "\ufeff[2, 0, 1]",
+        "\ufeff2\r\n0\r\n1\r\n",
     ],
 )
 def test_order_files(tmp_path, text):
-    (tmp_path / "order.txt").write_text(text)
+    (tmp_path / "order.txt").write_text(text, encoding="utf-8")
     assert read_order(str(tmp_path / "order.txt"), ("ant", "bee", "sea lion"), "class") == (2, 0, 1)
 
 
 def test_names_win_over_integers(tmp_path):
     (tmp_path / "order").write_text("10 2 1")
     assert read_order(str(tmp_path / "order"), ("1", "10", "2"), "class") == (1, 2, 0)
+
+
+TOLD = ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")  # natural order of twelve folders
+
+
+@pytest.mark.parametrize("form", ["{}", "[{}]", "- {}", '{{"class_order": [{}]}}', "class_order: {}"])
+def test_numbers_that_are_names_and_indices_have_to_be_told_apart(tmp_path, form):
+    path, numbers = tmp_path / "order", ["11", "2", "0", "1", "10", "3", "4", "5", "6", "7", "8", "9"]
+    path.write_text("\n".join(map(form.format, numbers)) if form == "- {}" else form.format(", ".join(numbers)))
+    with pytest.raises(UserError, match=f"--class-order names:{path} or --class-order indices:{path}"):
+        read_order(str(path), TOLD, "class")
+    assert read_order(f"names:{path}", TOLD, "class") == tuple(TOLD.index(n) for n in numbers)
+    assert read_order(f"indices:{path}", TOLD, "class") == tuple(map(int, numbers))
+    assert read_order(str(path), [f"class {n}" for n in TOLD], "class") == tuple(map(int, numbers))
+    path.write_text("1 2 x")
+    with pytest.raises(UserError, match="'x' is no index in 0..11"):
+        read_order(f"indices:{path}", TOLD, "class")
+
+
+def test_yaml_changes_no_name(tmp_path):
+    names = ("1e3", "no", "null", "007", "2020-01-01")
+    (tmp_path / "order").write_text("".join(f"- {name}\n" for name in names[::-1]))
+    assert read_order(str(tmp_path / "order"), names, "class") == (4, 3, 2, 1, 0)
+
+
+def test_domains_of_a_manifest(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"class_order": [1, 0], "domain_order": ["b", "a"]}')
+    assert read_order(str(tmp_path / "manifest.json"), ("a", "b"), "domain") == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +186,11 @@ def test_names_win_over_integers(tmp_path):
         ("ant\nbee\nsea lino", ["'sea lino'", "Did you mean: sea lion"]),
         ("[0, 1", ["cannot read it as a list"]),
         ("", ["3 of 3 missing"]),
+        ("[" * 100000, ["cannot read it as a list"]),
+        ("- ant\n  x: 1\n :", ["cannot read it as a list"]),
+        ('{"order": [0, 1, 2]}', ["an object without class_order; it has order"]),
+        ('{"class_order": {"a": 1}}', ["expected a list"]),
+        ("[[0, 1], [2]]", ["'[0, 1]'", "neither"]),
     ],
 )
 def test_order_files_that_are_no_permutation(tmp_path, text, says):

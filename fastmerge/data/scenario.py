@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.data import order_file
 from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.order_file import some
 from fastmerge.errors import UserError, nearest
 
 FEW_TEST_IMAGES = 5  # a class with fewer gets a warning: one image changes its accuracy by more than 20 %
@@ -94,7 +96,8 @@ def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: 
     """`dataset` as a sequence of tasks.
 
     class_order: 'natural'; an integer s for `numpy.random.RandomState(s).permutation` (1993 gives the order of iCaRL,
-    PyCIL and PILOT); or a file that lists all classes by index or name, as JSON or one per line. With 'dil' it orders
+    PyCIL and PILOT); or a file that lists all classes by index or name (order_file.py); `names:FILE` and
+    `indices:FILE` where they could be both. With 'dil' it orders
     the domains.
     tasks: number of tasks; sizes differ by at most one class, larger ones first. 'dil': number of domains, or None.
 
@@ -141,7 +144,7 @@ def _tasks(
     for part, groups in (("train", train), ("test", test)):
         if empty := [name for name, group in zip(names, groups, strict=True) if not len(group)]:
             raise UserError(
-                f"no {part} image for {_some(empty)}: a task needs train and test images. Add some, or use fewer tasks."
+                f"no {part} image for {some(empty)}: a task needs train and test images. Add some, or use fewer tasks."
             )
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 
@@ -163,54 +166,15 @@ def read_order(spec: str, names: Sequence[str], what: str) -> tuple[int, ...]:
         if not 0 <= seed < 2**32:
             raise UserError(f"--class-order {spec}: a seed must be between 0 and 2**32 - 1.")
         return tuple(np.random.RandomState(seed).permutation(n).tolist())  # as np.random.seed(seed), then permutation
-    path = os.path.expanduser(spec)
+    reading, path = None, os.path.expanduser(spec)
+    if (given := re.fullmatch(r"(names|indices):(.+)", spec)) and not os.path.isfile(path):
+        reading, path = given[1], os.path.expanduser(given[2])
     if not os.path.isfile(path):
         raise UserError(
             f"--class-order {spec}: neither 'natural', nor an integer seed such as 1993, nor an existing file."
             + nearest(spec, ["natural"])
         )
-    return _order_from_file(path, names, what)
-
-
-def _order_from_file(path: str, names: Sequence[str], what: str) -> tuple[int, ...]:
-    n, where = len(names), f"--class-order {path}"
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read().strip()
-        entries = json.loads(text) if text.startswith("[") else _tokens(text, names)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{where}: cannot read it as a list: {error}.") from error
-    by_name = _by_name(names)
-    order = []
-    for entry in entries:
-        index = entry if type(entry) is int else None
-        if isinstance(entry, str):  # a name takes precedence over an index: classes may be called 0, 1, 2
-            index = by_name.get(entry, int(entry) if entry.isdecimal() else None)
-        if index == -1:
-            raise UserError(f"{where}: more than one {what} is called {entry!r}; list indices 0..{n - 1} instead.")
-        if index is None or not 0 <= index < n:
-            raise UserError(
-                f"{where}: {entry!r} is neither a {what} name nor an index in 0..{n - 1}.{nearest(str(entry), names)}"
-            )
-        order.append(index)
-    if double := [names[i] for i, count in Counter(order).items() if count > 1]:
-        raise UserError(f"{where}: listed more than once: {_some(double)}. List each {what} exactly once.")
-    if missing := [names[i] for i in sorted(set(range(n)) - set(order))]:
-        raise UserError(f"{where}: {len(missing)} of {n} missing: {_some(missing)}. List each {what} exactly once.")
-    return tuple(order)
-
-
-def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """name -> index, also with `_` for a space; -1 for a name that occurs several times."""
-    counts = Counter(names)
-    by_name = {name: i if counts[name] == 1 else -1 for i, name in enumerate(names)}
-    return {name.replace(" ", "_"): i for name, i in by_name.items()} | by_name
-
-
-def _tokens(text: str, names: Sequence[str]) -> list[str]:
-    """The words of `text`, or its lines if names contain spaces."""
-    lines, words, known = [line.strip() for line in text.splitlines()], text.split(), _by_name(names)
-    return words if len(lines) == 1 or all(word in known or word.isdecimal() for word in words) else lines
+    return order_file.read(path, names, what, reading)
 
 
 def order_hash(order: Sequence[int]) -> str:
@@ -244,7 +208,7 @@ def _check_train_images(dataset: Dataset) -> None:
     counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
     if empty := [dataset.class_names[c] for c in np.flatnonzero(counts == 0)]:
         raise UserError(
-            f"{dataset.name}: no train image of class {_some(empty)}. Every class needs at least one: add images, or "
+            f"{dataset.name}: no train image of class {some(empty)}. Every class needs at least one: add images, or "
             "remove the class from the test part."
         )
 
@@ -253,13 +217,9 @@ def _warnings(dataset: Dataset) -> list[str]:
     names, found = dataset.class_names, []
     counts = np.bincount(dataset.test.labels, minlength=len(names))
     if few := [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < FEW_TEST_IMAGES)]:
-        found.append(f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images: {_some(few)}")
+        found.append(f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images: {some(few)}")
     if double := [name for name, count in Counter(names).items() if count > 1]:
         found.append(
-            f"{len(double)} names belong to several classes each, which a text head cannot tell apart: {_some(double)}"
+            f"{len(double)} names belong to several classes each, which a text head cannot tell apart: {some(double)}"
         )
     return found
-
-
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -19,7 +19,7 @@ def read(split_file: str) -> Iterable[tuple[str, str, str]]:
     """
     form = 'Expected JSON {"train": [path, ...], "test": [path, ...]} or lines "train path" / "test path".'
     try:
-        with open(split_file, encoding="utf-8") as file:
+        with open(split_file, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read split file {split_file}: {error}. {form}") from error

@@ -7,6 +7,7 @@ vectors `[n]` fp32; `Base` has what they share: the initial weights, and the pos
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import fastmerge_kernels as fk
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.flat import FlatModel
+from fastmerge.models.lora import Projections
 
 
 @dataclass
@@ -31,9 +33,13 @@ class Base:
         self.sizes = self.sizes or [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
 
     @classmethod
-    def of(cls, flat: FlatModel, seed: int) -> Base:
-        """A base with a copy of the model's current weights."""
-        return cls(flat.theta.detach().clone(), [*flat.offsets[:-1], flat.numel], list(flat.sizes), seed)
+    def of(cls, model: FlatModel | Projections, seed: int) -> Base:
+        """A base with a copy of the current weights of `model`: all of them, or the projections that LoRA adapts alone, each
+        of which is one tensor."""
+        if isinstance(model, Projections):
+            theta = model.gather(model.flat.theta.detach())
+            return cls(theta, list(accumulate(model.sizes, initial=0)), list(model.sizes), seed)
+        return cls(model.theta.detach().clone(), [*model.offsets[:-1], model.numel], list(model.sizes), seed)
 
     def whole(self) -> tuple[list[int], list[int]]:
         """(bounds, sizes) that treat the vector as one tensor."""

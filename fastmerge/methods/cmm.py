@@ -29,6 +29,7 @@ from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
+from fastmerge.models.backbone import Backbone
 from fastmerge.models.features import Features, linearised
 from fastmerge.models.linearised import Linearised, TangentSpace, check_linearisable
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors
@@ -57,6 +58,11 @@ class CMM(Method):
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
         return config.cmm.align_epochs
+
+    @classmethod
+    def check(cls, config: Config, backbone: Backbone) -> None:
+        if config.cmm.align_epochs:
+            backbone.last_projection()
 
     def features(self) -> Features:
         return self.trained_as() if self.settings.inference == "linearised" else super().features()

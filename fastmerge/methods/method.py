@@ -16,10 +16,12 @@ from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.models.features import Features, plain
-from fastmerge.training import Learner, Phase
+from fastmerge.models.lora import check_rank
+from fastmerge.training import ADAPTED, Learner, Phase
 
 if TYPE_CHECKING:
     from fastmerge.methods.trajectory import Trajectory
+    from fastmerge.models.backbone import Backbone
 
 Tensors = dict[str, Tensor]
 
@@ -63,6 +65,12 @@ class Method(ABC):
     def merge_epochs(cls, config: Config) -> int:
         """Epochs of the merging phase, used to estimate the time left."""
         return 0
+
+    @classmethod
+    def check(cls, config: Config, backbone: Backbone) -> None:
+        """Raise UserError for a setting that the backbone cannot serve, before anything is trained."""
+        if cls.lora and cls.trains and config.training.lora_rank:
+            check_rank("--lora-rank", config.training.lora_rank, backbone, ADAPTED)
 
     def begin(self, task: Task) -> Tensors:
         """Set the model to where training on `task` starts; return the tensors that are needed during the task."""

@@ -32,9 +32,10 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.fisher_pass import FisherPass
 from fastmerge.methods.method import Method, Tensors
-from fastmerge.models.lora import LowRank
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.lora import LowRank, check_rank
 from fastmerge.models.trainable import AllWeights
-from fastmerge.training import Learner, Phase, Train
+from fastmerge.training import ADAPTED, Learner, Phase, Train
 
 KEPT = ("initial", "total", "moment")
 
@@ -56,6 +57,11 @@ class PAM(Method):
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
         return int(config.pam.merge)  # the Fisher pass
+
+    @classmethod
+    def check(cls, config: Config, backbone: Backbone) -> None:
+        if config.pam.rank:
+            check_rank("--pam.rank", config.pam.rank, backbone, ADAPTED)
 
     def adapted(self) -> Tensor:
         """A copy of the present adapted weights, `[m]`."""

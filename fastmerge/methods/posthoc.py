@@ -11,6 +11,9 @@ strict    the merged theta_{t-1}                    theta_{t-1} and theta_t; fro
 Under `running` the rule takes the merged task vector without the rule's scale, as in MagMax's code. So MagMax and task
 arithmetic give the same result as under `full`. Under `strict` only the merged model exists. Even under `full` no rule
 keeps all models, because sums over them are enough (`fastmerge.merging`).
+
+With `--lora-rank` a rule merges the vector of the adapted weights, each projection one tensor: a density is a share of what
+can move, and a norm is a norm of it. It keeps vectors of that length.
 """
 
 from __future__ import annotations
@@ -30,7 +33,6 @@ from fastmerge.merging.rule import Base
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.models.lora import Projections
-from fastmerge.models.trainable import AllWeights
 from fastmerge.training import Learner, Phase, Train
 
 
@@ -44,12 +46,22 @@ class PostHoc(Method):
         super().__init__(learner)
         self.shared, self.protocol = trajectory, protocol
         self.init = learner.config.training.init if protocol == "full" else "sequential"
-        base = Base.of(learner.flat, learner.seed_for("rule", rule))
+        rank = learner.config.training.lora_rank
+        # with LoRA the rule sees the weights that move and no others: a fraction or a norm is one of what moved
+        self.adapted = learner.adapted(rank)
+        base = Base.of(
+            self.adapted if isinstance(self.adapted, Projections) else learner.flat, learner.seed_for("rule", rule)
+        )
         self.initial = base.theta if RULES[rule].needs_base or self.init == "independent" else None
         if self.initial is None:
-            base.theta = learner.theta  # the rule reads only its shape
+            base.theta = self.weights()  # the rule reads only its shape
         self.rule = build_rule(rule, base, learner.config)
         self.trained: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """What the rule merges, `[m]`: the model itself, or a copy of its adapted weights."""
+        theta = self.learner.theta
+        return self.adapted.gather(theta) if isinstance(self.adapted, Projections) else theta
 
     @classmethod
     def build(cls, learner: Learner, trajectory: Trajectory, protocol: str | None) -> PostHoc:
@@ -69,15 +81,15 @@ class PostHoc(Method):
         return int(RULES[cls.rule_name].needs_fisher)
 
     def begin(self, task: Task) -> Tensors:
-        theta, during = self.learner.theta, {}
+        during = {}
         if task.index and self.protocol == "running":
-            during["previous"] = self.rule.unscaled(theta)
+            during["previous"] = self.rule.unscaled(self.weights())
         if task.index and self.protocol == "strict":
-            during["previous"] = theta.clone()
+            during["previous"] = self.weights().clone()
         if self.init == "independent" and self.initial is not None:
-            theta.copy_(self.initial)
+            self.adapted.scatter(self.initial, self.learner.theta)
         elif self.trained is not None:
-            theta.copy_(self.trained)
+            self.adapted.scatter(self.trained, self.learner.theta)
             self.trained = None
         return during
 
@@ -110,19 +122,14 @@ def method_of(name: str) -> type[PostHoc]:
 
 
 class Merge(Phase):
-    """The merging phase; it has steps only if the rule needs a Fisher. previous: merge of the previous tasks, `[n]`."""
+    """The merging phase; it has steps only if the rule needs a Fisher. previous: merge of the previous tasks, `[m]`."""
 
     name = "merge"
 
     def __init__(self, method: PostHoc, task: Task, images: TaskImages, previous: Tensor | None):
         self.method, self.task, self.previous = method, task, previous
-        self.adapted: Projections | AllWeights | None = None
-        self.fisher: FisherPass | None = None
-        if method.rule.needs_fisher:
-            learner, rank = method.learner, method.learner.config.training.lora_rank
-            # LoRA moves only these weights; where the models are equal, the Fisher does not matter
-            self.adapted = learner.adapted(rank) if rank else None
-            self.fisher = FisherPass(learner, task, images, adapted=self.adapted)
+        needed = method.rule.needs_fisher
+        self.fisher = FisherPass(method.learner, task, images, adapted=method.adapted) if needed else None
         self.steps = self.fisher.steps if self.fisher else 0
         self.batches = self.fisher.batches if self.fisher else None
 
@@ -131,19 +138,18 @@ class Merge(Phase):
 
     @torch.no_grad()
     def finish(self) -> None:
-        method, rule, theta = self.method, self.method.rule, self.method.learner.theta
+        method, rule, weights = self.method, self.method.rule, self.method.weights()
         fisher = self.fisher.result() if self.fisher else None
-        if self.adapted and fisher is not None:
-            part, fisher = fisher, torch.zeros_like(theta)
-            self.adapted.scatter(part, fisher)
         if self.previous is not None:
             rule.restart(self.previous)
             self.previous = None
-        rule.update(theta, fisher)
+        rule.update(weights, fisher)
         if method.protocol != "strict" and method.init == "sequential":
-            method.trained = theta.clone()
+            method.trained = weights.clone()
         if method.protocol != "strict" or self.task.index:  # strict: the first task's model stays as it is
-            rule.merged(out=theta)
+            rule.merged(out=weights)
+            if isinstance(method.adapted, Projections):
+                method.adapted.scatter(weights, method.learner.theta)
         if method.protocol != "full":
             rule.forget()
 

@@ -39,8 +39,10 @@ from torch.func import functional_call, grad, jvp
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.errors import UserError
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.backbone import Backbone
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors, positions
 
 
@@ -60,6 +62,17 @@ class TRM(Method):
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
         return config.training.merge_epochs
+
+    @classmethod
+    def check(cls, config: Config, backbone: Backbone) -> None:
+        super().check(config, backbone)
+        if config.trm.lambda1 and config.training.merge_epochs:
+            backbone.check_class_tokens()
+            if config.trm.layer_b is not None and config.trm.layer_b > backbone.layers:
+                raise UserError(
+                    f"--trm.layer-b {config.trm.layer_b}: {backbone.name} has {backbone.layers} layers; "
+                    f"expected 1 to {backbone.layers}"
+                )
 
     def begin(self, task: Task) -> Tensors:
         return {"previous": self.learner.theta.clone()}

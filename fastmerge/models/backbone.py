@@ -59,12 +59,16 @@ class Backbone(nn.Module):
         Raises:
             UserError: the model has no class token.
         """
+        self.check_class_tokens()
+        return self._class_tokens(images)
+
+    def check_class_tokens(self) -> None:
+        """Raise UserError if the model has no class token."""
         if not self.has_class_token:
             raise UserError(
                 f"model {self.name} has no class token, which prediction consistency (TRM, eq. 7) compares: "
                 "choose a ViT with a class token, or switch the term off with --trm.lambda1 0"
             )
-        return self._class_tokens(images)
 
     def last_projection(self) -> list[str]:
         """Names of the parameters of the last linear map: CLIP's visual projection, else the last linear layer."""

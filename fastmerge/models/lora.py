@@ -36,14 +36,16 @@ class Block:
     place: int
 
 
-def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
-    """Find the weights of `targets` (names in `ORDER`) in all attention layers.
+def find_blocks(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], offsets: Sequence[int], targets: Sequence[str]
+) -> list[Block]:
+    """Find the weights of `targets` (names in `ORDER`) in all attention layers, given the layout of a flat vector.
 
     Raises:
         UserError: the model has none.
     """
     found = []
-    for name, shape, offset in zip(flat.names, flat.shapes, flat.offsets, strict=False):
+    for name, shape, offset in zip(names, shapes, offsets, strict=False):
         if len(shape) != 2:
             continue
         if FUSED.search(name):
@@ -52,7 +54,7 @@ def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
                 first = ORDER.index(target) * rows
                 found.append(Block(name, first, rows, shape[1], offset + first * shape[1]))
         elif any(SEPARATE[target].search(name) for target in targets):
-            found.append(Block(name, 0, *shape, offset))
+            found.append(Block(name, 0, shape[0], shape[1], offset))
     if not found:
         raise UserError(
             f"the model has no {' or '.join(targets)} projection that LoRA could adapt: choose a ViT, or train all parameters"
@@ -60,11 +62,26 @@ def find_blocks(flat: FlatModel, targets: Sequence[str]) -> list[Block]:
     return found
 
 
+def check_rank(flag: str, rank: int, module: nn.Module, targets: Sequence[str]) -> None:
+    """Raise UserError if LoRA cannot adapt `module`, or if `rank` is above the rank that its projections can have.
+
+    flag: of the setting, for the message.
+    """
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    blocks = find_blocks(names, [p.shape for p in parameters], [0] * len(names), targets)
+    small = min(blocks, key=lambda b: min(b.rows, b.columns))
+    if rank > min(small.rows, small.columns):
+        raise UserError(
+            f"{flag} {rank}: {small.name} is {small.rows} x {small.columns} per projection; expected a rank of at most "
+            f"{min(small.rows, small.columns)}, or 0 to train all weights"
+        )
+
+
 class Projections:
     """The weights of `targets` in all attention layers as one vector `[m]` of consecutive blocks. It stores no copy."""
 
     def __init__(self, flat: FlatModel, targets: Sequence[str]):
-        self.flat, self.blocks = flat, find_blocks(flat, targets)
+        self.flat, self.blocks = flat, find_blocks(flat.names, flat.shapes, flat.offsets, targets)
         self.sizes = [b.rows * b.columns for b in self.blocks]
 
     def gather(self, theta: Tensor) -> Tensor:
