@@ -7,6 +7,7 @@ python -m fastmerge --config runs/glyphs-cil5-tiny/config.json --seeds 0 1 2    
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import re

@@ -7,6 +7,7 @@ import pytest
 from fastmerge.__main__ import main as command
 from fastmerge.commands.table import differing, joined_rows
 from fastmerge.evaluate import metrics
+from fastmerge.results import names
 
 
 def main(argv):
