@@ -12,6 +12,7 @@ import typing
 import pytest
 
 from fastmerge.__main__ import main
+from fastmerge.commands import COMMANDS
 from fastmerge.config import FREE, Config, check, declarations, flag_of, to_dict
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
@@ -166,7 +167,7 @@ def test_the_short_help_has_one_line_for_each_of_twenty_settings(monkeypatch):
         lines = printed("--help", *flags).splitlines()
         assert max(map(len, lines)) <= 100
         rows = {line.split()[0].rstrip(",").removeprefix("--"): line for line in lines if line.startswith("  ")}
-        assert list(rows) == [flag_of(*place.split(".")) for place in FIRST] + ["config", "help", "help-all"]
+        assert list(rows) == [flag_of(*p.split(".")) for p in FIRST] + ["config", "help", "help-all", *COMMANDS]
         config = parse([] if "--tasks" in flags else flags)
         for place, text in zip(FIRST, rows.values(), strict=False):
             group, name = place.split(".")
@@ -211,7 +212,9 @@ def test_derived_defaults_are_what_the_help_says():
         return declarations()[group][name][0].derived
 
     small, large, domains = [], ["--dataset", "imagenet1k"], ["--scenario", "dil"]
-    assert text("scenario", "tasks") == "10, for glyphs 5; with --scenario dil one per domain"
+    assert text("scenario", "tasks") == (
+        "10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain"
+    )
     assert [value("scenario", "tasks", *f) for f in (small, large, domains)] == [5, 10, None]
     assert text("scenario", "class_order") == "1993; with --scenario dil natural"
     assert [value("scenario", "class_order", *f) for f in (small, domains)] == ["1993", "natural"]
