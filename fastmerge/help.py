@@ -16,7 +16,7 @@ FIRST = {  # what the flag takes, and one line about it
     "data.download": ("", "allow downloads; without it nothing is fetched"),
     "data.flip": ("", "mirror training images (on for imagenet1k and cifar; off: --no-flip)"),
     "scenario.scenario": ("NAME", "cil: new classes in every task; dil: a new domain"),
-    "scenario.tasks": ("N", "number of tasks; with --scenario dil one per domain"),
+    "scenario.tasks": ("N", "number of tasks; dil: one per domain, else 10 where the data allow it"),
     "scenario.class_order": ("WORD", "natural, 1993 (PyCIL's permutation), or a file"),
     "scenario.validation": ("X", "evaluate on this fraction of the training images, to choose settings"),
     "model.model": ("NAME", "tiny (embedded), any open_clip model, any timm ViT"),

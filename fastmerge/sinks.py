@@ -112,17 +112,9 @@ def wanted(config: Config) -> list[type[Sink]]:
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl by name: 'train/loss', 'evaluate/seen_accuracy', 'evaluate/accuracy/task 1'."""
-    found: dict[str, float] = {"task": row["task"] + 1}
-    for key, value in row.items():
-        if key in ABOUT:
-            continue
-        if isinstance(value, list):
-            numbers = {f"{key}/task {j}": x for j, x in enumerate(value, start=1)}
-        else:
-            numbers = {key: value}
-        found |= {f"{row['phase']}/{k}": x for k, x in numbers.items() if isinstance(x, int | float)}
-    return found
+    """The numbers of a row of metrics.jsonl by name: 'task' (from 1), 'train/loss', 'evaluate/seen_accuracy'."""
+    numbers = {f"{row['phase']}/{key}": value for key, value in row.items() if key not in ABOUT and value is not None}
+    return {"task": row["task"] + 1} | numbers
 
 
 class Sinks:
