@@ -14,7 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import DTYPES, WIDTHS, measure, segments  # noqa: E402
 
-MISSING = [name for name in ("tyro", "open_clip") if importlib.util.find_spec(name) is None]  # the trainer needs them
+MISSING = [
+    name for name in ("safetensors", "open_clip") if importlib.util.find_spec(name) is None
+]  # the trainer needs them
 collect_ignore = ["test_speed_training.py", "test_speed_search.py"] if MISSING else []
 MEMORY = 6 << 30  # bytes of models in memory at once on the CPU; beyond that a few models are reused
 

@@ -4,61 +4,106 @@
     python -m fastmerge --dataset imagenet1k --tasks 100 --data-root DIR    # the main job
     python -m fastmerge --method trm finetune --seeds 0 1 2                 # one comparison table
 
-Exit codes: 0 done, 2 bad input (the message says what to do), 130 or 143 stopped by a signal (the same command
-continues the run).
+Exit codes: 0 done; 1 a fault of fastmerge; 2 bad input (the message says what to do); 129, 130 or 143 stopped by SIGHUP,
+SIGINT (Ctrl-C) or SIGTERM (the same command continues the run). A closed pipe (`| head`) does not end a run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import UserError
+from fastmerge.errors import UserError, first_line
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     from fastmerge.flags import parse
+    from fastmerge.output import guarded
 
-    try:
-        return run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        gc.unfreeze()  # `run` froze objects; without this, extension modules report leaks at exit
+    config = None
+    with guarded() as out:
+        try:
+            config = parse(argv)
+            code = run(config)
+        except SystemExit as stop:  # --help
+            code = int(stop.code or 0)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        except Exception as error:
+            code = unexpected(error, config)
+        finally:
+            gc.unfreeze()  # `run` froze objects; without this, extension modules report leaks at exit
+        if out is not None:
+            out.flush()
+            if code == 0 and out.lost:
+                where = f"; the results are in {config.run.run_dir}" if config else ""
+                print(f"error: standard output cannot be written ({out.lost.strerror}){where}", file=sys.stderr)
+                code = 2
+    return code
+
+
+def unexpected(error: Exception, config: Any) -> int:
+    """Print what happened, where the run is saved, and how to report it. Return the exit code."""
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of a GPU
+    if short:
+        print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
+        print("Try a smaller --cache-gb; or a smaller --batch-size or --model with another --run-dir.", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        print("error: this is a fault of fastmerge, not of your command.", file=sys.stderr)
+    folder = Path(config.run.run_dir) if config else None
+    begun = folder is not None and (folder / "environment.json").exists()
+    if begun:
+        print(
+            f"The run is saved in {folder} up to its last checkpoint; the same command continues there.",
+            file=sys.stderr,
+        )
+    if not short:
+        with_it = f" and with {folder}/environment.json and config.json" if begun else ""
+        print(f"Please report it with all of these lines, with the command{with_it}.", file=sys.stderr)
+    return 2 if short else 1
 
 
 def run(config: Any) -> int:
     """Prepare, run every method and seed, and report. Return the exit code."""
     # imported here so that --help and flag errors appear at once
     from fastmerge.checkpoint import save_json, save_text
-    from fastmerge.config import to_dict
     from fastmerge.console import Console
     from fastmerge.evaluate import metrics, zero_shot
+    from fastmerge.identity import determinants
     from fastmerge.loop import Images, candidates, learn
     from fastmerge.machine import environment
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
-    from fastmerge.models.saved import model_tensors
+    from fastmerge.models.saved import model_tensors, recipe
+    from fastmerge.page import page
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
     from fastmerge.report import (
+        below,
         comparison,
         header,
         results_markdown,
         results_rows,
-        results_table,
         single_class_warning,
         summary,
         warmup_warning,
     )
+    from fastmerge.results import finished
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
 
@@ -77,26 +122,54 @@ def run(config: Any) -> int:
         "weights": setup.backbone.weights,
         "weights_sha256": setup.backbone.weights_sha256,
     }
-    folder = RunFolder(config, environment(setup.device), manifest)
+
+    def warn(text: str) -> None:
+        console.line(f"warning: {text}", style="yellow")
+
+    determined = determinants(setup, runs, manifest)
+    folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
     for text in header(setup, manifest, folder):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
-        console.line("warning: --pretrained none: the backbone starts from random weights", style="yellow")
+        warn("--pretrained none: the backbone starts from random weights")
     trained = [run.scenario for run in runs if METHODS[run.method].trains]
     for warning in (warmup_warning(scenario, config.training), single_class_warning(trained)):
         if warning is not None:
-            console.line(f"warning: {warning}", style="yellow")
+            warn(warning)
 
-    results: dict[str, dict[str, Any]] = {run.label: {} for run in runs}
+    labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)
-    trajectories = {seed: Trajectory(folder.path / f"trajectory-seed{seed}", share) for seed in seeds}
+    trajectories = [Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label) for run in runs]
     starting: dict[str, Any] | None = None
-    previous = {s: signal.signal(s, request_stop(console)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def write() -> Any:
+        """The results of all finished runs of the folder, those of other commands too; returns them by label and seed."""
+        results = finished(folder.path, labels)
+        if results:
+            about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
+            save_json(folder.path / "results.json", about)
+            save_text(folder.path / "results.md", results_markdown(results_rows(results, starting)))
+        return results
+
+    previous = {
+        s: signal.signal(s, request_stop(console))
+        for s in SIGNALS
+        if (s, signal.getsignal(s)) != (getattr(signal, "SIGHUP", None), signal.SIG_IGN)  # nohup
+    }
+    stopped, StopRequest.signal = False, None
     try:
         records = [folder.record(run.label, run.seed, config.run.save_every) for run in runs]
-        console.start(runs, [n for n, record in enumerate(records) if record.finished() is not None])
+        results = [record.finished() for record in records]
+        for record, result in zip(records, results, strict=True):
+            if result is not None and not (record.folder / "model.safetensors").exists():
+                warn(
+                    f"{record.folder} has results, but no model.safetensors. The results are kept; delete the folder to "
+                    "train it again, to the same bits"
+                )
+        finished(folder.path)  # a damaged result of another run is told now, not after hours
+        console.start(runs, [n for n, result in enumerate(results) if result is not None])
         if setup.head.kind == "text":  # a text head knows every class, so the untrained model can be evaluated
             learner = setup.learner(seeds[0])
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
@@ -107,11 +180,10 @@ def run(config: Any) -> int:
         for number, run in enumerate(runs):
             record = records[number]
             console.next_run(number)
-            result = record.finished()
-            if result is None:
+            if results[number] is None:
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
-                method = kind.build(learner, trajectories[run.seed], run.protocol)
+                method = kind.build(learner, trajectories[number], run.protocol)
                 state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
@@ -125,49 +197,43 @@ def run(config: Any) -> int:
                     "peak_memory_bytes_per_task": state.peak_memory_bytes,
                     "seconds": state.seconds,
                     "bad_images": state.bad_images,
+                    "bytes_written": state.bytes_written,
                 }
-                recipe = {
-                    "method": run.label,
-                    "seed": run.seed,
-                    "config": to_dict(run.config),
-                    "class_names": setup.dataset.class_names,
-                    "head": learner.head.kind,
-                    "features": method.features().kind,
-                    "final_accuracy": result["final_accuracy"],
-                }
-                names = [task.name for task in run.scenario.tasks]
-                record.finish(result, names, model_tensors(learner.backbone, learner.head, method.features()), recipe)
+                names, features = [task.name for task in run.scenario.tasks], method.features()
+                about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}
+                about = recipe(learner, features, run.scenario, len(names) - 1, **about)
+                record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about)
+                write()
                 del learner, method
             else:
                 console.line(f"{run.label} seed {run.seed}: already finished")
-            results[run.label][str(run.seed)] = result
     except Interrupted:
         console.close()
-        number = StopRequest.signal or signal.SIGINT
+        stopped, number = True, StopRequest.signal or signal.SIGINT
         print(
             f"stopped by {signal.Signals(number).name}; saved. The same command continues from there.", file=sys.stderr
         )
         return 128 + number
     finally:
         console.close()
-        StopRequest.signal = None
-        for s, handler in previous.items():
-            signal.signal(s, handler)
+        if not stopped:  # else one more Ctrl-C still ends the process at once, while Python cleans up
+            StopRequest.signal = None
+            for s, handler in previous.items():
+                signal.signal(s, handler)
 
-    for trajectory in trajectories.values():
+    for trajectory in trajectories:
         if config.training.keep_trajectory:
             trajectory.keep()
         trajectory.delete()
-    save_json(
-        folder.path / "results.json",
-        {"zero_shot": starting, "methods": results, "summary": summary(results)},
-    )
-    draw(folder.path / "plots", results, starting)
-    table = results_rows(results, starting)
-    save_text(folder.path / "results.md", results_markdown(table))
-    console.rich.print(results_table(table))
-    console.line(comparison(results, starting))
-    console.line(f"results, plots and models: {folder.path}")
+    every = write()
+    draw(folder.path / "plots", every, starting)
+    table, verdict, warned = results_rows(every, starting), comparison(every, starting), below(every, starting)
+    save_text(folder.path / "report.html", page(folder.path, every, starting, table, [verdict, *warned]))
+    console.table(table)
+    console.line(verdict)
+    for text in warned:
+        warn(text)
+    console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0
 
 
@@ -177,7 +243,11 @@ def request_stop(console: Any) -> Any:
 
     def handler(number: int, frame: Any) -> None:
         if StopRequest.signal is not None:
-            raise KeyboardInterrupt
+            with contextlib.suppress(Exception):  # this may interrupt a write
+                console.close()
+                print("stopped at once; the same command continues from the last checkpoint", file=sys.stderr)
+                sys.stderr.flush()
+            os._exit(128 + number)  # an exception here could surface anywhere, with a traceback
         StopRequest.signal = number
         console.line("stopping after this step (a second signal stops at once, without saving)")
 

@@ -1,13 +1,14 @@
 """Atomic file writes: if a write is interrupted, the file is still the complete old or new version.
 
-A checkpoint is one safetensors file with the tensors and, as JSON in its metadata, everything else. Every file is
-written beside its target, flushed to disk and renamed, so a full disk or a killed process leaves the old file valid.
+A checkpoint is one safetensors file with the tensors and, in its metadata, everything else as JSON and a checksum. Every
+file is written beside its target, flushed to disk and renamed, so a full disk or a killed process leaves the old file valid.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,61 +21,102 @@ from torch import Tensor
 from fastmerge.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)`, then rename the temporary file to `path`.
+def write_atomically(path: Path, write: Callable[[Path], None], older: Path | None = None) -> int:
+    """Call `write(temporary)`, then rename the temporary file to `path`; returns the bytes written.
+
+    older: a previous file at `path` is moved there.
 
     Raises:
         UserError: the file cannot be written (full disk, no permission); a previous file at `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".part")
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # what the umask allows; safetensors would make it private
         write(temporary)
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        if older is not None and path.exists():
+            os.replace(path, older)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         kept = "the previous version is unharmed" if path.exists() else "there is no previous version"
         raise UserError(
             f"cannot write {path}: {error}; {kept}. Free space or fix the permissions, then run the same command again"
         ) from None
+    return size
 
 
-def save_text(path: Path, text: str) -> None:
+def save_text(path: Path, text: str) -> int:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+    return write_atomically(path, write)
 
 
-def save_json(path: Path, values: Any) -> None:
-    save_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+def save_json(path: Path, values: Any) -> int:
+    """One entry per line, a list of numbers on one line: a matrix has a line per row."""
+    return save_text(path, _lines(values) + "\n")
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write `tensors` (any device, dtype, shape; views are copied) and `about` (as JSON) to one file."""
+def _lines(values: Any, indent: str = "") -> str:
+    inner = indent + "  "
+    if isinstance(values, dict) and values:
+        items = [f"{json.dumps(str(key))}: {_lines(value, inner)}" for key, value in values.items()]
+        return "{\n" + ",\n".join(inner + item for item in items) + "\n" + indent + "}"
+    if isinstance(values, list | tuple) and any(isinstance(value, dict | list | tuple) for value in values):
+        return "[\n" + ",\n".join(inner + _lines(value, inner) for value in values) + "\n" + indent + "]"
+    return json.dumps(values, allow_nan=False)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any], older: Path | None = None) -> int:
+    """Write `tensors` (any device, dtype, shape; views are copied) and `about` (as JSON) to one file.
+
+    Returns the bytes written. older: a previous file at `path` is moved there.
+    """
     # copy views: a view would keep its whole storage, and safetensors rejects shared storage
     own = {
         name: t.detach().to("cpu", copy=t.untyped_storage().nbytes() != t.nbytes).contiguous()
         for name, t in tensors.items()
     }
-    write_atomically(
-        path, lambda temporary: save_file(own, temporary, metadata={"about": json.dumps(about, allow_nan=False)})
-    )
+    metadata = {"about": json.dumps(about, allow_nan=False), "crc32": str(_checksum(own))}
+    return write_atomically(path, lambda temporary: save_file(own, temporary, metadata=metadata), older)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of `save_tensors`: tensors on the CPU, and `about`.
 
     Raises:
-        UserError: the file cannot be read or `save_tensors` did not write it.
+        UserError: the file cannot be read, is damaged, or `save_tensors` did not write it.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a fastmerge checkpoint ({error}); delete it to restart this run") from None
+            metadata = file.metadata() or {}
+            about = json.loads(metadata["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if not isinstance(about, dict):
+            raise TypeError("its description is not an object")
+        if "crc32" in metadata and metadata["crc32"] != str(_checksum(tensors)):
+            raise ValueError("its bytes changed after they were written")
+        return tensors, about
+    except KeyError:
+        why = "another program wrote it"
+    except (OSError, SafetensorError, ValueError, TypeError) as error:  # ValueError: JSON too
+        why = str(error)
+    raise UserError(f"{path}: not a fastmerge checkpoint ({why})")
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 over the bytes of all tensors, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, value)
+    return value
 
 
 def resident(tensors: dict[str, Tensor]) -> int:

@@ -1,13 +1,12 @@
 """Every setting, declared once: default, default for the tiny model, bounds, unit, source, and what it does.
 
-Help texts (flags.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
+Help texts (help.py), checks and resolved defaults come from these declarations. `Config` is the resolved type;
 `flags.resolve` fills what a command line leaves open. A run's `config.json` holds the resolved values, so it repeats the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -107,6 +106,12 @@ def flag_of(group: str, name: str) -> str:
     return (name if group in PLAIN_GROUPS else f"{group}.{name}").replace("_", "-")
 
 
+def no_flag_of(group: str, name: str) -> str:
+    """The flag that switches a setting off, without dashes in front: no-flip, trm.no-merge-first."""
+    before, dot, last = flag_of(group, name).rpartition(".")
+    return f"{before}{dot}no-{last}"
+
+
 def check(config: Config) -> None:
     """Check every value that can be checked without data.
 
@@ -159,7 +164,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="only where the data set says that a flip keeps the class",
+        derived="as the data set says: on for imagenet1k and cifar, else off",
     )
     cache_gb: float = setting(
         8.0,
@@ -259,6 +264,11 @@ class TrainingSettings:
         False,
         "Keep the un-merged model of every task in the run folder (one file per task), so that merge rules named "
         "in a later command need no training. Otherwise they are deleted when the command is done.",
+    )
+    nearest_mean: bool = setting(
+        True,
+        "Put nearest-mean into the table, with the first seed: class means of the starting model's features. A method "
+        "that ends below it was not worth its training. It costs about a forward pass over all images.",
     )
     seeds: tuple[int, ...] = setting(
         (0,),
@@ -706,29 +716,29 @@ class Config:
 
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
-# These may change when a run continues: they choose which results are made and where they go, not the numbers.
+# These may change between two starts of a run: they choose which results are made, where from and where to, not the
+# numbers. What the last seven name is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
     "training.protocol",
     "training.keep_trajectory",
-    "run.device",
+    "training.nearest_mean",
     "run.run_dir",
     "run.save_every",
     "run.quiet",
     "data.download",
+    "data.cache_gb",
+    "data.skip_bad_images",  # it decides whether an unreadable image stops a run, never what is computed
+    "run.device",
+    "data.data_root",
+    "data.split_file",
+    "scenario.class_order",
+    "model.pretrained",
+    "model.mean",
+    "model.std",
 }
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line 'group.name: old -> new' for every changed setting that affects the numbers of a run."""
-    return [
-        f"{group}.{name}: {old.get(group, {}).get(name)!r} -> {value!r}"
-        for group, settings in new.items()
-        for name, value in settings.items()
-        if f"{group}.{name}" not in FREE and old.get(group, {}).get(name) != json.loads(json.dumps(value))
-    ]

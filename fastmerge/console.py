@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
-import statistics
+import math
+import os
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fastmerge.data.scenario import Task
+from fastmerge.output import plain
 from fastmerge.plan import Run
-from fastmerge.report import clock
+from fastmerge.report import clock, results_table
+from fastmerge.report import number as percent
 from fastmerge.runfolder import State
 from fastmerge.training import PHASES, Phase
 
 PLAIN_SECONDS = 15.0  # between progress lines without a terminal
-GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}  # cost of an image relative to training, used until measured
+# Cost of an image relative to training. Evaluation is a forward pass, so 0.3 is close until it is measured. The cost of a
+# merge is unknown until one is measured; 4 only moves the bar.
+GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}
+ENOUGH_STEPS, ENOUGH_SECONDS = 5, 5.0  # of one kind of work, before the time left is shown
+
+
+@dataclass
+class Measured:
+    """Steps of one kind of work of one method, without its first one: that also decodes images and compiles."""
+
+    begun: bool = False
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self.images > 0 and (self.steps >= ENOUGH_STEPS or self.seconds >= ENOUGH_SECONDS)
 
 
 class Work:
     """Estimate the time left for the whole command from the images left, by kind of work, and the time per image."""
 
     def __init__(self, runs: Sequence[Run]):
+        self.methods = [run.label for run in runs]
         self.per_task = [self._images(run) for run in runs]
         self.remaining = [self.of(number, 0) for number in range(len(runs))]
-        self.seconds: dict[str, tuple[float, int]] = {}
+        self.measured: dict[tuple[str, str], Measured] = {}
+        # of the last task: images gone through, and what that is of the planned (a Fisher of a few images, say)
+        self.went: dict[str, int] = {}
+        self.share: dict[tuple[str, str], float] = {}
+        self.whole = True
         self.total = sum(self._units(r) for r in self.remaining)
 
     @staticmethod
@@ -52,37 +79,82 @@ class Work:
         return sum(GUESS[kind] * n for kind, n in images.items())
 
     def done(self, run: int, kind: str, images: int, seconds: float) -> None:
-        before, count = self.seconds.get(kind, (0.0, 0))
-        self.seconds[kind] = (before + seconds, count + images)
+        """One step of work."""
+        measured = self.measured.setdefault((self.methods[run], kind), Measured())
+        if measured.begun:
+            measured.steps, measured.images = measured.steps + 1, measured.images + images
+            measured.seconds += seconds
+        measured.begun = True
+        self.went[kind] = self.went.get(kind, 0) + images
         self.remaining[run][kind] = max(0, self.remaining[run][kind] - images)
+
+    def at(self, run: int, task: int, phase: int = 0, step: int = 0) -> None:
+        """The run begins here: what it passed over (a merge that the first task does not need) is not left."""
+        if task and self.whole:
+            for kind, images in self.went.items():
+                if planned := self.per_task[run][task - 1][kind]:
+                    self.share[self.methods[run], kind] = images / planned
+        self.went, self.whole = {}, not phase and not step
+        self.remaining[run] = self.of(run, task, phase)
 
     def fraction(self) -> float:
         return 1 - sum(self._units(r) for r in self.remaining) / self.total if self.total else 1.0
 
-    def seconds_left(self) -> float | None:
-        """Estimated seconds left; None before the first measurement."""
-        cost = {kind: s / n for kind, (s, n) in self.seconds.items() if n}
-        if not cost:
+    def cost(self, method: str, kind: str) -> float | None:
+        """Seconds per image; None until it is known. Training may be measured with another method."""
+        own = self.measured.get((method, kind))
+        if own and own.known:
+            return own.seconds / own.images
+        train = [m for (_, k), m in self.measured.items() if k == "train" and m.known] if kind != "merge" else []
+        others = [m for (_, k), m in self.measured.items() if k == kind and m.known] if kind != "merge" else []
+        found = others or train
+        if not found:
             return None
-        unit = statistics.median(c / GUESS[kind] for kind, c in cost.items())
-        return sum(n * cost.get(kind, GUESS[kind] * unit) for left in self.remaining for kind, n in left.items())
+        return sum(m.seconds for m in found) / sum(m.images for m in found) * (1 if others else GUESS[kind])
+
+    def seconds_left(self, run: int | None = None) -> float | None:
+        """For one run, or for all; None until the cost of all that is left is known."""
+        runs, total = range(len(self.remaining)) if run is None else [run], 0.0
+        for number in runs:
+            for kind, n in self.remaining[number].items():
+                cost = self.cost(self.methods[number], kind) if n else 0.0
+                if cost is None:
+                    return None
+                total += n * cost * self.share.get((self.methods[number], kind), 1.0)
+        return total
+
+    def left(self, run: int) -> str:
+        """The time left in words, for the command or else for this run; empty until one is known."""
+        if (seconds := self.seconds_left()) is not None:
+            return f"{clock(seconds)} left"
+        if len(self.remaining) > 1 and (seconds := self.seconds_left(run)) is not None:
+            return f"{clock(seconds)} left in run {run + 1} of {len(self.remaining)}"
+        return ""
 
 
 class Console:
     """All output of a command. `quiet` prints only the final table and errors."""
 
     def __init__(self, quiet: bool = False, file: Any = None):
-        self.rich = RichConsole(file=file, highlight=False, soft_wrap=True)
-        if not self.rich.is_terminal:
-            self.rich.width = 140  # otherwise rich cuts the table to 80 columns in a file
+        # named, because rich takes a stream without a name for utf-8
+        self.rich = RichConsole(file=file or sys.stdout, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self.live: Progress | None = None
-        self._text = ""
+        self._parts: Sequence[str] = [""]
         self._printed = time.monotonic()
 
     def line(self, text: str, style: str | None = None) -> None:
         if not self.quiet:
             self.rich.print(text, style=style, markup=False)
+
+    def table(self, rows: list[list[str]]) -> None:
+        """The result table, also where `quiet`; as wide as the terminal, and as wide as it needs to be in a file."""
+        rows = [[plain(cell, self.rich.encoding) for cell in row] for row in rows]
+        limit = self.rich.width if self.rich.is_terminal or "COLUMNS" in os.environ else None
+        table, left_out = results_table(rows, limit)
+        self.rich.print(table, width=table.width, no_wrap=True, overflow="ignore", crop=False)
+        if left_out:
+            self.line(f"not shown here, but in results.md: {', '.join(left_out)}")
 
     def encoding(self, done: int, prompts: int) -> None:
         """Report that the text head is being computed; it is cached, so this wait comes once."""
@@ -97,10 +169,10 @@ class Console:
             self.work.remaining[number] = dict.fromkeys(GUESS, 0)
         self._printed = time.monotonic()
         if not self.quiet and self.rich.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[eta]} left"))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[left]}"))
             self.live = Progress(*columns, console=self.rich, transient=True, refresh_per_second=4)
             self.live.start()
-            self.bar = self.live.add_task("", total=1.0, eta="--:--")
+            self.bar = self.live.add_task("", total=1.0, left="")
 
     def close(self) -> None:
         if self.live:
@@ -114,21 +186,26 @@ class Console:
         """Start the current run at `state`."""
         self._clock = time.perf_counter()
         run = self.runs[self.run]
-        self.work.remaining[self.run] = self.work.of(self.run, state.task, state.phase)
+        self.work.at(self.run, state.task, state.phase, state.step)
         if state.task or state.phase or state.step:
             self.line(f"{run.label} seed {run.seed}: continues at task {state.task + 1}, step {state.step}")
 
-    def _advance(self, kind: str, images: int, text: str) -> None:
+    def _advance(self, kind: str, images: int, parts: Sequence[str]) -> None:
+        """A step is done. parts: what to say of it, the most important first."""
         now = time.perf_counter()
         self.work.done(self.run, kind, images, now - self._clock)
         self._clock = now
+        left = self.work.left(self.run)
         if self.live:
-            self.live.update(
-                self.bar, completed=self.work.fraction(), description=text, eta=clock(self.work.seconds_left())
-            )
+            text, room = parts[0], self.rich.width - 16 - len(left) - 4  # the bar and spaces
+            for part in parts[1:]:
+                if len(text) + len(part) + 3 > room:
+                    break  # a number is never cut
+                text += f" · {part}"
+            self.live.update(self.bar, completed=self.work.fraction(), description=text, left=left)
         elif not self.quiet and time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
-            self.line(f"{text} · {clock(self.work.seconds_left())} left")
+            self.line(" · ".join(filter(None, (*parts, left))))
 
     def _where(self, task: Task) -> str:
         run = self.runs[self.run]
@@ -137,26 +214,31 @@ class Console:
     def step(self, task: Task, name: str, i: int, phase: Phase, terms: dict[str, Any]) -> None:
         batches = phase.batches
         assert batches is not None  # a phase with steps has batches
-        images = len(batches.rows(i))
+        epochs = math.ceil(min(phase.steps, batches.steps) / batches.per_epoch)
+        inside = i < batches.steps  # a phase may end with a step that takes no images
+        images = len(batches.rows(i)) if inside else 0
         show = self.live is not None or time.monotonic() - self._printed >= PLAIN_SECONDS
         if show and (i % 10 == 0 or self.live is None):  # reading the loss waits for the device
-            seconds, count = self.work.seconds.get(name, (0.0, 0))
-            self._text = (
-                f"{self._where(task)} · {name} epoch {i // batches.per_epoch + 1}/{max(1, phase.steps // batches.per_epoch)}"
-                f"{''.join(f' · loss {float(v):.3f}' for k, v in terms.items() if k == 'loss')}"
-                f" · {count / seconds if seconds else 0:.0f} images/s"
-            )
-        self._advance(name, images, self._text)
+            measured = self.work.measured.get((self.runs[self.run].label, name), Measured())
+            self._parts = [
+                self._where(task),
+                f"{name} epoch {min(i // batches.per_epoch + 1, epochs)}/{epochs}",
+                *(f"loss {float(v):.3f}" for k, v in terms.items() if k == "loss"),
+                *([f"{measured.images / measured.seconds:.0f} images/s"] if measured.images else []),
+            ]
+        self._advance(name, images, self._parts)
 
     def evaluated(self, task: Task, images: int) -> None:
-        self._advance("evaluate", images, f"{self._where(task)} · evaluate")
+        self._advance("evaluate", images, [self._where(task), "evaluate"])
 
     def task_done(self, task: Task, summary: dict[str, Any], state: State) -> None:
         self._clock = time.perf_counter()
+        self.work.at(self.run, task.index + 1)
         row = summary["accuracy"]
         own = row[task.index] if task.index < len(row) else None
         seen = summary["seen_accuracy"]
+        left = self.work.left(self.run)
         self.line(
-            f"{self._where(task)} · {task.name}: accuracy on seen {seen:.1f}, on this task {own:.1f} · "
-            f"so far {clock(sum(state.seconds.values()))}, {clock(self.work.seconds_left())} left"
+            f"{self._where(task)} · {task.name}: accuracy on seen {percent([seen])}, on this task {percent([own])} · "
+            f"so far {clock(sum(state.seconds.values()))}{left and f', {left}'}"
         )

@@ -11,7 +11,10 @@ class UserError(Exception):
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """`" Did you mean: a, b?"` with the closest of `options`, or `""` if none is close."""
+    """`" Did you mean: a, b?"` with the closest of `options`, or `""` where nothing is close or `name` is one of them."""
+    options = list(options)
+    if name in options:
+        return ""
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     return f" Did you mean: {', '.join(by_lower[c] for c in close)}?" if close else ""

@@ -11,45 +11,116 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import tyro
-
-from fastmerge.config import PLAIN_GROUPS, Config, check, declarations, flag_of, to_dict
+from fastmerge.config import Config, check, declarations, flag_of, no_flag_of, to_dict
 from fastmerge.errors import UserError, nearest
+from fastmerge.help import help_all, help_first
+
+Given = dict[str, dict[str, Any]]  # group -> setting -> value, of what was given
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is a `UserError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
+        raise UserError(f"{message} (fastmerge --help-all lists what each setting takes)")
+
+
+def reader(hint: Any) -> Callable[[str], Any]:
+    """From the text of one value to the value, for a setting of this type; None is written None."""
+    kinds = get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,)
+
+    def read(text: str) -> Any:
+        expected = []
+        for kind in kinds:
+            if kind is type(None) and text == "None":
+                return None
+            if kind is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if get_origin(kind) is Literal:
+                if text in get_args(kind):
+                    return text
+                expected.append(f"expected {' | '.join(get_args(kind))}{nearest(text, get_args(kind))}")
+            elif kind in (int, float):
+                try:
+                    return kind(text)
+                except ValueError:
+                    expected.append("expected a whole number" if kind is int else "expected a number")
+            elif kind is bool:
+                expected.append("expected True or False")
+            elif kind is str:
+                return text
+        raise argparse.ArgumentTypeError(f"{text}: {expected[0]}")
+
+    return read
 
 
 @functools.cache
-def given_type() -> Any:
-    """`Config` as a command line gives it: a setting whose default depends on others is None until `resolve` fills it."""
-    groups = []
+def parser() -> Parser:
+    """The parser of all settings; it returns only what was given, as 'group.name'."""
+    made = Parser(prog="fastmerge", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for group, kind in get_type_hints(Config).items():
-        fields = []
         for name, hint in get_type_hints(kind).items():
-            declaration, default = declarations()[group][name]
-            shown = declaration.default_text(default)
-            about = tyro.conf.arg(
-                help=declaration.help_text(), help_behavior_hint=f"(default: {shown})" if declaration.late else None
-            )
-            if declaration.late:
-                hint, default = hint | None, None
-            fields.append((name, Annotated[hint, about], dataclasses.field(default=default)))
-        made = dataclasses.make_dataclass(f"{kind.__name__}", fields)
-        # the flags are --dataset, not --data.dataset; the groups remain in --help
-        group_type: Any = Annotated[(made, tyro.conf.OmitArgPrefixes)] if group in PLAIN_GROUPS else made
-        groups.append((group, group_type, dataclasses.field(default_factory=made)))
-    return dataclasses.make_dataclass("Given", groups)
+            add = functools.partial(made.add_argument, dest=f"{group}.{name}")
+            flag = f"--{flag_of(group, name)}"
+            if bool in (hint, *get_args(hint)):
+                add(f"--{no_flag_of(group, name)}", action="store_false")
+            if hint is bool:
+                add(flag, action="store_true")
+            elif bool in get_args(hint):  # None leaves the choice to the data set
+                add(flag, nargs="?", const=True, type=reader(hint))
+            elif kinds := [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]:
+                items = get_args(kinds[0])  # (type, ...), or one type for each of a fixed number of values
+                add(flag, nargs="*" if Ellipsis in items else len(items), type=reader(items[0]))
+            else:
+                add(flag, type=reader(hint | None if declarations()[group][name][0].late else hint))
+    return made
 
 
-def resolve(given: Any) -> Config:
-    """Fill the defaults that depend on other settings, and check the values. given: an instance of `given_type()`.
+def read_flags(words: Sequence[str]) -> Given:
+    """The settings that these words of a command line give.
+
+    Raises:
+        UserError: an unknown flag, with the nearest names; a value that the setting does not take.
+    """
+    joined: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            joined.append(flag.replace("_", "-") + equals + value)
+        elif re.match(r"-(\.?\d|inf|nan)", word) and joined and re.match("--[^=]+$", joined[-1]):
+            joined[-1] += f"={word}"  # argparse would take -1e-3 for a flag
+        else:
+            joined.append(word)
+    found, rest = parser().parse_known_args(joined)
+    if rest:
+        flags = [f"--{flag_of(group, name)}" for group, settings in declarations().items() for name in settings]
+        flag = rest[0].partition("=")[0]
+        if flag.startswith("-"):
+            raise UserError(f"unknown flag {flag}.{nearest(flag, flags)} fastmerge --help-all lists all")
+        raise UserError(f"{rest[0]!r} is not expected here; a setting is given as --NAME VALUE")
+    given: Given = {}
+    for place, value in vars(found).items():
+        group, _, name = place.partition(".")
+        given.setdefault(group, {})[name] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+def resolve(given: Given) -> Config:
+    """Fill the defaults, also those that depend on other settings, and check the values.
 
     Raises:
         UserError: naming the flag, what was given, and what was expected.
     """
-    values = {group: vars(getattr(given, group)).copy() for group in declarations()}
+    values = {
+        group: {name: None if one.late else default for name, (one, default) in settings.items()} | given.get(group, {})
+        for group, settings in declarations().items()
+    }
     data, scenario, model, run = (values[g] for g in ("data", "scenario", "model", "run"))
     if model["model"] is None:
         model["model"] = "tiny" if data["dataset"] == "glyphs" else "ViT-B-16-quickgelu"
@@ -105,13 +176,12 @@ def as_flags(values: dict[str, Any], source: str) -> list[str]:
         for name, value in settings.items():
             if name not in known:
                 raise UserError(f"{source}: unknown setting {group}.{name}.{nearest(name, known)}")
-            flag = flag_of(group, name)
             if isinstance(value, list):
-                flags += [f"--{flag}", *map(str, value)]
-            elif isinstance(value, bool) and name != "flip":  # flip has three values, so it is no on/off flag
-                flags += [f"--{flag}" if value else "--" + re.sub(r"([^.]+)$", r"no-\1", flag)]
+                flags += [f"--{flag_of(group, name)}", *map(str, value)]
+            elif isinstance(value, bool):
+                flags.append(f"--{flag_of(group, name) if value else no_flag_of(group, name)}")
             elif value is not None:  # None leaves the default that depends on other settings
-                flags += [f"--{flag}", str(value)]
+                flags.append(f"--{flag_of(group, name)}={value}")
     return flags
 
 
@@ -129,18 +199,26 @@ def changed(config: Config, changes: dict[str, dict[str, str]], source: str) -> 
                 raise UserError(f"{source}: {group}.{name} is true or false, not {text!r}")
             values[group][name] = text.lower() == "true" if field_type is bool else text
     try:
-        return resolve(tyro.cli(given_type(), args=as_flags(values, source), console_outputs=False))
-    except SystemExit:
-        raise UserError(
-            f"{source}: a value does not fit; python -m fastmerge --help lists what each setting takes"
-        ) from None
+        given = read_flags(as_flags(values, source))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return resolve(given)
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Flags over `--config FILE` over defaults; resolved and checked. Bad flags exit with code 2 and say why."""
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--config")
-    known, rest = pre.parse_known_args(argv)
+    """Flags over `--config FILE` over defaults; resolved and checked. `--help` and `--help-all` print and exit.
+
+    Raises:
+        UserError: naming the flag, what was given, and what was expected.
+    """
+    own = Parser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config")
+    own.add_argument("-h", "--help", action="store_true")
+    own.add_argument("--help-all", action="store_true")
+    known, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if known.help_all:
+        print(help_all())
+        raise SystemExit(0)
     if known.config is not None:
         try:
             values = json.loads(Path(known.config).read_text())
@@ -151,11 +229,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         if not isinstance(values, dict):
             raise UserError(f"--config {known.config}: expected an object of groups, as in the config.json of a run")
         rest = [*as_flags(values, f"--config {known.config}"), *rest]
-    given = tyro.cli(
-        given_type(),
-        args=rest,
-        prog="fastmerge",
-        description="Continual learning by model merging: train task after task, end with one model. "
-        "--config FILE takes settings from a JSON file such as a run's config.json; flags override it.",
-    )
-    return resolve(given)
+    try:
+        config = resolve(read_flags(rest))
+    except UserError:
+        if not known.help:
+            raise
+        config = resolve({})
+    if known.help:
+        print(help_first(config))
+        raise SystemExit(0)
+    return config

@@ -22,7 +22,7 @@ from fastmerge.evaluate import accuracies, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
-from fastmerge.training import PHASES, Learner
+from fastmerge.training import PHASES, Learner, Phase
 
 
 class Images:
@@ -67,13 +67,19 @@ def learn(
         parts |= {"during": during, "phase": phase_tensors}
         record.save(state, joined(**parts))
 
-    def stop_if_asked() -> None:
-        if StopRequest.signal is not None:
-            raise Interrupted
+    def save_if_due(phase: Phase | None = None) -> None:
+        """Save where `--save-every` has passed since the last time: what is younger is sooner repeated than saved. After a
+        signal save and stop."""
+        if record.due():
+            stop = StopRequest.signal is not None  # one that comes while it saves waits for the next time
+            save(phase.tensors() if phase else {})
+            if stop:
+                raise Interrupted
 
     def tick(evaluated: int) -> None:
         console.evaluated(scenario.tasks[state.task], evaluated)
-        stop_if_asked()
+        if StopRequest.signal is not None:
+            save_if_due()  # evaluation changes nothing that a checkpoint holds
 
     for task in scenario.tasks[state.task :]:
         memory.reset()
@@ -96,14 +102,13 @@ def learn(
                         terms = phase.step(i)
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)
-                        if record.due():
-                            state.step = i + 1
-                            state.seconds[name] += time.perf_counter() - start
-                            start = time.perf_counter()
-                            save(phase.tensors())
-                            stop_if_asked()
+                        state.step, now = i + 1, time.perf_counter()
+                        state.seconds[name] += now - start
+                        start = now
+                        save_if_due(phase)
                     phase.finish()
                     state.seconds[name] += phase.seconds_elsewhere
+                    state.bytes_written += phase.bytes_written
                 state.seconds[name] += time.perf_counter() - start
                 if number == len(PHASES) - 1:
                     during.clear()
@@ -111,17 +116,20 @@ def learn(
                 record.flush()  # a loss that is not finite says more than the weights
                 check_finite(joined(learner=learner.state_dict(), method=method.state_dict()), task, name, record)
                 state.phase, state.step = number + 1, 0
-                save({})
-                stop_if_asked()
+                save_if_due()
 
         start = time.perf_counter()
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
         row = accuracies(learner, tests, classes, tick, method.features())
+        others = {
+            name: accuracies(learner, tests, classes, tick, features)
+            for name, features in method.also_evaluated().items()
+        }
+        # from here to the save nothing stops: the state is that of this task, or of the next one
         unseen: list[float | None] = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
-        for name, features in method.also_evaluated().items():
-            other = accuracies(learner, tests, classes, tick, features)
+        for name, other in others.items():
             state.also.setdefault(name, []).append(other + unseen)
         state.seconds["evaluate"] += time.perf_counter() - start
         state.test_counts = [len(t) for t in tests]  # without unreadable images
@@ -131,15 +139,10 @@ def learn(
         state.kept_bytes.append(kept_bytes(learner, method))
         state.peak_memory_bytes.append(memory.read())
         state.task, state.phase = task.index + 1, 0
-        summary = {
-            "task": task.index,
-            "accuracy": row,
-            "seen_accuracy": micro(row[: task.index + 1], state.test_counts),
-            "kept_bytes": state.kept_bytes[-1],
-            "peak_memory_bytes": state.peak_memory_bytes[-1],
-        }
-        record.task(summary | {"phase": "evaluate"})
-        save({})
+        summary = {"accuracy": row, "seen_accuracy": micro(row[: task.index + 1], state.test_counts)}
+        record.task({"task": task.index, "phase": "evaluate", "seen_accuracy": summary["seen_accuracy"]})
+        if state.task < len(scenario.tasks):  # after the last one the model itself is written
+            save_if_due()
         console.task_done(task, summary, state)
     return state
 

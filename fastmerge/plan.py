@@ -10,6 +10,7 @@ from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError, nearest
 from fastmerge.flags import changed
 from fastmerge.methods import METHODS
+from fastmerge.report import BASELINE
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
         setting, equals, value = pair.partition("=")
         setting = setting.strip().replace("-", "_")
         mine = {s: g for g in method.groups[::-1] for s in vars(getattr(config, g))}
-        if not equals or setting not in mine:
+        if setting in mine and not equals:
+            raise UserError(f"--method {spec}: {setting} needs a value, as in {name}:{setting}=VALUE")
+        if setting not in mine:
             hint = f" Its settings are: {', '.join(mine)}." if mine else f" {name} has no settings of its own."
             raise UserError(
                 f"--method {spec}: expected {name}:SETTING=VALUE, got {pair!r}.{nearest(setting, mine)}{hint}"
@@ -57,8 +60,8 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
 
 
 def plan(config: Config, scenario: Scenario) -> list[Run]:
-    """The runs of a command, in execution order."""
-    runs = []
+    """The runs of a command, in execution order; the last one is the baseline of every table."""
+    runs: list[Run] = []
     for seed in config.training.seeds:
         trained: set[str] = set()  # un-merged trainings that an earlier run shares
         for spec in config.training.method:
@@ -75,6 +78,9 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
                 )
                 own = scenario.joined() if method.joint else scenario
                 runs.append(Run(label, name, protocol, seed, its, own, epochs, shared))
+    if config.training.nearest_mean and all(run.method != BASELINE for run in runs):
+        nothing = {"train": 0, "merge": 0}
+        runs.append(Run(BASELINE, BASELINE, None, config.training.seeds[0], config, scenario, nothing, None))
     return runs
 
 

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.checkpoint import write_atomically
 from fastmerge.evaluate import micro
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#101010"  # of numbers on a coloured cell; what is black elsewhere may follow the page
+
 
 def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> list[Path]:
-    """Plot `methods[name][seed]` (results as in results.json) to PNG files in `folder`; return their paths."""
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # needs no display and shares no state with pyplot
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+    """Write the plots of `methods[name][seed]` (results as in results.json) as PNG into `folder`; returns their paths."""
     folder.mkdir(exist_ok=True)
     paths = []
+    for name, figure in figures(methods, zero_shot):
+        paths.append(folder / f"{name}.png")
+        write_atomically(paths[-1], partial(figure.savefig, format="png", dpi=120))
+    return paths
 
-    def save(figure: Figure, name: str) -> None:
-        FigureCanvasAgg(figure)
-        write_atomically(folder / name, lambda path: figure.savefig(path, format="png", dpi=120))
-        paths.append(folder / name)
+
+def figures(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> Iterator[tuple[str, Figure]]:
+    """The plots of `methods[name][seed]` with their names: a matrix for every run, then the accuracy of all."""
+    from matplotlib.figure import Figure  # by itself: no display, and no state shared with the user's pyplot
+    from matplotlib.ticker import MaxNLocator
 
     for method, seeds in methods.items():
         for seed, result in seeds.items():
@@ -44,7 +50,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
                                 f"{value:.0f}",
                                 ha="center",
                                 va="center",
-                                color="w" if value < 60 else "k",
+                                color="w" if value < 60 else INK,
                                 fontsize=8,
                             )
             axes.set(xlabel="test images of task", ylabel="after task", title=f"{method}, seed {seed}: accuracy (%)")
@@ -52,7 +58,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
             axes.set_xticks(ticks, [str(t + 1) for t in ticks])
             axes.set_yticks(ticks, [str(t + 1) for t in ticks])
             figure.colorbar(image, ax=axes)
-            save(figure, f"matrix-{method}-seed{seed}.png")
+            yield f"matrix-{method}-seed{seed}", figure
 
     many = len(methods) > 6
     figure = Figure(figsize=(9, max(4, 0.2 * len(methods))) if many else (6, 4), layout="constrained")
@@ -80,8 +86,7 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
     else:
         axes.legend()
     axes.grid(alpha=0.3)
-    save(figure, "accuracy.png")
-    return paths
+    yield "accuracy", figure
 
 
 def seen_accuracy(result: dict[str, Any]) -> list[float]:

@@ -7,9 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
+from rich.markup import escape
 from rich.table import Table
 
 from fastmerge.flags import DEFAULT_TASKS
+from fastmerge.results import METRICS
+
+BASELINE = "nearest-mean"  # beside every table
 
 
 def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
@@ -25,6 +30,8 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         f"{kind}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
+        f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "
+        + ("on (--no-flip switches them off)" if setup.flip else "off (--flip switches them on)"),
         f"images are normalised with {backbone.normalisation}",
         f"results go to {folder.path}",
     ]
@@ -93,14 +100,33 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float 
     return rows
 
 
-def results_table(rows: list[list[str]]) -> Table:
-    """The comparison table for the terminal."""
-    table = Table()
-    for number, title in enumerate(rows[0]):
-        table.add_column(title, justify="right" if number else "left")
+# columns to leave out of a narrow terminal, in this order; results.md has them all
+LEAST = ("grows", "kept", "peak memory", "merge", "train", "plasticity", "seeds", "AAA", "forgetting")
+
+
+def results_table(rows: list[list[str]], width: int | None = None) -> tuple[Table, list[str]]:
+    """For the terminal: the table, and the columns that were left out to fit `width` characters (None: no limit).
+
+    A name or a number is never cut: a table that is too wide without these columns stays too wide.
+    """
+    left_out: list[str] = []
+    for title in LEAST:
+        if width is None or _width(rows, left_out) <= width:
+            break
+        left_out.append(title)
+    shown = [k for k, title in enumerate(rows[0]) if title not in left_out]
+    table = Table(width=_width(rows, left_out))
+    for k in shown:
+        table.add_column(rows[0][k], justify="left" if rows[0][k] in ("run", "method") else "right", no_wrap=True)
     for row in rows[1:]:
-        table.add_row(*row)
-    return table
+        table.add_row(*(escape(row[k]) for k in shown))
+    return table, [title for title in rows[0] if title in left_out]
+
+
+def _width(rows: list[list[str]], without: list[str]) -> int:
+    """Of the table with its frame: a line before every column, two spaces within, and the last line."""
+    columns = [column for column in zip(*rows, strict=True) if column[0] not in without]
+    return sum(max(map(cell_len, column)) + 3 for column in columns) + 1
 
 
 def results_markdown(rows: list[list[str]]) -> str:
@@ -129,33 +155,51 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for method, seeds in results.items():
         table[method] = {}
-        for name in ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity"):
+        for name in METRICS:
             values = [r[name] for r in seeds.values() if r[name] is not None]
             spread = statistics.stdev(values) if len(values) > 1 else None
             table[method][name] = {"mean": statistics.mean(values) if values else None, "std": spread, "n": len(values)}
     return table
 
 
+def finals(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The mean final accuracy of every method, in percent."""
+    return {method: statistics.mean(r["final_accuracy"] for r in seeds.values()) for method, seeds in results.items()}
+
+
 def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> str:
-    """One line: final accuracy of each method (of many, only the best) and its difference from the baselines."""
-    final = {m: statistics.mean(r["final_accuracy"] for r in seeds.values()) for m, seeds in results.items()}
-    several = len(final) > 4
+    """One sentence: how far each method ends above the starting model, plain fine-tuning and nearest-mean."""
+    final = finals(results)
     base = {"zero-shot": starting["final_accuracy"]} if starting else {}
-    if "finetune" in final:
-        base["plain fine-tuning"] = final["finetune"]
+    base |= {name: final[m] for m, name in (("finetune", "plain fine-tuning"), (BASELINE, BASELINE)) if m in final}
+    told = [m for m in final if m != BASELINE] or list(final)
+    several = len(told) > 4
+    best = max((m for m in told if m not in ("joint", "finetune")), key=lambda m: final[m], default=None)
     lines = []
-    best = max(
-        (m for m in final if m not in ("joint", "finetune")), key=lambda m: final[m], default=None
-    )  # shown alone if there are many
-    for method, accuracy in final.items():
-        if several and method != best:
-            continue
+    for method in [best] if several and best else told:  # of many, only this one
         against = [
-            f"{accuracy - b:+.1f} against {name}"
+            f"{final[method] - b:+.1f} against {name}"
             for name, b in base.items()
-            if (method, name) != ("finetune", "plain fine-tuning")
+            if (method, name) not in (("finetune", "plain fine-tuning"), (BASELINE, BASELINE))
         ]
         lines.append(
-            f"{'best: ' * several}{method} ends at {accuracy:.1f} %" + (f" ({', '.join(against)})" if against else "")
+            f"{'best: ' * several}{method} ends at {final[method]:.1f} %"
+            + (f" ({', '.join(against)})" if against else "")
         )
     return "; ".join(lines)
+
+
+def below(results: dict[str, dict[str, Any]], starting: dict[str, Any] | None) -> list[str]:
+    """A line for every method that ends below the starting model, used zero-shot or by its class means."""
+    final = finals(results)
+    base = {"zero-shot": starting["final_accuracy"]} if starting else {}
+    base |= {BASELINE: final[BASELINE]} if BASELINE in final else {}
+    lines = []
+    for method, accuracy in final.items():
+        above = [f"{name} ({b:.1f} %)" for name, b in base.items() if accuracy < b]
+        if above and method != BASELINE:
+            lines.append(
+                f"{method} ends at {accuracy:.1f} %, below {' and '.join(above)}: "
+                "the starting model does better without this training"
+            )
+    return lines

@@ -1,21 +1,24 @@
 """Files of a run: where they are, when they are written, and whether a run may continue.
 
-runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  plots/
+runs/<name>/config.json  environment.json  manifest.json  results.json  results.md  report.html  plots/
 runs/<name>/trajectory-seed<seed>/   un-merged models that methods share; deleted at the end without --keep-trajectory
 runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per task
                                 accuracy.csv       the accuracy matrix
                                 model.safetensors  the final model; its recipe is in the metadata
                                 result.json        this run's part of results.json
-                                checkpoint.safetensors   during the run; the same command continues from it
+                                checkpoint.safetensors   during the run, and checkpoint-before.safetensors, the one
+                                                         before it; the same command continues from them
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,8 +27,10 @@ import torch
 from torch import Tensor
 
 from fastmerge.checkpoint import load_tensors, save_json, save_tensors, write_atomically
-from fastmerge.config import Config, differences, to_dict
+from fastmerge.config import Config, to_dict
 from fastmerge.errors import UserError
+from fastmerge.identity import differences, fingerprint
+from fastmerge.results import expect, read_json, read_result
 from fastmerge.training import PHASES
 
 FLUSH_STEPS = 20  # steps between host reads of the losses: reading every step would stall a GPU
@@ -42,10 +47,21 @@ class StopRequest:
 
 
 class RunFolder:
-    """The folder of one command. Opening it locks it, compares settings and images with its files, and writes them."""
+    """The folder of one command. Opening it locks it, compares what determines the numbers with its files, and writes
+    these; a refused command changes nothing.
 
-    def __init__(self, config: Config, environment: dict[str, Any], manifest: dict[str, Any]):
-        self.path = Path(config.run.run_dir)
+    determined: see `identity.determinants`. warn(text) is called for what a user should know; so are its records'.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        environment: dict[str, Any],
+        manifest: dict[str, Any],
+        determined: dict[str, dict[str, Any]],
+        warn: Callable[[str], None],
+    ):
+        self.path, self.determined, self.warn = Path(config.run.run_dir), determined, warn
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -53,28 +69,60 @@ class RunFolder:
             raise UserError(
                 f"--run-dir {self.path}: cannot write there ({error}); choose another folder with --run-dir"
             ) from None
-        old = self.path / "config.json"
-        if old.exists():
-            changed = differences(self._read(old), to_dict(config))
-            if changed:
-                raise UserError(
-                    f"--run-dir {self.path} contains a run with other settings:\n  "
-                    + "\n  ".join(changed)
-                    + "\nUse the same settings to continue it, or another --run-dir"
-                )
-            known = (
-                self._read(self.path / "manifest.json").get("sha256")
-                if (self.path / "manifest.json").exists()
-                else None
+        for name in ("config.json", "environment.json", "manifest.json", "results.json", "results.md"):
+            expect(self.path / name)
+        expect(self.path / "plots", folder=True)
+        runs = self._known_runs()
+        starts = self._starts(environment)
+        save_json(self.path / "manifest.json", manifest | {"determines": determined | {"runs": runs}})
+        save_json(self.path / "config.json", to_dict(config))
+        save_json(self.path / "environment.json", starts)
+
+    def _learned(self, pattern: str = "*-seed*") -> bool:
+        """Whether the folders of `pattern` hold anything that was learned."""
+        return any(
+            path.suffix == ".safetensors" or path.name == "result.json" for path in self.path.glob(f"{pattern}/*")
+        )
+
+    def _known_runs(self) -> dict[str, Any]:
+        """What determines each run of this folder, those of earlier commands too.
+
+        Raises:
+            UserError: something was learned here from other settings or contents; the message says which.
+        """
+        if not self._learned():
+            return self.determined["runs"]
+        path = self.path / "manifest.json"
+        old = read_json(path, "the manifest.json of this run; restore it, or choose another --run-dir")
+        old = old.get("determines") if isinstance(old, dict) else None
+        if not isinstance(old, dict) or not all(
+            isinstance(old.get(part), dict) for part in ("settings", "contents", "runs")
+        ):
+            raise UserError(
+                f"{path} does not say what determines the numbers of the runs there (an older fastmerge made it, or it "
+                "was changed); choose another --run-dir"
             )
-            if known is not None and known != manifest["sha256"]:
-                raise UserError(
-                    f"--run-dir {self.path} was made with other images (split hash {known}, now {manifest['sha256']}): "
-                    "the data set changed on disk. Restore it, or use another --run-dir"
-                )
-        save_json(old, to_dict(config))
-        save_json(self.path / "environment.json", environment)
-        save_json(self.path / "manifest.json", manifest)
+        old["runs"] = {name: values for name, values in old["runs"].items() if self._learned(glob.escape(name))}
+        if changed := differences(old, self.determined):
+            raise UserError(
+                f"--run-dir {self.path} holds runs that were made from something else:\n  "
+                + "\n  ".join(changed)
+                + "\nGo back to what it was to continue them, or use another --run-dir"
+            )
+        return old["runs"] | self.determined["runs"]
+
+    def _starts(self, environment: dict[str, Any]) -> list[Any]:
+        """The environments of all starts, this one last."""
+        path = self.path / "environment.json"
+        old = read_json(path, "a list with an entry per start; move it away") if path.exists() else []
+        old = old if isinstance(old, list) else [old]
+        if old and isinstance(old[-1], dict):
+            versions = {name: (old[-1].get(name), environment[name]) for name in ("fastmerge", "gpu", "cuda")}
+            if isinstance(before := old[-1].get("versions"), dict):
+                versions |= {name: (before.get(name), new) for name, new in environment["versions"].items()}
+            if moved := [f"{name} {a} -> {b}" for name, (a, b) in versions.items() if a != b]:
+                self.warn(f"since the last start here: {', '.join(moved)}; numbers may differ in their last bits")
+        return [*old, {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | environment]
 
     def _locked(self) -> TextIO:
         """Lock the folder until this process ends (if the system has file locks)."""
@@ -91,17 +139,9 @@ class RunFolder:
             ) from None
         return file
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        try:
-            return json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); delete the folder or choose another --run-dir"
-            ) from None
-
     def record(self, method: str, seed: int, save_every: float) -> Record:
-        return Record(self.path / f"{method}-seed{seed}", save_every)
+        name = f"{method}-seed{seed}"
+        return Record(self.path / name, save_every, fingerprint(self.determined, name), self.warn)
 
 
 @dataclass
@@ -118,36 +158,87 @@ class State:
     also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of `also_evaluated`, by name
     bad_images: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "evaluate"), 0.0))
+    bytes_written: int = 0  # to the disk, without metrics.jsonl and what is written at the end
     log_bytes: int = 0  # length of metrics.jsonl at this state; later lines are cut off when the run continues
 
 
 class Record:
-    """Checkpoints and metrics of one method with one seed."""
+    """Checkpoints and metrics of one method with one seed.
 
-    def __init__(self, folder: Path, save_every: float):
-        self.folder, self.save_every = folder, save_every
+    fingerprint: hash of what determines this run; a checkpoint of another run is refused. Two generations of the
+    checkpoint are kept, so that a damaged one costs the steps since the one before it.
+
+    Raises:
+        UserError: a folder stands where a file should be, or the other way round.
+    """
+
+    def __init__(self, folder: Path, save_every: float, fingerprint: str, warn: Callable[[str], None]):
+        self.folder, self.save_every, self.fingerprint, self.warn = folder, save_every, fingerprint, warn
         self.checkpoint = folder / "checkpoint.safetensors"
+        self.before = folder / "checkpoint-before.safetensors"
+        expect(folder, folder=True)
+        for name in ("metrics.jsonl", "accuracy.csv", "model.safetensors", "result.json"):
+            expect(folder / name)
+        expect(self.checkpoint)
+        expect(self.before)
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
 
     def finished(self) -> dict[str, Any] | None:
         """The result of this run if it is already complete."""
         path = self.folder / "result.json"
-        return RunFolder._read(path) if path.exists() else None
+        return read_result(path) if path.exists() else None
 
     def open(self) -> tuple[State, dict[str, Tensor]]:
-        """The state to continue from and the tensors saved with it (none for a new run)."""
+        """The state to continue from and the tensors saved with it (none for a new run).
+
+        Raises:
+            UserError: there are checkpoints, and none of them is good.
+        """
         self.folder.mkdir(exist_ok=True)
-        state = State()
-        tensors: dict[str, Tensor] = {}
-        if self.checkpoint.exists():
-            tensors, about = load_tensors(self.checkpoint)
-            state = State(**about["state"])
+        state, tensors = self._newest()
         path = self.folder / "metrics.jsonl"
-        self._log = open(path, "r+b" if path.exists() else "w+b")
-        self._log.truncate(state.log_bytes)
-        self._log.seek(state.log_bytes)
+        try:
+            self._log = open(path, "r+b" if path.exists() else "w+b")
+            kept = _whole_lines(self._log.read(state.log_bytes), state.log_bytes)
+            self._log.truncate(kept)
+            self._log.seek(kept)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}; fix it, then run the same command again") from None
+        if kept < state.log_bytes:
+            self.warn(
+                f"{path} was cut since this run was stopped: {kept} of {state.log_bytes} bytes are left, and the steps in "
+                "the others are missing from it. The run continues; its results do not depend on that file"
+            )
         return state, tensors
+
+    def _newest(self) -> tuple[State, dict[str, Tensor]]:
+        """The newest good checkpoint; a damaged one before it is set aside, with a warning."""
+        bad: list[tuple[Path, UserError]] = []
+        for path in filter(Path.exists, (self.checkpoint, self.before)):
+            try:
+                tensors, about = load_tensors(path)
+                state = self._state(path, about)
+            except UserError as error:
+                bad.append((path, error))
+                continue
+            for damaged, why in bad:
+                aside = damaged.with_name(damaged.name + ".damaged")
+                os.replace(damaged, aside)
+                self.warn(f"{why}. It is now {aside.name}; this run continues from the checkpoint before it")
+            state.bytes_written += path.stat().st_size
+            return state, tensors
+        if bad:
+            raise UserError(f"{bad[0][1]}. Delete {' and '.join(str(path) for path, _ in bad)} to restart this run")
+        return State(), {}
+
+    def _state(self, path: Path, about: dict[str, Any]) -> State:
+        if about.get("run") != self.fingerprint:
+            raise UserError(f"{path}: not a checkpoint of this run, but of one with another seed, settings or contents")
+        try:
+            return State(**about["state"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: its state has another form; another version of fastmerge wrote it") from None
 
     def log(self, about: dict[str, Any], terms: dict[str, Tensor]) -> None:
         """Log the terms (0-d tensors) of a step; they are read from the device every FLUSH_STEPS steps."""
@@ -203,7 +294,8 @@ class Record:
                 f"cannot write {self._log.name}: {error}; free space, then run the same command again"
             ) from None
         state.log_bytes = self._log.tell()
-        save_tensors(self.checkpoint, tensors, {"state": vars(state)})
+        about = {"run": self.fingerprint, "state": vars(state)}
+        state.bytes_written += save_tensors(self.checkpoint, tensors, about, older=self.before)
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
@@ -213,12 +305,22 @@ class Record:
     def finish(
         self, result: dict[str, Any], names: list[str], model: dict[str, Tensor], recipe: dict[str, Any]
     ) -> None:
-        """Write the model and the results, then delete the checkpoint, so an interrupted call is repeated."""
+        """Write the model and the results, then delete the checkpoints, so an interrupted call is repeated.
+
+        Adds to `bytes_written` of the result what is written at the end, and the metrics.
+        """
         self._log.close()
-        save_tensors(self.folder / "model.safetensors", model, recipe)
+        result["bytes_written"] += (self.folder / "metrics.jsonl").stat().st_size
+        result["bytes_written"] += save_tensors(self.folder / "model.safetensors", model, recipe)
         write_atomically(self.folder / "accuracy.csv", lambda path: _csv(path, result["accuracy_matrix"], names))
         save_json(self.folder / "result.json", result)
-        self.checkpoint.unlink(missing_ok=True)
+        for path in (self.checkpoint, self.before):
+            path.unlink(missing_ok=True)
+
+
+def _whole_lines(read: bytes, expected: int) -> int:
+    """How many of the bytes `read` to keep: all that are expected, or those up to the last end of a line."""
+    return expected if len(read) == expected and read[-1:] in (b"", b"\n") else read.rfind(b"\n") + 1
 
 
 def _csv(path: Path, matrix: list[list[float | None]], names: list[str]) -> None:

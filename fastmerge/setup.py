@@ -28,8 +28,9 @@ class Setup:
     """Loads data and weights at the start, so that nothing is missing later, and creates learners.
 
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
-    learner's seed), cache for decoded images, config with the defaults that depend on the data, fewer_tasks: whether the
-    classes are too few for the default number of tasks.
+    learner's seed), cache for decoded images; text_sha256: hash of the text tower that a text head comes from, else None;
+    config with the defaults that depend on the data; fewer_tasks: whether the classes are too few for the default number
+    of tasks.
 
     progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
     """
@@ -60,6 +61,11 @@ class Setup:
     def random_weights(self) -> bool:
         return self.config.model.pretrained == "none"
 
+    @property
+    def flip(self) -> bool:
+        """Whether training images are mirrored at random."""
+        return self.dataset.flip if self.config.data.flip is None else self.config.data.flip
+
     def _prepare(self, seed: int) -> None:
         torch.manual_seed(seed)  # --pretrained none draws weights
         model = self.config.model
@@ -68,6 +74,7 @@ class Setup:
             model.model, model.pretrained, download=self.config.data.download, normalisation=given
         )
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
+        self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self._seed = seed
 
     def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:

@@ -36,12 +36,14 @@ class Phase(ABC):
 
     name: one of PHASES. steps: their number. batches: which images step i takes, None if there are no steps.
     seconds_elsewhere: time that the work of this phase took in an earlier run; it counts for this run too.
+    bytes_written: of files that `finish` wrote.
     """
 
     name: str
     steps: int
     batches: Batches | None
     seconds_elsewhere: float = 0.0
+    bytes_written: int = 0
 
     @abstractmethod
     def step(self, i: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Compare EWC and LwF with autograd on their written-out losses; test joint training, nearest mean, held-out images."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import toy
 from image_trees import image_folder
 
+from fastmerge import console
 from fastmerge.__main__ import main
 from fastmerge.data import load_dataset
 from fastmerge.data.scenario import build_scenario
@@ -162,16 +164,32 @@ def test_held_out_images_are_training_images(data):
     assert "held out" in build_scenario(part, "cil", 2).manifest()["warnings"][0]
 
 
-def test_all_kinds_of_methods_in_one_command(data, tmp_path, capsys):
+def test_all_kinds_of_methods_in_one_command(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)  # all progress lines
     flags = (
         f"--dataset folder --data-root {data} --tasks 2 --model tiny --pretrained none --head prototype --epochs 1"
         f" --batch-size 16 --lr 1e-3 --device cpu --run-dir {tmp_path / 'r'} --keep-trajectory"
     ).split()
-    first = ["--method", "finetune", "joint", "nearest-mean", "lwf", "ewc", "magmax", "--protocol", "full", "strict"]
+    first = [
+        "--method",
+        "finetune",
+        "joint",
+        "nearest-mean",
+        "lwf",
+        "ewc",
+        "magmax",
+        "pam",
+        "--protocol",
+        "full",
+        "strict",
+    ]
     assert main([*flags, *first]) == 0
     out = capsys.readouterr().out
+    epochs = re.findall(r"(\w+) epoch (\d+)/(\d+)", out)
+    assert {kind for kind, *_ in epochs} == {"train", "merge"}
+    assert all(1 <= int(epoch) <= int(of) for _, epoch, of in epochs)
     results = json.loads((tmp_path / "r" / "results.json").read_text())["methods"]
-    assert list(results) == ["finetune", "joint", "nearest-mean", "lwf", "ewc", "magmax-full", "magmax-strict"]
+    assert list(results) == ["finetune", "joint", "nearest-mean", "lwf", "ewc", "magmax-full", "magmax-strict", "pam"]
     assert len(results["joint"]["0"]["accuracy_matrix"]) == 1 and results["joint"]["0"]["forgetting"] is None
     assert results["nearest-mean"]["0"]["seconds"]["train"] < 0.1
     kept = results["nearest-mean"]["0"]["kept_bytes"]

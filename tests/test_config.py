@@ -11,10 +11,12 @@ import typing
 
 import pytest
 
-from fastmerge.config import FREE, Config, check, declarations, differences, flag_of, to_dict
+from fastmerge.__main__ import main
+from fastmerge.config import FREE, Config, check, declarations, flag_of, to_dict
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
-from fastmerge.flags import as_flags, given_type, parse, resolve
+from fastmerge.flags import as_flags, parse
+from fastmerge.help import FIRST
 from fastmerge.methods.trm import TRM, Search
 from fastmerge.setup import Setup
 
@@ -75,11 +77,37 @@ def test_bad_config_files(tmp_path, content, message):
         parse(["--config", "nowhere.json"])
 
 
-@pytest.mark.parametrize("flags", ["--lrr 1", "--lr fast", "--scenario til", "--trm.replace some"])
-def test_wrong_flags_exit_with_2(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(flags.split())
-    assert stop.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lrr 1", "unknown flag --lrr. Did you mean: --lr"),
+        ("--lr fast", "--lr fast: expected a number"),
+        ("--lr", "--lr needs a value"),
+        ("--epochs 1.5", "--epochs 1.5: expected a whole number"),
+        ("--seeds 0 b", "--seeds b: expected a whole number"),
+        ("--scenario til", "--scenario til: expected cil | dil Did you mean: dil"),
+        ("--trm.replace some", "--trm.replace some: expected anchored | literal | none"),
+        ("--flip maybe", "--flip maybe: expected True or False"),
+        ("--download yes", "'yes' is not expected here"),
+        ("fast", "'fast' is not expected here"),
+        ("--config", "--config needs a value"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message, capsys):
+    assert main(flags.split()) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: {message}") and text.count("\n") == 1
+
+
+def test_ways_to_write_a_value():
+    c = parse(
+        "--trm.alpha -1e-3 --trm.beta=-.5 --batch_size 7 --tasks None --no-flip --pam.no-merge --data-root=-d".split()
+    )
+    assert (c.trm.alpha, c.trm.beta, c.training.batch_size, c.scenario.tasks) == (-0.001, -0.5, 7, 5)
+    assert (c.data.flip, c.pam.merge, c.data.data_root) == (False, False, "-d")
+    assert [parse(f.split()).data.flip for f in ("", "--flip", "--flip False", "--flip None", "--flip --quiet")] == [
+        None, True, False, None, True,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -105,9 +133,7 @@ def test_values_out_of_range(flags, message):
         parse(flags.split())
 
 
-def test_differences_name_what_changes_the_numbers():
-    a, b = to_dict(resolve(given_type()())), to_dict(parse(["--lr", "1", "--quiet", "--seeds", "5"]))
-    assert differences(json.loads(json.dumps(a)), b) == ["training.lr: 0.0006 -> 1.0"]
+def test_free_settings_exist():
     groups = to_dict(Config())
     assert all(name.split(".")[1] in groups[name.split(".")[0]] for name in FREE)
 
@@ -121,16 +147,38 @@ def value(group, name, *flags):
     return getattr(getattr(parsed(*flags), group), name)
 
 
+def printed(*flags):
+    """What the command line prints before it exits with code 0."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        parse(list(flags))
+    assert stop.value.code == 0
+    return out.getvalue()
+
+
+def test_the_short_help_has_one_line_for_each_of_twenty_settings(monkeypatch):
+    """The defaults are those that the rest of the command leaves; a wrong command is no reason to refuse help."""
+    monkeypatch.setenv("COLUMNS", "100")
+    assert len(FIRST) == 20
+    for flags in ([], ["--dataset", "imagenet1k"], ["--scenario", "dil"], ["--tasks", "0"]):
+        lines = printed("--help", *flags).splitlines()
+        assert max(map(len, lines)) <= 100
+        rows = {line.split()[0].rstrip(",").removeprefix("--"): line for line in lines if line.startswith("  ")}
+        assert list(rows) == [flag_of(*place.split(".")) for place in FIRST] + ["config", "help", "help-all"]
+        config = parse([] if "--tasks" in flags else flags)
+        for place, text in zip(FIRST, rows.values(), strict=False):
+            group, name = place.split(".")
+            used = getattr(getattr(config, group), name)
+            shown = " ".join(map(str, used)) if isinstance(used, tuple) else used
+            assert shown in (None, False, 0.0) or text.endswith(f" ({shown})")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, printed("--help").splitlines()[4:-2])) <= 60
+
+
 @pytest.fixture(scope="module")
 def help_of():
-    """The printed help of every flag, with the line breaks and the frame removed."""
-    printed, monkeypatch = io.StringIO(), pytest.MonkeyPatch()
-    monkeypatch.setenv("COLUMNS", "90")  # wider, and tyro prints two columns
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-        parse(["--help"])
-    monkeypatch.undo()
-    assert stop.value.code == 0
-    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", printed.getvalue()).split())
+    """The printed help of every flag, with the line breaks removed."""
+    text = " ".join(printed("--help-all").split())
     starts = {flag: re.search(rf" --{re.escape(flag)}[ ,]", text) for flag in map(lambda s: flag_of(*s), SETTINGS)}
     assert all(starts.values()), [flag for flag, start in starts.items() if start is None]
     ends = sorted(start.start() for start in starts.values()) + [len(text)]
@@ -212,7 +260,7 @@ def test_defaults_that_the_data_and_the_model_decide():
     assert derived == {
         ("data", "data_root"): None,
         ("data", "split_file"): None,
-        ("data", "flip"): "only where the data set says that a flip keeps the class",
+        ("data", "flip"): "as the data set says: on for imagenet1k and cifar, else off",
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
         ("model", "head"): "text where the model has a text tower, else prototype",

@@ -1,17 +1,23 @@
 """Test the contract of a method (methods/method.py) for all methods and, for merge rules, all protocols."""
 
 import copy
+import io
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toy
 
+from fastmerge import console
 from fastmerge.checkpoint import resident
 from fastmerge.config import Config
 from fastmerge.loop import kept_bytes
 from fastmerge.methods import METHODS
 from fastmerge.models.features import restore
 from fastmerge.models.heads import PrototypeHead
+from fastmerge.plan import Run
+from fastmerge.runfolder import State
 from fastmerge.training import PHASES
 
 # the toy backbone has neither attention nor class tokens
@@ -84,6 +90,33 @@ def test_facts(name, tmp_path):
         )
         x = learner.plain(images.images)
         torch.testing.assert_close(same(x), features(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_progress_counts_epochs_to_their_number(name, protocol, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    out = io.StringIO()
+    screen = console.Console(file=out)
+    learner, method = build(name, protocol, tmp_path)
+    tasks = toy.tasks()
+    scenario = SimpleNamespace(kind="cil", tasks=[task for task, _ in tasks])
+    epochs = {"train": 1, "merge": METHODS[name].merge_epochs(learner.config)}
+    screen.start([Run(name, name, protocol, 0, learner.config, scenario, epochs, None)])
+    screen.next_run(0)
+    screen.begin(State())
+    steps = 0
+    for task, images in tasks:
+        learner.grow_head(task, images)
+        during = method.begin(task)
+        for phase_name, make in zip(PHASES, (method.train, method.merge), strict=True):
+            phase = make(task, images, during)
+            for i in range(phase.steps if phase else 0):
+                screen.step(task, phase_name, i, phase, phase.step(i))
+                steps += 1
+            if phase:
+                phase.finish()
+    shown = re.findall(r"(train|merge) epoch (\d+)/(\d+)", out.getvalue())
+    assert len(shown) == steps and all(1 <= int(epoch) <= int(of) == epochs[kind] for kind, epoch, of in shown)
 
 
 def one_task(learner, method, task, images):

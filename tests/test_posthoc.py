@@ -159,8 +159,8 @@ def test_shared_training_ends_with_the_same_bits(head, tmp_path):
 
     alone = ends(Trajectory(tmp_path / "a", ()))
     assert not (tmp_path / "a").exists()
-    shared = Trajectory(tmp_path / "b", {"sequential"})
-    first, second = ends(shared), ends(shared)
+    shared = Trajectory(tmp_path / "b", {"sequential"}, "first")
+    first, second = ends(shared), ends(Trajectory(tmp_path / "b", {"sequential"}, "second"))
     assert len(list((tmp_path / "b").iterdir())) == toy.TASKS
     for a, b, c in zip(alone, first, second, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -169,16 +169,23 @@ def test_shared_training_ends_with_the_same_bits(head, tmp_path):
 
 
 def test_only_the_first_of_several_trains(tmp_path):
-    trajectory, learner = Trajectory(tmp_path, {"sequential"}), toy.learner()
+    trajectory, learner = Trajectory(tmp_path, {"sequential"}, "first"), toy.learner()
+    other = Trajectory(tmp_path, {"sequential"}, "second")
     task, images = toy.tasks()[0]
     learner.grow_head(task, images)
     phase = trajectory.train(learner, task, images)
     assert type(phase) is Recorded
     toy.work(phase)
-    again = trajectory.train(learner, task, images)
+    assert type(trajectory.train(learner, task, images)) is Recorded  # a run that goes on from before its own file
+    again = other.train(learner, task, images)
     assert type(again) is Reused and again.steps == 0
     again.finish()
     assert again.seconds_elsewhere > 0
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"task-1\.safetensors.*Delete it"):
+        other.train(learner, task, images)
+    file.unlink()
     assert type(trajectory.train(learner, task, images, "independent")) is Train  # no other run needs it
 
 
@@ -186,12 +193,16 @@ def test_plan_shares_what_can_be_shared():
     methods = ["--method", "trm", "finetune", "magmax", "average", "--protocol", "full", "running", "strict"]
     scenario = type("S", (), {"joined": lambda self: self})()
     runs = plan(toy.parse([*methods, "--seeds", "0", "1"]), scenario)
-    assert [r.label for r in runs[:4]] == ["trm", "finetune", "magmax-full", "magmax-running"] and len(runs) == 16
+    assert [r.label for r in runs[:4]] == ["trm", "finetune", "magmax-full", "magmax-running"] and len(runs) == 17
+    assert (runs[16].label, runs[16].seed) == ("nearest-mean", 0)  # beside every table
     assert [r.label for r in runs if r.seed == 0 and r.epochs["train"]] == [
         "trm", "finetune", "magmax-strict", "average-strict",
     ]  # fmt: skip
     assert shared_trainings(runs, keep=False) == {"sequential"}
-    runs = plan(toy.parse(["--method", "finetune", "ties", "--protocol", "full", "--init", "independent"]), scenario)
+    runs = plan(
+        toy.parse(["--method", "finetune", "ties", "--protocol", "full", "--init", "independent", "--no-nearest-mean"]),
+        scenario,
+    )
     assert [r.trajectory for r in runs] == ["sequential", "independent"]
     assert shared_trainings(runs, keep=False) == set()
     assert shared_trainings(runs, keep=True) == {"sequential", "independent"}
@@ -201,11 +212,11 @@ def test_a_method_with_settings_of_its_own():
     specs = ["cmm", "cmm:lam=0.3,tangent=false,align-epochs=0", "dare-ties:density=0.5,p=0.2", "ewc:lam=5,labels=data"]
     config = toy.parse(["--method", *specs, "--protocol", "full"])
     runs = plan(config, None)
-    assert [r.label for r in runs] == [
+    assert [r.label for r in runs[:-1]] == [
         "cmm", "cmm(lam=0.3,tangent=false,align-epochs=0)", "dare-ties-full(density=0.5,p=0.2)", "ewc(lam=5,labels=data)",
     ]  # fmt: skip
     assert runs[0].config is config and runs[0].epochs["merge"] == 1
-    cmm, dare, ewc = (r.config for r in runs[1:])
+    cmm, dare, ewc = (r.config for r in runs[1:-1])
     assert (cmm.cmm.lam, cmm.cmm.tangent, cmm.cmm.align_epochs) == (0.3, False, 0) and runs[1].epochs["merge"] == 0
     assert (dare.ties.density, dare.dare.p, ewc.ewc.lam, ewc.fisher.labels) == (0.5, 0.2, 5.0, "data")
     assert cmm.training == config.training and config.cmm.lam == 0.4
@@ -214,11 +225,12 @@ def test_a_method_with_settings_of_its_own():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("ties:densty", "expected ties:SETTING=VALUE.*Did you mean: density"),
         ("ties:densty=0.5", "Did you mean: density"),
-        ("ties:density", "expected ties:SETTING=VALUE"),
+        ("ties:density", "density needs a value, as in ties:density=VALUE"),
         ("ties:density=2", "--ties.density 2.0: expected above 0"),
         ("cmm:tangent=maybe", "cmm.tangent is true or false"),
-        ("cmm:lam=much", "a value does not fit"),
+        ("cmm:lam=much", "cmm.lam much: expected a number"),
         ("average:scale=1", "average has no settings of its own"),
         ("tise:scale=1", "unknown method 'tise'"),
     ],

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="what", required=True)
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
-        more = None if name == "bars" else "All settings of the trainer apply too: python -m fastmerge --help."
+        more = None if name == "bars" else "All settings of the trainer apply too: python -m fastmerge --help-all."
         return kinds.add_parser(name, parents=[common], description=text, help=text, epilog=more, allow_abbrev=False)
 
     one = kind("interpolate", "accuracy and loss between the models of two tasks")

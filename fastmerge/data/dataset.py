@@ -25,6 +25,8 @@ class Split:
     If an image cannot be read, `read` raises a `UserError` that names it; with `skip_bad` its pixels are 0 and good is
     False. on_device: `read` computes the pixels on the device. Otherwise it decodes them on the host, they are the same
     for every device, and `ImageCache` may decode them in the background.
+
+    contents() gives a hash of the images' bytes; None where they cannot change (embedded, or checked when loaded).
     """
 
     labels: np.ndarray
@@ -33,6 +35,7 @@ class Split:
     read: Callable[[np.ndarray, int, torch.device], tuple[Tensor, Tensor]]
     skip_bad: bool = False
     on_device: bool = False
+    contents: Callable[[], str] | None = None
 
     def __post_init__(self) -> None:
         if not (self.labels.shape == self.domains.shape == (len(self.ids),)):

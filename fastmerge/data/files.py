@@ -8,6 +8,7 @@ EXIF rotation is ignored, as in torchvision.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fastmerge.errors import UserError
 
+HASHED_BYTES = 2_000_000_000  # seconds to read at every start; a large data set is known by the sizes of its files
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names these formats but cannot decode them by itself
 
 
@@ -68,12 +70,16 @@ def decode(path: str, size: int) -> np.ndarray:
     """The image at `path` as uint8 [size, size, 3]. Raises what Pillow raises."""
     with Image.open(path) as file:
         file.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
-        image = _rgb(file)
+        return square(file, size)
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square of an image as uint8 [size, size, 3], RGB on white."""
+    image = _rgb(image)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(square)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -118,10 +124,37 @@ class FileReader:
             except Exception as error:  # Pillow's decoders raise almost any exception for a damaged file
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot read image {path}: {error}. Fix or remove the file, or pass --skip-bad-images "
-                        "to continue without it."
+                        f"cannot read image {path}: {error}. Run the same command with --skip-bad-images to continue "
+                        "without it. With the file repaired or removed it is another data set, which needs another "
+                        "--run-dir if anything was learned in this one."
                     ) from error
                 good[position] = False
 
         list(_pool().map(read, range(len(indices))))  # raises the error of the first bad image in order
         return images.to(device), torch.from_numpy(good)
+
+    def contents(self) -> str:
+        """sha256 over the bytes of all files; where they have more than HASHED_BYTES together, over their sizes."""
+        paths = [os.path.join(self.root, name) for name in self.ids]
+        groups = [paths[i : i + 256] for i in range(0, len(paths), 256)]
+        sizes = [size for group in _pool().map(lambda g: [_size(path) for path in g], groups) for size in group]
+        digest = hashlib.sha256(repr(sizes).encode())
+        if sum(sizes) <= HASHED_BYTES:
+            for group in _pool().map(lambda g: [_digest(path) for path in g], groups):
+                digest.update(b"".join(group))
+        return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1  # told when the image is read
+
+
+def _digest(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return b"unreadable"

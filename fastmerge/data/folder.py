@@ -106,12 +106,14 @@ def assemble(
         part = sorted(part)
         counts = [len(f.images) for f in part]
         ids = [f"{f.path}/{image}" for f in part for image in f.images]
+        read = FileReader(root, ids, skip_bad)
         return Split(
             labels=np.repeat(np.array([label[f.name] for f in part], np.int64), counts),
             domains=np.repeat(np.array([domain[f.domain] for f in part], np.int64), counts),
             ids=ids,
-            read=FileReader(root, ids, skip_bad),
+            read=read,
             skip_bad=skip_bad,
+            contents=read.contents,
         )
 
     names = tuple(class_names[f] if class_names else f.replace("_", " ") for f in folders)

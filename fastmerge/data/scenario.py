@@ -87,6 +87,7 @@ class Scenario:
             "train": len(data.train),
             "test": len(data.test),
             "sha256": split_hash(data.train, data.test),
+            "images_sha256": contents_hash(data.train, data.test),
             "warnings": [*data.notes, *_warnings(data)],
         }
 
@@ -189,6 +190,12 @@ def split_hash(*splits: Split) -> str:
             digest.update(f"{image}\t{label}\t{domain}\n".encode(errors="surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def contents_hash(*splits: Split) -> str | None:
+    """sha256 over the bytes of the images as `Split.contents` gives them; None where they cannot change."""
+    sources = dict.fromkeys(split.contents for split in splits if split.contents)  # two splits may share one
+    return hashlib.sha256("".join(source() for source in sources).encode()).hexdigest() if sources else None
 
 
 def _group(keys: np.ndarray, groups: int) -> list[np.ndarray]:

@@ -17,22 +17,34 @@ from torch import Tensor
 from fastmerge.checkpoint import joined, load_tensors, save_tensors, select
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.errors import UserError
+from fastmerge.results import expect
 from fastmerge.training import Learner, Phase, Train
 
 
 class Trajectory:
     """The un-merged models of one seed. folder: their files. share: which of 'sequential' and 'independent' training to
-    save, for other methods or because the user keeps it."""
+    save, for other methods or because the user keeps it. run: who uses it; a run that goes on from before a file of its
+    own trains again, to the same bits and with the same lines in its metrics.
 
-    def __init__(self, folder: Path, share: Collection[str]):
-        self.folder, self.share = folder, share
+    Raises:
+        UserError: a file stands where the folder should be.
+    """
+
+    def __init__(self, folder: Path, share: Collection[str], run: str = ""):
+        self.folder, self.share, self.run = folder, share, run
+        expect(folder, folder=True)
 
     def train(self, learner: Learner, task: Task, images: TaskImages, init: str = "sequential") -> Phase:
         """Return the training phase of `task`, or a phase that reads its saved result."""
         path = self.folder / f"{init}-task-{task.index + 1}.safetensors"
         if path.exists():
-            return Reused(learner, path)
-        return Recorded(learner, task, images, path) if init in self.share else Train(learner, task, images)
+            model, seconds, run = saved(path)
+            if run != self.run:
+                return Reused(learner, model, seconds)
+        elif init not in self.share:
+            return Train(learner, task, images)
+        return Recorded(learner, task, images, path, self.run)
 
     def keep(self) -> None:
         """Mark the models as kept: only the user deletes them."""
@@ -48,9 +60,9 @@ class Trajectory:
 class Recorded(Train):
     """Training that saves its result and the seconds it took."""
 
-    def __init__(self, learner: Learner, task: Task, images: TaskImages, path: Path):
+    def __init__(self, learner: Learner, task: Task, images: TaskImages, path: Path, run: str):
         super().__init__(learner, task, images)
-        self.path, self._before, self._begun = path, 0.0, time.perf_counter()
+        self.path, self.run, self._before, self._begun = path, run, 0.0, time.perf_counter()
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._begun
@@ -59,16 +71,16 @@ class Recorded(Train):
         super().finish()
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize(self.learner.device)  # time finished work, not queued work
-        about = {"seconds": self.seconds()}
+        about = {"seconds": self.seconds(), "run": self.run}
         self.path.parent.mkdir(exist_ok=True)
-        save_tensors(self.path, joined(learner=self.learner.state_dict()), about)
+        self.bytes_written = save_tensors(self.path, joined(learner=self.learner.state_dict()), about)
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | {"seconds": torch.tensor(self.seconds(), dtype=torch.float64)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         super().load(tensors)
-        self._before = float(tensors["seconds"])
+        self._before = float(tensors.get("seconds", 0.0))  # none where it was not to be shared when it began
 
 
 class Reused(Phase):
@@ -78,18 +90,30 @@ class Reused(Phase):
     steps = 0
     batches = None
 
-    def __init__(self, learner: Learner, path: Path):
-        self.learner, self.path = learner, path
-        self._counted = 0.0
+    def __init__(self, learner: Learner, tensors: dict[str, Tensor], seconds: float):
+        self.learner, self.model, self.seconds_elsewhere = learner, tensors, seconds
 
     def step(self, i: int) -> dict[str, Tensor]:
         return {}
 
     def finish(self) -> None:
-        tensors, about = load_tensors(self.path)
-        self.learner.load_state_dict(select(tensors, "learner"))
-        self.seconds_elsewhere = about["seconds"] - self._counted
+        self.learner.load_state_dict(self.model)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """This run stopped between writing the file and its checkpoint: do not count its own time twice."""
-        self._counted = float(tensors["seconds"])
+        """This run stopped while it trained itself: do not count that time twice."""
+        self.seconds_elsewhere -= float(tensors.get("seconds", 0.0))
+
+
+def saved(path: Path) -> tuple[dict[str, Tensor], float, str]:
+    """A model that `Recorded` wrote, the seconds of its training, and the run that trained it.
+
+    Raises:
+        UserError: the file is damaged or something else.
+    """
+    try:
+        tensors, about = load_tensors(path)
+        return select(tensors, "learner"), float(about["seconds"]), about["run"]
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be used as a saved model ({error}). Delete it, and the same command trains it again"
+        ) from None

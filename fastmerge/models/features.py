@@ -56,7 +56,7 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
     if kind == "backbone":
         return plain(backbone)
     if kind == "linearised":
-        return linearised(backbone, Linearised(FlatModel(backbone), tensors["initial"]))
+        return linearised(backbone, Linearised(FlatModel(backbone, tensors["initial"].dtype), tensors["initial"]))
     if kind == "clip-adapter":
         return adapted(backbone, ClipAdapter.of(tensors))
     raise UserError(f"this version of fastmerge does not know features of kind {kind!r}; install a newer one")

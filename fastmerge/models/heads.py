@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmerge.errors import UserError, nearest
-from fastmerge.models.backbone import Backbone, hash_tensors
+from fastmerge.models.backbone import Backbone
 from fastmerge.models.text_embeddings import text_weights
 
 if TYPE_CHECKING:
@@ -155,6 +155,6 @@ def build_head(
         raise UserError(f"unknown head {kind!r}.{nearest(kind, KINDS)} There are: {', '.join(KINDS)}")
     if encoder is None:
         raise UserError(f"--head text: model {backbone.name} has no text tower; use --head prototype or --head linear")
-    key = f"{backbone.name} {hash_tensors(encoder.clip.state_dict())}"
+    key = f"{backbone.name} {encoder.weights_sha256}"
     weight = text_weights(encoder, class_names, templates, key, device=device, progress=progress)
     return TextHead(weight, encoder.logit_scale)

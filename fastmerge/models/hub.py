@@ -38,5 +38,6 @@ def missing_weights(name: str, tag: str, looked: list[str], why: str = "") -> Us
     places = "\n  ".join(looked)
     return UserError(
         f"weights {tag!r} of model {name} are not here{why}. Looked for:\n  {places}\n"
-        "Allow the download with --download, give a checkpoint file with --pretrained FILE, or use --pretrained none"
+        "Allow the download with --download, give a checkpoint file with --pretrained FILE, use --pretrained none, "
+        "or use the small embedded model with --model tiny"
     )

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError, first_line, nearest
 from fastmerge.models import tiny
-from fastmerge.models.backbone import Backbone
+from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.hub import from_hub_cache, hub_access, missing_weights
 from fastmerge.models.normalisation import Normalisation, choose
 from fastmerge.models.timm_vit import reads_class_token
@@ -63,6 +64,11 @@ class TextEncoder:
         self.clip, self.tokenize = clip.eval(), tokenize
         del clip.visual
         self.logit_scale = float(clip.logit_scale.detach().exp())
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the tower's values."""
+        return hash_tensors(self.clip.state_dict())
 
     @torch.no_grad()
     def encode(

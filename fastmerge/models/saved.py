@@ -1,49 +1,216 @@
-"""The final model of a run: its tensors, and how to load it.
+"""The model that a run leaves: one safetensors file, and the module that it becomes again.
 
-features, head, recipe = load_model("runs/glyphs-cil5-tiny/trm-seed0/model.safetensors")
-logits = head(features(images), torch.arange(len(recipe["class_names"])))
+    import fastmerge
+    model = fastmerge.load("runs/glyphs-cil5-tiny/trm-seed0")     # a method's folder, or the file in it
+    names, probabilities = model.predict(["a.png", "b.jpg"])
+
+The file holds everything that the reported accuracy needs: the backbone, the head and the extra tensors of the method's
+features as tensors; class names, normalisation, image size and the settings of the run as JSON in the metadata.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
 
+import fastmerge
 from fastmerge.checkpoint import joined, load_tensors, select
+from fastmerge.config import to_dict
+from fastmerge.data.augment import normalise, to_float
+from fastmerge.data.files import decode, square
 from fastmerge.errors import UserError
 from fastmerge.models import load_backbone
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.features import Features, restore
 from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
 
+if TYPE_CHECKING:
+    from fastmerge.data.scenario import Scenario
+    from fastmerge.training import Learner
+
+NAME = "model.safetensors"
+RESIZE = "shorter side to image_size (bicubic, antialias), centre crop"
+KEYS = {"config", "class_names", "candidates", "head", "features", "input"}
+
 
 def model_tensors(backbone: Backbone, head: Head, features: Features) -> dict[str, Tensor]:
-    """The contents of `model.safetensors` by name: backbone, head, and the extra tensors of the method's features."""
+    """The tensors of the file by name: backbone, head, and the extra tensors of the method's features."""
     return joined(backbone=backbone.state_dict(), head=head.state_dict(), features=features.tensors)
 
 
-def load_model(path: str | Path) -> tuple[Features, Head, dict[str, Any]]:
-    """Load (features, head, recipe) of a finished run on the CPU in eval mode: the function that the run evaluated.
+def recipe(learner: Learner, features: Features, scenario: Scenario, after: int, **about: Any) -> dict[str, Any]:
+    """The metadata of the file, for the model after task `after`. about: method, seed, final_accuracy."""
+    backbone, data, tasks = learner.backbone, scenario.dataset, scenario.tasks[: after + 1]
+    every = learner.config.scenario.eval_classes == "all"
+    return about | {
+        "fastmerge": fastmerge.__version__,
+        "config": to_dict(learner.config),
+        "class_names": list(data.class_names),
+        "class_order": list(scenario.class_order),
+        "candidates": list(range(len(data.class_names))) if every else sorted(scenario.seen(after)),
+        "scenario": scenario.kind,
+        "tasks": [{"name": task.name, "classes": list(task.classes)} for task in tasks],
+        "head": learner.head.kind,
+        "templates": list(data.templates) if learner.head.kind == "text" else None,
+        "features": features.kind,
+        "input": {
+            "image_size": backbone.image_size,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "resize": RESIZE,
+        },
+        "precision": "fp32",
+        "starting_weights": {"source": backbone.weights, "sha256": backbone.weights_sha256},
+    }
 
-    recipe says how the model was made: method, seed, config, class_names, head, features, final_accuracy. `features`
-    takes images of `features.backbone.image_size`, normalised with the backbone's `mean` and `std`. The head returns
-    one column per requested class index.
+
+class Model(nn.Module):
+    """The function that a run evaluated, from images to logits.
+
+    recipe: how the model was made (method, seed, config, tasks, ...). class_names: the columns of the logits.
+    backbone, head, features: its parts; `features(normalised)` is what the method evaluates.
+    """
+
+    def __init__(self, backbone: Backbone, head: Head, tensors: dict[str, Tensor], recipe: dict[str, Any]):
+        super().__init__()
+        self.backbone, self.head, self.recipe = backbone, head, recipe
+        self.class_names: list[str] = recipe["class_names"]
+        self.extra = nn.Module()  # tensors of the features besides the backbone
+        self._names = {name.replace(".", "/"): name for name in tensors}
+        for own, name in self._names.items():
+            self.extra.register_buffer(own, tensors[name])
+        known = torch.zeros(len(self.class_names), dtype=torch.bool)
+        known[recipe["candidates"]] = True
+        self.register_buffer("known", known, persistent=False)
+        self._bind()
+        self.eval()
+
+    def _bind(self) -> None:
+        buffers = dict(self.extra.named_buffers())
+        tensors = {name: buffers[own] for own, name in self._names.items()}
+        self.features = restore(self.recipe["features"], self.backbone, tensors)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._bind()  # the features hold tensors, which may be on another device or of another dtype now
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[b, 3, h, w]`, uint8 or floats in 0..1, of any size -> logits `[b, classes]`.
+
+        Classes that the model has not learned have the logit -inf.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        features = self.features(self.normalised(images))
+        columns = torch.arange(len(self.class_names), device=features.device)
+        known: Tensor = self.get_buffer("known")
+        return self.head(features, columns).masked_fill(~known, -torch.inf)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """The backbone's input `[b, 3, s, s]`: centre square, resized to `image_size`, normalised with the run's mean
+        and std. Resizing tensors differs from `preprocess` by rounding."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [b, 3, h, w], got {list(images.shape)}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images: expected uint8 or floats in 0..1, got {images.dtype}")
+        size, (height, width) = self.backbone.image_size, images.shape[2:]
+        values = to_float(images) if images.dtype == torch.uint8 else images
+        if (height, width) != (size, size):
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
+            values = values[:, :, top : top + side, left : left + side]
+            values = F.interpolate(values, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        dtype = next(self.backbone.parameters()).dtype
+        return normalise(values, self.backbone.mean, self.backbone.std).to(dtype)
+
+    def preprocess(self, image: str | Path | Image.Image) -> Tensor:
+        """An image file or PIL image as uint8 `[3, s, s]`, resized and cropped as in the run."""
+        size = self.backbone.image_size
+        pixels = square(image, size) if isinstance(image, Image.Image) else decode(str(image), size)
+        return torch.tensor(pixels).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def predict(
+        self, images: str | Path | Image.Image | Sequence[str | Path | Image.Image], batch_size: int = 64
+    ) -> tuple[list[str], Tensor]:
+        """The most probable class name of every image, and the probabilities of all classes, `[n, classes]` fp32 on the
+        CPU. images: image files or PIL images.
+
+        Raises what Pillow raises for a file that is no image.
+        """
+        single = isinstance(images, str | Path | Image.Image)
+        given: list[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+        device, found = next(self.backbone.parameters()).device, [torch.zeros(0, len(self.class_names))]
+        for start in range(0, len(given), batch_size):
+            pixels = torch.stack([self.preprocess(image) for image in given[start : start + batch_size]])
+            found.append(self(pixels.to(device)).float().softmax(1).cpu())
+        probabilities = torch.cat(found)
+        return [self.class_names[i] for i in probabilities.argmax(1).tolist()], probabilities
+
+
+def model_file(path: str | Path) -> Path:
+    """The model file of a run: `path` itself, or the only one in the folder `path`.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    found = [path / NAME] if (path / NAME).is_file() else sorted(path.glob(f"*/{NAME}"))
+    if not found:
+        raise UserError(
+            f"{path}: no {NAME} there; expected the folder of a finished run, such as runs/NAME/METHOD-seed0, or its file"
+        )
+    if len(found) > 1:
+        shown = ", ".join(str(file.parent) for file in found[:8]) + (", ..." if len(found) > 8 else "")
+        raise UserError(f"{path} has {len(found)} models; choose one of {shown}")
+    return found[0]
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and recipe of a model file.
 
     Raises:
         UserError: the file is missing, or is not the model of a finished run.
     """
-    tensors, recipe = load_tensors(Path(path))
-    if not {"head", "config", "features"} <= recipe.keys():
-        raise UserError(f"{path}: not the model of a finished run; expected the model.safetensors in its folder")
-    backbone, _ = load_backbone(recipe["config"]["model"]["model"], "none")
+    file = model_file(path)
+    try:
+        tensors, about = load_tensors(file)
+    except UserError:
+        about = {}
+    if not (isinstance(about, dict) and about.keys() >= KEYS):
+        raise UserError(
+            f"{file}: not the model of a finished run; expected the {NAME} in the folder of a method and seed"
+        )
+    return tensors, about
+
+
+def load(path: str | Path) -> Model:
+    """Load the model of a finished run on the CPU, in eval mode. path: the run's folder, a method's folder, or the file.
+
+    Raises:
+        UserError: the file is missing, or is not the model of a finished run.
+    """
+    tensors, about = read(path)
+    settings = about["config"]["model"]
+    with torch.random.fork_rng(devices=[]):  # random weights are overwritten, so leave the generator as it was
+        backbone, _ = load_backbone(settings["model"], "none")
     backbone.load_state_dict(select(tensors, "backbone"))
     backbone.weights = f"file {path}"
-    parts, classes = select(tensors, "head"), len(recipe["class_names"])
-    if recipe["head"] == "text":
+    backbone.mean, backbone.std = tuple(about["input"]["mean"]), tuple(about["input"]["std"])
+    parts, classes = select(tensors, "head"), len(about["class_names"])
+    if about["head"] == "text":
         head: Head = TextHead(parts["weight"], float(parts["scale"]))
     else:
-        head = {"linear": LinearHead, "prototype": PrototypeHead}[recipe["head"]](backbone.feature_dim, classes)
+        head = {"linear": LinearHead, "prototype": PrototypeHead}[about["head"]](backbone.feature_dim, classes)
         head.load_state_dict(parts)
-    return restore(recipe["features"], backbone.eval(), select(tensors, "features")), head.eval(), recipe
+    return Model(backbone, head, select(tensors, "features"), about)

@@ -20,7 +20,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("timm", "open_clip", "fastmerge", "tyro", "torchvision", "safetensors", "PIL"):
+        if name.partition(".")[0] in ("timm", "open_clip", "fastmerge", "torchvision", "safetensors", "PIL"):
             raise ModuleNotFoundError(name)
 
 

@@ -1,0 +1,92 @@
+"""What determines the numbers of a run, and what may change between two starts of it.
+
+Settings that choose the numbers are compared by value, and whatever a setting names (images, class order, weights) by
+its content: a moved file is the same file, a changed one is not. `config.FREE` lists the settings that are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.config import FREE, PLAIN_GROUPS, declarations, to_dict
+from fastmerge.methods import METHODS
+
+if TYPE_CHECKING:
+    from fastmerge.plan import Run
+    from fastmerge.setup import Setup
+
+SHOWN = 12  # digits of a hash in messages; the manifest has all
+
+
+def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What determines the numbers, JSON-able: `settings` and `contents` of all runs, and `runs`, the settings of each.
+
+    manifest: of the scenario. A run depends on the groups of settings that its method reads, not on those of others.
+    """
+    backbone, dataset = setup.backbone, setup.dataset
+    values = to_dict(setup.config)
+    settings = {f"{group}.{name}": value for group in PLAIN_GROUPS for name, value in values[group].items()}
+    settings |= {  # as resolved: asking for what the data or the model would give anyway changes nothing
+        "scenario.tasks": len(setup.scenario.tasks),
+        "data.flip": dataset.flip if setup.config.data.flip is None else setup.config.data.flip,
+        "model.head": setup.head.kind,
+    }
+    contents = {
+        "device": setup.device.type,
+        "list of images": manifest["sha256"],
+        "images": manifest["images_sha256"],
+        "order": manifest["order_sha256"],
+        "class names": _hash([dataset.class_names, dataset.templates]),
+        "starting weights": "drawn from the seed" if setup.random_weights else backbone.weights_sha256,
+        "text tower": setup.text_sha256,
+        "normalisation": f"mean {list(backbone.mean)}, std {list(backbone.std)}, {backbone.image_size} px",
+    }
+    own = {}
+    for run in runs:
+        groups = to_dict(run.config)
+        own[f"{run.label}-seed{run.seed}"] = {
+            f"{group}.{name}": value for group in METHODS[run.method].groups for name, value in groups[group].items()
+        }
+    settings = {name: value for name, value in settings.items() if name not in FREE}
+    return json.loads(json.dumps({"settings": settings, "contents": contents, "runs": own}))
+
+
+def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
+    """A line 'what: old -> new' for everything in `new` that differs from `old`; runs that are in one only are left out.
+
+    A setting that `old` lacks is younger than that run, which had its default.
+    """
+    lines = []
+    for part in ("settings", "contents"):
+        lines += _changes(old[part], new[part])
+    for run in old["runs"].keys() & new["runs"].keys():
+        lines += sorted(f"{run}: {line}" for line in _changes(old["runs"][run], new["runs"][run]))
+    return lines
+
+
+def fingerprint(determined: dict[str, dict[str, Any]], run: str) -> str:
+    """sha256 of all that determines one run; `run` is the name of its folder."""
+    return _hash([determined["settings"], determined["contents"], run, determined["runs"][run]])
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    changed = [name for name in new if old.get(name, _default(name)) != new[name]]
+    return [f"{name}: {_shown(old.get(name, _default(name)))} -> {_shown(new[name])}" for name in changed]
+
+
+def _default(name: str) -> Any:
+    group, _, setting = name.partition(".")
+    known = declarations().get(group, {}).get(setting)
+    return json.loads(json.dumps(known[1])) if known else None
+
+
+def _shown(value: Any) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64
+    return f"sha256 {value[:SHOWN]}" if is_hash else value if isinstance(value, str) and " " in value else repr(value)
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

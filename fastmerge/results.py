@@ -1,0 +1,125 @@
+"""The results of finished runs, read back. Their files may have been changed by hand, so what is read is checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import UserError
+
+METRICS = ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity")
+NUMBER, OPTIONAL = "a number", "a number or null"
+SHAPE: dict[str, Any] = {  # of a result.json, as far as tables and plots need it; [x] is a list of at least one x
+    **dict.fromkeys(METRICS, OPTIONAL),
+    "final_accuracy": NUMBER,
+    "accuracy_matrix": [[OPTIONAL]],
+    "test_counts": [NUMBER],
+    "kept_bytes": [NUMBER],
+    "peak_memory_bytes": NUMBER,
+    "seconds": {"train": NUMBER, "merge": NUMBER, "evaluate": NUMBER},
+}
+ZERO_SHOT = {name: SHAPE[name] for name in (*METRICS, "accuracy_matrix", "test_counts")}
+
+Methods = dict[str, dict[str, dict[str, Any]]]  # label -> seed -> result
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """Raises UserError where there is no readable JSON. expected: what the file should be, for the message."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON
+        raise UserError(f"{path}: cannot be read ({error}); expected {expected}") from None
+
+
+def expect(path: Path, folder: bool = False) -> None:
+    """Raises UserError where something of the wrong kind stands at `path`; nothing may stand there."""
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise UserError(
+            f"{path} is {found}; expected {wanted} or nothing there. Move it away, or choose another --run-dir"
+        )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result.json of a finished run.
+
+    Raises:
+        UserError: it cannot be read, or something in it is missing or of another kind.
+    """
+    result = read_json(path, "the result.json of a finished run")
+    check(result, SHAPE, path)
+    return result | {"also": result.get("also", {})}
+
+
+def check(value: Any, shape: dict[str, Any], path: Path) -> None:
+    """Raises UserError that names the first entry of `shape` that `value` lacks or has in another form."""
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path}: expected an object with {', '.join(list(shape)[:3])}, ...; got {type(value).__name__}"
+        )
+    for name, wanted in shape.items():
+        if not _fits(value.get(name, {}), wanted):
+            raise UserError(f"{path}: {name} is missing or has another form than fastmerge writes")
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_fits(value.get(name), wanted) for name, wanted in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and bool(value) and all(_fits(entry, shape[0]) for entry in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number or (value is None and shape == OPTIONAL)
+
+
+def finished(folder: Path, first: Sequence[str] = ()) -> Methods:
+    """The results of all finished runs in a run folder: `first` in front, then by name; seeds by number.
+
+    Raises:
+        UserError: a result.json is damaged.
+    """
+    found: Methods = {}
+    for path in folder.glob("*-seed*/result.json"):
+        if name := re.fullmatch(r"(.+)-seed(\d+)", path.parent.name):
+            found.setdefault(name[1], {})[name[2]] = read_result(path)
+    place = {label: number for number, label in enumerate(first)}
+    order = sorted(found, key=lambda label: (place.get(label, len(place)), label))
+    return {label: dict(sorted(found[label].items(), key=lambda item: int(item[0]))) for label in order}
+
+
+def read_run(path: Path) -> tuple[Methods, dict[str, Any] | None]:
+    """Results and zero-shot accuracy of a run folder, or of a results.json that may stand alone.
+
+    Raises:
+        UserError: there is no finished run, or a file is damaged.
+    """
+    if path.is_file():
+        return _joined(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    methods = finished(path)
+    if not methods:
+        raise UserError(
+            f"{path}: contains no finished run; expected a folder of fastmerge with <method>-seed<n>/result.json"
+        )
+    together = path / "results.json"
+    return methods, _joined(together)[1] if together.exists() else None
+
+
+def _joined(path: Path) -> tuple[Methods, dict[str, Any] | None]:
+    values = read_json(path, "the results.json of a run folder")
+    check(values, {"methods": {}}, path)
+    for name, seeds in values["methods"].items():
+        if not isinstance(seeds, dict) or not seeds:
+            raise UserError(f"{path}: {name} is not an object of seeds")
+        for result in seeds.values():
+            check(result, SHAPE, path)
+            result.setdefault("also", {})
+    if not values["methods"]:
+        raise UserError(f"{path}: contains no finished run")
+    if (zero_shot := values.get("zero_shot")) is not None:
+        check(zero_shot, ZERO_SHOT, path)
+    return values["methods"], zero_shot

@@ -1,0 +1,139 @@
+"""The saved model is the model of the table: loading it gives the accuracy that the run reported."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from image_trees import image_folder
+from PIL import Image
+
+import fastmerge
+from fastmerge.__main__ import main
+from fastmerge.data import load_dataset
+from fastmerge.errors import UserError
+from fastmerge.methods import METHODS
+
+QUICK = "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --dataset folder --tasks 2".split()
+PROTOCOLS = ["--protocol", "full", "running", "strict"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("data"), classes=4, train=4, test=5)
+
+
+def run(folder, data, *flags):
+    assert main([*QUICK, "--data-root", str(data), "--run-dir", str(folder), *map(str, flags)]) == 0
+    return json.loads((folder / "results.json").read_text())["methods"]
+
+
+def score(model, data, size):
+    """Accuracy in percent on the test images, in batches of 16 as in the run."""
+    test = load_dataset("folder", str(data), download=False, skip_bad_images=False, split_file=None).test
+    pixels, _ = test.read(np.arange(len(test)), size, torch.device("cpu"))
+    with torch.no_grad():
+        predicted = torch.cat([model(part).argmax(1) for part in pixels.split(16)])
+    return 100 * float((predicted == torch.from_numpy(test.labels)).double().mean())
+
+
+def check_all(folder, results, data):
+    assert results
+    for label, seeds in results.items():
+        model = fastmerge.load(folder / f"{label}-seed0")
+        reported = seeds["0"]["final_accuracy"]
+        assert model.recipe["final_accuracy"] == reported
+        assert score(model, data, model.backbone.image_size) == pytest.approx(reported, abs=1e-9), label
+
+
+CASES = {  # which methods, with which flags
+    "text": (list(METHODS), [*PROTOCOLS, "--model", "tiny", "--head", "text"]),
+    "linear": (["trm", "cmm", "pam", "ties", "ewc"], ["--model", "tiny", "--head", "linear"]),
+    "prototype": (["trm", "cmm", "pam", "dare"], ["--model", "tiny", "--pretrained", "none", "--head", "prototype"]),
+    "lora": (["magmax", "lwf"], [*PROTOCOLS, "--model", "tiny", "--lora-rank", "2"]),
+    "timm": (["trm", "cmm", "pam"], ["--model", "test_vit", "--pretrained", "none", "--pam.rank", "2"]),
+    "all classes": (["trm"], ["--model", "tiny", "--eval-classes", "all", "--head", "linear"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loaded_model_scores_what_the_table_says(case, data, tmp_path):
+    methods, flags = CASES[case]
+    results = run(tmp_path / "r", data, "--method", *methods, *flags)
+    check_all(tmp_path / "r", results, data)
+
+
+def test_an_open_clip_model(data, tmp_path, monkeypatch):
+    """With another mean and std than the architecture's, from a file."""
+    factory = open_clip.factory
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
+    (tmp_path / "mini.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "mini.json")
+    flags = ["--model", "mini", "--pretrained", "none", "--head", "text", "--method", "trm", "cmm"]
+    check_all(tmp_path / "r", run(tmp_path / "r", data, *flags), data)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "r"
+    run(folder, data, "--method", "trm", "cmm", "--model", "tiny", "--head", "text")
+    return folder
+
+
+def test_predictions(finished, data):
+    model = fastmerge.load(finished / "trm-seed0")
+    assert model.class_names == [f"colour {c}" for c in range(4)] and not model.training
+    files = sorted((data / "test").rglob("*.jpg"))
+    names, probabilities = model.predict([*files[:3], Image.open(files[3])], batch_size=3)
+    assert probabilities.shape == (4, 4)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
+    assert names == [model.class_names[i] for i in probabilities.argmax(1)]
+    one, row = model.predict(str(files[0]))
+    assert one == names[:1]
+    torch.testing.assert_close(row, probabilities[:1], rtol=0, atol=1e-6)
+    none, rows = model.predict([])
+    assert none == [] and rows.shape == (0, 4)
+
+
+@pytest.mark.parametrize("method", ["trm", "cmm"])
+def test_images_of_every_kind(method, finished, data):
+    model = fastmerge.load(finished / f"{method}-seed0")
+    file = next((data / "test").rglob("*.jpg"))
+    pixels = model.preprocess(file)[None]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (1, 3, 32, 32)
+    logits = model(pixels)
+    torch.testing.assert_close(model(pixels.float() / 255), logits)
+    whole = torch.tensor(np.asarray(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None]
+    assert (model(whole).softmax(1) - logits.softmax(1)).abs().max() < 0.05  # resized here and not by Pillow
+    wide = torch.cat([torch.zeros(1, 3, 32, 16), pixels / 255, torch.zeros(1, 3, 32, 16)], 3)
+    torch.testing.assert_close(model(wide), logits)  # the centre square
+    torch.testing.assert_close(model.double()(pixels.double() / 255), logits.double(), rtol=1e-4, atol=1e-4)
+    for bad in (pixels[0], pixels[:, :2], pixels.int()):
+        with pytest.raises(ValueError, match="images: expected"):
+            model(bad)
+
+
+def test_the_normalisation_of_the_run_is_used(finished, tmp_path):
+    """The file's mean and std, whatever the architecture's own are."""
+    from safetensors.torch import save_file
+
+    tensors, about = fastmerge.models.saved.read(finished / "trm-seed0")
+    about["input"]["mean"], about["input"]["std"] = [0.0, 0.1, 0.2], [1.0, 2.0, 4.0]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"about": json.dumps(about)})
+    model = fastmerge.load(tmp_path)
+    expected = torch.tensor([1.0, 0.45, 0.2])
+    torch.testing.assert_close(model.normalised(torch.ones(1, 3, 32, 32))[0, :, 0, 0], expected)
+
+
+def test_what_cannot_be_loaded(finished, data, tmp_path):
+    with pytest.raises(UserError, match="has 2 models; choose one of .*cmm-seed0, .*trm-seed0"):
+        fastmerge.load(finished)
+    with pytest.raises(UserError, match="no model.safetensors there; expected the folder of a finished run"):
+        fastmerge.load(tmp_path)
+    for file in (data / "test" / "colour_0" / "0.jpg", finished / "config.json"):
+        with pytest.raises(UserError, match="not the model of a finished run"):
+            fastmerge.load(file)
