@@ -1,8 +1,9 @@
-"""The command line: read the flags, run every method and seed, print a table.
+"""The command line: `train`, the default, reads the flags, runs every method and seed and prints a table.
 
     python -m fastmerge                                                     # built-in glyphs and tiny CLIP, no download
     python -m fastmerge --dataset imagenet1k --tasks 100 --data-root DIR    # the main job
     python -m fastmerge --method trm finetune --seeds 0 1 2                 # one comparison table
+    python -m fastmerge evaluate runs/glyphs-cil5-tiny/trm-seed0            # other commands: commands/
 
 Exit codes: 0 done; 1 a fault of fastmerge; 2 bad input (the message says what to do); 129, 130 or 143 stopped by SIGHUP,
 SIGINT (Ctrl-C) or SIGTERM (the same command continues the run). A closed pipe (`| head`) does not end a run.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pkgutil
 import signal
 import sys
 import traceback
@@ -20,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import UserError, first_line
+from fastmerge.commands import COMMANDS
+from fastmerge.errors import UserError, first_line, nearest
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -31,10 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastmerge.output import guarded
 
     config = None
+    word, rest = split_word(sys.argv[1:] if argv is None else argv)
     with guarded() as out:
         try:
-            config = parse(argv)
-            code = run(config)
+            if word in COMMANDS:
+                code = pkgutil.resolve_name(COMMANDS[word][0])(rest)
+            elif word == "train":
+                config = parse(rest)
+                code = run(config)
+            else:
+                known = ("train", *COMMANDS)
+                raise UserError(f"unknown command {word!r}.{nearest(word, known)} There are: {', '.join(known)}.")
         except SystemExit as stop:  # --help
             code = int(stop.code or 0)
         except UserError as error:
@@ -54,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"error: standard output cannot be written ({out.lost.strerror}){where}", file=sys.stderr)
                 code = 2
     return code
+
+
+def split_word(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command and its flags; a command line that starts with a flag is a training."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], list(argv[1:])
+    return "train", list(argv)
 
 
 def unexpected(error: Exception, config: Any) -> int:
@@ -106,6 +123,7 @@ def run(config: Any) -> int:
     from fastmerge.results import finished
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
+    from fastmerge.sinks import Sinks, wanted
 
     gc.collect()
     gc.freeze()  # imported objects stay alive; otherwise the collection before every task spends 0.3 s on them
@@ -113,6 +131,7 @@ def run(config: Any) -> int:
     console = Console(config.run.quiet)
     for spec in config.training.method:
         read_method(spec, config)  # reports a wrong name before any data is read
+    kinds = wanted(config)
     setup = Setup(config, console.encoding)
     config, scenario, cache, seeds = setup.config, setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario)
@@ -145,13 +164,14 @@ def run(config: Any) -> int:
     starting: dict[str, Any] | None = None
 
     def write() -> Any:
-        """The results of all finished runs of the folder, those of other commands too; returns them by label and seed."""
+        """Write the results of all finished runs of the folder, those of other commands too. Return them, their table, and
+        the lines below it."""
         results = finished(folder.path, labels)
-        if results:
-            about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
-            save_json(folder.path / "results.json", about)
-            save_text(folder.path / "results.md", results_markdown(results_rows(results, starting)))
-        return results
+        about = {"zero_shot": starting, "methods": results, "summary": summary(results)}
+        save_json(folder.path / "results.json", about)
+        table = results_rows(results, starting)
+        save_text(folder.path / "results.md", results_markdown(table))
+        return results, table, [comparison(results, starting), *below(results, starting)]
 
     previous = {
         s: signal.signal(s, request_stop(console))
@@ -184,7 +204,9 @@ def run(config: Any) -> int:
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
                 method = kind.build(learner, trajectories[number], run.protocol)
-                state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
+                with contextlib.closing(Sinks(kinds, record.folder.name, record.folder, run.config)) as sinks:
+                    record.listen = sinks.write
+                    state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,
@@ -225,13 +247,12 @@ def run(config: Any) -> int:
         if config.training.keep_trajectory:
             trajectory.keep()
         trajectory.delete()
-    every = write()
+    every, table, lines = write()
     draw(folder.path / "plots", every, starting)
-    table, verdict, warned = results_rows(every, starting), comparison(every, starting), below(every, starting)
-    save_text(folder.path / "report.html", page(folder.path, every, starting, table, [verdict, *warned]))
+    save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))
     console.table(table)
-    console.line(verdict)
-    for text in warned:
+    console.line(lines[0])
+    for text in lines[1:]:
         warn(text)
     console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0

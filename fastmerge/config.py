@@ -353,6 +353,14 @@ class RunSettings:
         unit="seconds",
         at_least=0,
     )
+    wandb: bool = setting(
+        False,
+        "Also send losses and accuracies to Weights & Biases; needs the package wandb.",
+    )
+    tensorboard: bool = setting(
+        False,
+        "Also write losses and accuracies for TensorBoard, into RUN/tensorboard; needs the package tensorboard.",
+    )
     quiet: bool = setting(
         False,
         "Print only the final table and errors.",
@@ -727,6 +735,8 @@ FREE = {
     "run.run_dir",
     "run.save_every",
     "run.quiet",
+    "run.wandb",
+    "run.tensorboard",
     "data.download",
     "data.cache_gb",
     "data.skip_bad_images",  # it decides whether an unreadable image stops a run, never what is computed

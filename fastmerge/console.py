@@ -154,7 +154,7 @@ class Console:
         table, left_out = results_table(rows, limit)
         self.rich.print(table, width=table.width, no_wrap=True, overflow="ignore", crop=False)
         if left_out:
-            self.line(f"not shown here, but in results.md: {', '.join(left_out)}")
+            self.line(f"not shown at this width, but in results.md: {', '.join(left_out)}")
 
     def encoding(self, done: int, prompts: int) -> None:
         """Report that the text head is being computed; it is cached, so this wait comes once."""

@@ -74,9 +74,9 @@ def parser() -> Parser:
                 add(flag, action="store_true")
             elif bool in get_args(hint):  # None leaves the choice to the data set
                 add(flag, nargs="?", const=True, type=reader(hint))
-            elif kinds := [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]:
-                items = get_args(kinds[0])  # (type, ...), or one type for each of a fixed number of values
-                add(flag, nargs="*" if Ellipsis in items else len(items), type=reader(items[0]))
+            elif several := [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is tuple]:
+                one, *more = get_args(several[0])
+                add(flag, nargs="*" if ... in more else 1 + len(more), type=reader(one))
             else:
                 add(flag, type=reader(hint | None if declarations()[group][name][0].late else hint))
     return made

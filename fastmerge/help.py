@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fastmerge.commands import COMMANDS
 from fastmerge.config import Config, declarations, flag_of, no_flag_of
 
 FIRST = {  # what the flag takes, and one line about it
@@ -53,11 +54,16 @@ def help_first(config: Config) -> str:
     title = "first settings, and in brackets what is used without them:"
     return "\n".join(
         [
-            "usage: fastmerge [--NAME VALUE ...]",
+            "usage: fastmerge [train] [--NAME VALUE ...]",
             "",
             ABOUT,
             *_section(title, rows, 23),
             *_section("more:", OPTIONS, 23),
+            *_section(
+                "other commands (fastmerge COMMAND --help):",
+                [(name, about) for name, (_, about) in COMMANDS.items()],
+                23,
+            ),
             "",
             "Without flags: the embedded data set and model, no download, two minutes on two CPU cores.",
         ]
@@ -83,7 +89,11 @@ def _usage(group: str, name: str) -> str:
     flag, kinds = f"--{flag_of(group, name)}", {hint, *get_args(hint)}
     if bool in kinds:
         return f"{flag}, --{no_flag_of(group, name)}"
-    many = " ..." if get_origin(hint) is tuple else ""
+    many = ""
+    for kind in kinds:
+        if get_origin(kind) is tuple:
+            kinds, many = {*get_args(kind)}, " ..."
+            break
     return f"{flag} {_takes(kinds)}{many}"
 
 

@@ -123,3 +123,14 @@ def _joined(path: Path) -> tuple[Methods, dict[str, Any] | None]:
     if (zero_shot := values.get("zero_shot")) is not None:
         check(zero_shot, ZERO_SHOT, path)
     return values["methods"], zero_shot
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, as many parts as tell them apart."""
+    folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
+    longest = max(map(len, folders))
+    for parts in range(1, longest + 1):
+        found = ["/".join(folder[-parts:]) for folder in folders]
+        if len(set(found)) == len(found):
+            return found
+    return [str(path) for path in paths]

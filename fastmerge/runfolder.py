@@ -182,6 +182,7 @@ class Record:
         expect(self.checkpoint)
         expect(self.before)
         self.waiting: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.listen: Callable[[int, dict[str, Any]], None] | None = None  # gets every row and its number
         self._saved_at = time.monotonic()
 
     def finished(self) -> dict[str, Any] | None:
@@ -200,7 +201,9 @@ class Record:
         path = self.folder / "metrics.jsonl"
         try:
             self._log = open(path, "r+b" if path.exists() else "w+b")
-            kept = _whole_lines(self._log.read(state.log_bytes), state.log_bytes)
+            content = self._log.read(state.log_bytes)
+            kept = _whole_lines(content, state.log_bytes)
+            self.rows = content.count(b"\n", 0, kept)
             self._log.truncate(kept)
             self._log.seek(kept)
         except OSError as error:
@@ -277,6 +280,9 @@ class Record:
             raise UserError(
                 f"cannot write {self._log.name}: {error}; free space, then run the same command again"
             ) from None
+        if self.listen is not None:
+            self.listen(self.rows, values)
+        self.rows += 1
 
     def task(self, values: dict[str, Any]) -> None:
         """Log the results of a task."""

@@ -48,6 +48,8 @@ LONG = {
     "test_registration.py",
     "test_resume.py",
     "test_sampling.py::test_dare",
+    "test_saved.py::test_the_loaded_model_scores_what_the_table_says",
+    "test_sinks.py",
     "test_stock.py::test_equals_the_definition",
     "test_stock.py::test_segment_norms",
     "test_stock.py::test_task_vectors_that_point_apart",

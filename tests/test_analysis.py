@@ -8,6 +8,7 @@ from image_trees import image_folder
 
 from fastmerge.__main__ import main as train
 from fastmerge.analysis.__main__ import main
+from fastmerge.results import METRICS
 
 FLAGS = (
     "--tasks 2 --model tiny --pretrained none --head prototype --epochs 1 --batch-size 16 --lr 1e-3 --device cpu"
@@ -90,34 +91,34 @@ def test_landscape_holds_the_run_itself(data, tmp_path):
 
 def test_bars_of_finished_runs(tmp_path):
     def result(final, forgetting, plasticity):
-        return {"final_accuracy": final, "forgetting": forgetting, "plasticity": plasticity}
+        values = dict.fromkeys(METRICS) | {"final_accuracy": final, "forgetting": forgetting, "plasticity": plasticity}
+        counts = {"accuracy_matrix": [[final]], "test_counts": [1], "kept_bytes": [1], "peak_memory_bytes": 1}
+        return values | counts | {"seconds": {"train": 0, "merge": 0, "evaluate": 0}}
 
-    for name, methods in {
-        "a": {
-            "pam": {"0": result(80.0, 2.0, 90.0), "1": result(84.0, 4.0, 90.0)},
-            "joint": {"0": result(95.0, None, 95.0)},
-        },
-        "b": {"pam": {"0": result(50.0, 1.0, 60.0)}},
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps({"methods": methods}))
-    runs = [str(tmp_path / "a"), str(tmp_path / "b" / "results.json")]
-    assert main(["bars", *runs, "--out", str(tmp_path / "out")]) == 0
+    a = {
+        "pam-seed0": result(80.0, 2.0, 90.0),
+        "pam-seed1": result(84.0, 4.0, 90.0),
+        "joint-seed0": result(95.0, None, 95.0),
+    }
+    for name, values in a.items():
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "result.json").write_text(json.dumps(values))
+    (tmp_path / "b" / "a").mkdir(parents=True)
+    alone = tmp_path / "b" / "a" / "results.json"  # without its folder, and called like the other
+    alone.write_text(json.dumps({"methods": {"pam": {"0": result(50.0, 1.0, 60.0)}}}))
+    assert main(["bars", str(tmp_path / "a"), str(alone), "--out", str(tmp_path / "out")]) == 0
     rows = {(r["run"], r["method"], r["metric"]): r for r in read(tmp_path / "out" / "bars.csv")}
-    assert len(rows) == 8 and ("a", "joint", "forgetting") not in rows
-    first = rows["a", "pam", "final_accuracy"]
+    here = f"{tmp_path.name}/a"
+    assert len(rows) == 8 and (here, "joint", "forgetting") not in rows
+    first = rows[here, "pam", "final_accuracy"]
     assert (float(first["mean"]), first["seeds"]) == (82.0, "2")
     assert float(first["deviation"]) == pytest.approx(8**0.5, rel=1e-5)
-    assert float(rows["b", "pam", "plasticity"]["deviation"]) == 0
+    assert float(rows["b/a", "pam", "plasticity"]["deviation"]) == 0
     assert (tmp_path / "out" / "bars.png").stat().st_size > 1000
 
 
 def test_bars_of_something_else(tmp_path, capsys):
-    assert main(["bars", str(tmp_path)]) == 2 and "results.json of a finished run" in capsys.readouterr().err
-    (tmp_path / "results.json").write_text("[]")
-    assert main(["bars", str(tmp_path)]) == 2
-    (tmp_path / "results.json").write_text('{"methods": {}}')
-    assert main(["bars", str(tmp_path)]) == 2 and "no finished method" in capsys.readouterr().err
+    assert main(["bars", str(tmp_path)]) == 2 and "contains no finished run" in capsys.readouterr().err
     assert main(["bars", str(tmp_path), "--tasks", "2"]) == 2 and "not --tasks 2" in capsys.readouterr().err
 
 

@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -243,3 +245,24 @@ def test_an_unexpected_error_says_where_the_run_is_and_how_to_report_it(
     assert ("Traceback" in text) == ("Please report it" in text) == (code == 1)
     gc.collect()  # the frames hold the folder's lock
     assert run(*flags) == 0
+
+
+def command(tail, **environment):
+    """The exit codes of the command and of what reads from it, and what both wrote."""
+    line = f"set -o pipefail; {sys.executable} -m fastmerge {tail}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=os.environ | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_output_that_cannot_be_written(data, tmp_path):
+    """A run goes on; help and a finished run answer without a traceback."""
+    flags = [*QUICK, "--dataset", "folder", "--data-root", data, "--tasks", 2, "--run-dir", tmp_path / "r"]
+    flags = " ".join(map(str, [*flags, "--method", "finetune"]))
+    code, out, err = command(f"{flags} | head -n 1", PYTHONIOENCODING="latin-1")
+    assert (code, len(out.splitlines()), err) == (0, 1, "")
+    assert (tmp_path / "r" / "results.md").exists()
+    code, _, err = command(f"{flags} > /dev/full")
+    assert code == 2 and err.count("\n") == 1 and "No space left" in err and str(tmp_path / "r") in err
+    assert command("--help-all | true")[::2] == (0, "")
+    code, _, err = command("--help > /dev/full")
+    assert code == 2 and err.count("\n") == 1 and "No space left" in err

@@ -19,7 +19,8 @@ from fastmerge.models.tiny import load_tiny
 from fastmerge.plan import plan
 
 QUICK = (
-    "--model tiny --dataset folder --tasks 2 --method finetune --epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet"
+    "--model tiny --dataset folder --tasks 2 --method finetune --no-nearest-mean --epochs 1 --batch-size 16 --lr 1e-3"
+    " --device cpu --quiet"
 ).split()
 
 
@@ -41,7 +42,9 @@ def determined(*flags, **changes):
     return determinants(setup, plan(config, setup.scenario), manifest)
 
 
-BY_CONTENT = {"run.device", "data.data_root", "data.split_file", "scenario.class_order", "model.pretrained"}
+BY_CONTENT = {
+    "run.device", "data.data_root", "data.split_file", "scenario.class_order", "model.pretrained", "model.mean", "model.std"
+}  # fmt: skip
 
 
 def test_every_setting_is_compared_or_named_as_free():

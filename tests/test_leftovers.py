@@ -16,8 +16,8 @@ from fastmerge.results import finished, read_run
 from fastmerge.runfolder import Record, StopRequest
 
 FLAGS = (
-    "--dataset folder --model tiny --pretrained none --head prototype --tasks 2 --method finetune --epochs 2"
-    " --batch-size 4 --lr 1e-3 --device cpu"
+    "--dataset folder --model tiny --pretrained none --head prototype --tasks 2 --method finetune --no-nearest-mean"
+    " --epochs 2 --batch-size 4 --lr 1e-3 --device cpu"
 ).split()
 
 

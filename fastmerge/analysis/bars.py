@@ -1,17 +1,16 @@
 """Accuracy, forgetting and plasticity of the methods of finished runs, side by side (P&M, Figure 1).
 
-The numbers come from the results.json of each run folder; each folder gets one row of bars.
+The numbers are those of all finished runs in a run folder; each folder gets one row of bars.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastmerge.analysis.figure import save
-from fastmerge.errors import UserError
+from fastmerge.results import names, read_run
 
 COLUMNS = ("run", "method", "metric", "mean", "deviation", "seeds")
 METRICS = {"final_accuracy": "final accuracy", "forgetting": "forgetting", "plasticity": "plasticity"}
@@ -23,31 +22,20 @@ def bars(folders: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         UserError: a folder has no readable results.
     """
-    rows = [row for folder in folders for row in read(folder)]
+    rows = [row for folder, name in zip(folders, names(folders), strict=True) for row in read(folder, name)]
     size = (11, 0.6 + len(folders) * 2.6)
     return save(out, "bars", COLUMNS, rows, lambda figure: draw(figure, rows), size)
 
 
-def read(folder: Path) -> list[tuple]:
+def read(folder: Path, name: str) -> list[tuple]:
     """Rows of COLUMNS for one run folder; an undefined metric (forgetting with one task) has no row."""
-    path = folder if folder.suffix == ".json" else folder / "results.json"
-    try:
-        methods = json.loads(path.read_text())["methods"]
-        found = []
-        for method, seeds in methods.items():
-            for metric in METRICS:
-                values = [result[metric] for result in seeds.values() if result[metric] is not None]
-                if values:
-                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    found.append(
-                        (path.resolve().parent.name, method, metric, statistics.mean(values), spread, len(values))
-                    )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: expected the results.json of a finished run ({type(error).__name__}: {error})"
-        ) from None
-    if not found:
-        raise UserError(f"{path}: contains no finished method")
+    found = []
+    for method, seeds in read_run(folder)[0].items():
+        for metric in METRICS:
+            values = [result[metric] for result in seeds.values() if result[metric] is not None]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                found.append((name, method, metric, statistics.mean(values), spread, len(values)))
     return found
 
 
