@@ -152,7 +152,7 @@ class DataSettings:
     )
     skip_bad_images: bool = setting(
         False,
-        "Skip unreadable images and count them; otherwise the first one is an error.",
+        "Skip unreadable images and count them; otherwise the first one stops the run, and this flag lets it continue.",
     )
     crop_scale: float = setting(
         0.9,
@@ -349,7 +349,8 @@ class RunSettings:
     )
     save_every: float = setting(
         60.0,
-        "Time between checkpoints inside a task. One is also written after every phase.",
+        "Time between checkpoints; 0 saves after every step. A run that is killed repeats at most this much, or one merge "
+        "or evaluation that takes longer.",
         unit="seconds",
         at_least=0,
     )

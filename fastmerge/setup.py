@@ -28,8 +28,8 @@ class Setup:
     """Loads data and weights at the start, so that nothing is missing later, and creates learners.
 
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
-    learner's seed), cache for decoded images; text_sha256: hash of the text tower that a text head comes from, else None;
-    config with the defaults that depend on the data; fewer_tasks: whether the classes are too few for the default number
+    learner's seed), cache for decoded images, text_sha256: hash of the text tower that a text head comes from (else None),
+    config with the defaults that depend on the data, fewer_tasks: whether the classes are too few for the default number
     of tasks.
 
     progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
