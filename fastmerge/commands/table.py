@@ -44,10 +44,11 @@ def joined_rows(paths: Sequence[Path]) -> list[list[str]]:
     Raises:
         UserError: a folder has no readable results.
     """
-    rows: list[list[str]] = []
-    for name, path in zip(names(paths), paths, strict=True):
-        header, *body = results_rows(*read_run(path))
-        rows += [[name, *row] for row in body] if rows else [["run", *header], *([name, *row] for row in body)]
+    tables = [results_rows(*read_run(path)) for path in paths]
+    titles = max((table[0] for table in tables), key=len)  # skipped images are a column only where there are some
+    rows = [["run", *titles]]
+    for name, (_, *body) in zip(names(paths), tables, strict=True):
+        rows += [[name, *row, *[""] * (len(titles) - len(row))] for row in body]
     return rows
 
 
