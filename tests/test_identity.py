@@ -32,7 +32,7 @@ def determined(*flags, **changes):
         config=config,
         backbone=types.SimpleNamespace(weights_sha256=about["weights"], mean=about["mean"], std=(0.3,), image_size=32),
         dataset=types.SimpleNamespace(flip=False, class_names=("x",), templates=("{}",)),
-        scenario=types.SimpleNamespace(tasks=range(config.scenario.tasks), joined=lambda: None),
+        scenario=types.SimpleNamespace(tasks=range(config.scenario.tasks or 10), joined=lambda: None),
         head=types.SimpleNamespace(kind=config.model.head or "text"),
         device=types.SimpleNamespace(type=about["device"]),
         random_weights=config.model.pretrained == "none",
