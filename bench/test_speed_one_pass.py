@@ -113,8 +113,24 @@ def stock_update(b):
     return Case(lambda: fk.stock_update_(total, units, theta, initial=initial), 8, formula)
 
 
+def segment_norms(b):
+    x, initial = b.normal(), b.normal()
+    return Case(lambda: fk.segment_norms(x, initial=initial), 2, lambda: (x - initial).square().sum())
+
+
+def stock_finalize(b):
+    total, units, initial, out = b.normal(), b.normal(1e-3), b.normal(), b.normal()
+    count = 8
+
+    def formula():
+        cosine = ((units.square().sum() - count) / (count * (count - 1))).clamp(0, 1)
+        return initial + count * cosine / (1 + (count - 1) * cosine) * total / count
+
+    return Case(lambda: fk.stock_finalize(total, units, count, initial=initial, out=out), 4, formula)
+
+
 OPS = (lerp, axpy, fisher_merge, pam_accumulate, pam_coefficient, magmax_update, fisher_accumulate, ewc_gradient)
-OPS += (magnitude_threshold, ties_update, ties_finalize, stock_update)
+OPS += (magnitude_threshold, ties_update, ties_finalize, segment_norms, stock_update, stock_finalize)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

@@ -69,7 +69,16 @@ def dare_delta(b):
     return Case(lambda: fk.dare_delta(theta, 0.8, initial=initial, **KEY, out=out), 3, formula)
 
 
-OPS = (trm_direction, trm_merge, trm_merge_plane, subspace_gradient, dare_delta)
+def random_replace(b):
+    kept, theta = b.normal(), b.normal()
+
+    def formula():
+        return torch.where(torch.rand_like(kept) < 0.5, theta, kept)
+
+    return Case(lambda: fk.random_replace_(kept, theta, 0.5, **KEY), 3, formula)
+
+
+OPS = (trm_direction, trm_merge, trm_merge_plane, subspace_gradient, dare_delta, random_replace)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

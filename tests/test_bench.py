@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import fastmerge_kernels as fk
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# no row of their own: steps of magnitude_threshold, arithmetic on one number per segment, and another name of axpy
+NO_ROW = {"magnitude_digit", "magnitude_histogram", "stock_ratio", "perturb"}
 
 
 def run(*command, **keywords):
@@ -28,6 +34,12 @@ def write(path, **rows):
     run = {"machine_info": machine, "commit_info": {"id": "abc"}, "datetime": "2026-01-01T00:00:00"}
     path.write_text(json.dumps(run | {"benchmarks": benchmarks}))
     return path
+
+
+def test_every_op_has_a_row():
+    text = "".join(path.read_text() for path in (ROOT / "bench").glob("test_speed_*.py"))
+    missing = {name for name in fk.__all__ if not re.search(rf"\bfk\.{name}\b", text)}
+    assert missing == NO_ROW, f"add a row to bench/test_speed_*.py: {missing - NO_ROW}; has one now: {NO_ROW - missing}"
 
 
 @pytest.fixture
