@@ -23,6 +23,7 @@ LONG = {
     "test_checkpoint.py::test_a_full_disk_leaves_the_old_file",
     "test_cli.py",
     "test_compiled.py",
+    "test_docs.py",
     "test_elementwise.py::test_dtypes",
     "test_elementwise.py::test_pam_coefficient",
     "test_elementwise.py::test_sizes",
