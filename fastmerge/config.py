@@ -303,6 +303,13 @@ class TrainingSettings:
         at_least=1,
         source="TRM",
     )
+    micro_batch: int = setting(
+        0,
+        "Compute the gradients of a step in parts of this many images and add them, to need less memory. The result "
+        "is the same up to rounding. 0: the whole batch at once.",
+        unit="images",
+        at_least=0,
+    )
     lr: float = setting(
         1e-5,
         "Peak learning rate of AdamW, cosine to zero.",

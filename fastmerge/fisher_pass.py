@@ -63,11 +63,20 @@ class FisherPass(Phase):
         pixels, labels = self.images.batch(rows)
         images = learner.plain(pixels)
         targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(images, i)
-        if self.settings.per == "batch":
-            gradient, loss = grad_and_value(self.loss)(self.weights, images, targets)
+        squares = (
+            None if self.settings.per == "batch" else self.projections if self.served(images[:1]) else self.per_image
+        )
+        loss, gradient = torch.zeros((), device=images.device), torch.zeros(0)
+        for part, share in learner.parts(len(images)):
+            if squares is not None:
+                loss += share * squares(images[part], targets[part])
+                continue
+            found, value = grad_and_value(self.loss)(self.weights, images[part], targets[part])
+            gradient = found * share if not len(gradient) else gradient.add_(found, alpha=share)
+            loss += share * value
+        if squares is None:
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
-            return {"loss": loss}
-        return {"loss": (self.projections if self.served(images[:1]) else self.per_image)(images, targets)}
+        return {"loss": loss}
 
     def per_image(self, images: Tensor, targets: Tensor) -> Tensor:
         """Add the squared gradients of a batch, computed by vmap; return the mean loss."""

@@ -110,6 +110,13 @@ class Learner:
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
+    def parts(self, n: int) -> list[tuple[slice, float]]:
+        """How a step cuts a batch of n images (`--micro-batch`): slices, and the share of each in the batch. A mean over
+        the batch is the sum of the parts' means times their shares."""
+        size = self.config.training.micro_batch or n
+        starts = range(0, n, size)
+        return [(slice(start, start + size), (min(start + size, n) - start) / n) for start in starts]
+
     def adapted(self, rank: int) -> Projections | AllWeights:
         """The weights that LoRA of this rank changes: the key and value projections; rank 0: all weights."""
         return Projections(self.flat, ADAPTED) if rank else AllWeights(self.flat)
@@ -231,11 +238,14 @@ class Train(Phase):
         learner, rows = self.learner, self.batches.rows(i)
         pixels, labels = self.images.batch(rows)
         images = learner.augmented(pixels, learner.generator("augment", self.task.index, i))
-        loss = self.loss(images, labels)
         self.gradient.zero_()
         for p in learner.head.trainable():
             p.grad = None
-        loss.backward()
+        loss = torch.zeros((), device=images.device)
+        for part, share in learner.parts(len(images)):
+            value = self.loss(images[part], labels[part]) * share
+            value.backward()
+            loss += value.detach()
         self.regularise()
         if clip := learner.config.training.clip:
             norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], clip)
@@ -244,7 +254,7 @@ class Train(Phase):
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(group["peak"], i)
         self.optimiser.step()
-        return {"loss": loss.detach(), "gradient_norm": norm.detach()}
+        return {"loss": loss, "gradient_norm": norm.detach()}
 
     @property
     def gradient(self) -> Tensor:

@@ -166,16 +166,19 @@ class MergeAndAlign(Phase):
         self.merge()
         pixels, _ = self.images.batch(self.batches.rows(i))
         images = self.learner.plain(pixels)
-        with torch.no_grad():
-            wanted = self.features(self.during["previous"], images)
-        found = self.features(self.learner.theta, images, self.projection)
-        loss = (F.l1_loss if self.settings.align_loss == "l1" else F.mse_loss)(found, wanted)
         self.optimiser.zero_grad()
-        loss.backward()
+        loss = torch.zeros((), device=images.device)
+        for part, share in self.learner.parts(len(images)):
+            with torch.no_grad():
+                wanted = self.features(self.during["previous"], images[part])
+            found = self.features(self.learner.theta, images[part], self.projection)
+            value = (F.l1_loss if self.settings.align_loss == "l1" else F.mse_loss)(found, wanted) * share
+            value.backward()
+            loss += value.detach()
         if clip := self.learner.config.training.clip:
             torch.nn.utils.clip_grad_norm_(self.projection.values(), clip)
         self.optimiser.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     def finish(self) -> None:
         self.merge()

@@ -155,7 +155,8 @@ class Search(Phase):
         with torch.no_grad():
             for weights in (self.current, self.previous):
                 theta.copy_(weights)
-                for rows in torch.arange(len(self.images)).split(self.learner.config.training.batch_size):
+                settings = self.learner.config.training
+                for rows in torch.arange(len(self.images)).split(settings.micro_batch or settings.batch_size):
                     pixels, _ = self.images.batch(rows)
                     tokens[:, rows] += 0.5 * backbone.class_tokens(self.learner.plain(pixels))[1]
         return tokens
@@ -178,7 +179,7 @@ class Search(Phase):
         return (grad(loss)(theta + s * g) - grad(loss)(theta - s * g)) / (2 * s)
 
     def step(self, i: int) -> dict[str, Tensor]:
-        flat, settings = self.learner.flat, self.settings
+        settings = self.settings
         if settings.direction == "epoch" and i and i % self.batches.per_epoch == 0:
             self.coefficients.data[1] = settings.beta  # beta belonged to the old P
         self.aim(i)
@@ -190,30 +191,52 @@ class Search(Phase):
         images = self.learner.plain(pixels)
         self.place()
 
-        flat.zero_grad()
-        if self.teacher is not None:
-            features, tokens = self.learner.backbone.class_tokens(images)
-            l_pre = consistency(tokens, self.teacher[:, rows.to(tokens.device)], self.weights)
-        else:
-            features, l_pre = self.learner.backbone(images), None
-        l_task = self.task_loss(features, labels)
-        l_task.backward(retain_graph=l_pre is not None)
-        g = flat.gradient.clone()  # grad L_task
+        g, total, l_task, l_pre = self.gradients(images, labels, rows)
         energy = g.square().sum()
-        loss = l_task.detach() - settings.lambda2 * energy
+        loss = l_task - settings.lambda2 * energy
         if l_pre is not None:
-            (settings.lambda1 * l_pre).backward()  # accumulates, so flat.gradient is now g'
-            loss += settings.lambda1 * l_pre.detach()
-        h = self.curvature_gradient(images, labels, g) if settings.lambda2 else None
+            loss += settings.lambda1 * l_pre
+        h = None
+        if settings.lambda2:
+            h = torch.zeros_like(g)
+            for part, share in self.learner.parts(len(images)):
+                h.add_(self.curvature_gradient(images[part], labels[part], g), alpha=share)
         slopes = fk.subspace_gradient(
-            flat.gradient, self.previous, self.current, self.direction,
+            total, self.previous, self.current, self.direction,
             **self.random, gradient2=h, scale2=-2 * settings.lambda2,
         )  # fmt: skip
         alpha, beta = self.coefficients.detach().clone()
         self.coefficients.grad = slopes[:2].to(self.coefficients.dtype)
         self.optimiser.step()
-        terms = {"loss": loss, "L_task": l_task.detach(), "gradient_energy": energy, "alpha": alpha, "beta": beta}
-        return terms | ({} if l_pre is None else {"L_pre": l_pre.detach()})
+        terms = {"loss": loss, "L_task": l_task, "gradient_energy": energy, "alpha": alpha, "beta": beta}
+        return terms | ({} if l_pre is None else {"L_pre": l_pre})
+
+    def gradients(self, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of L_task and of L_task + lambda1 L_pre at the present theta, both `[n]`, and the two losses (no L_pre
+        without a teacher)."""
+        flat, backbone, lambda1 = self.learner.flat, self.learner.backbone, self.settings.lambda1
+        parts = self.learner.parts(len(images))
+        g = total = torch.zeros(0)
+        l_task, l_pre = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+        for number, (part, share) in enumerate(parts):
+            flat.zero_grad()
+            if self.teacher is None:
+                task = self.task_loss(backbone(images[part]), labels[part]) * share
+                task.backward()
+            else:
+                features, tokens = backbone.class_tokens(images[part])
+                pre = consistency(tokens, self.teacher[:, rows[part].to(tokens.device)], self.weights) * share
+                task = self.task_loss(features, labels[part]) * share
+                task.backward(retain_graph=True)
+                l_pre += pre.detach()
+            l_task += task.detach()
+            g = flat.gradient.clone() if number == 0 else g.add_(flat.gradient)
+            if self.teacher is not None:
+                (lambda1 * pre).backward()  # accumulates: flat.gradient is that of both
+            if len(parts) == 1:
+                return g, flat.gradient, l_task, None if self.teacher is None else l_pre
+            total = flat.gradient.clone() if number == 0 else total.add_(flat.gradient)
+        return g, total, l_task, None if self.teacher is None else l_pre
 
     def finish(self) -> None:
         """theta_t <- theta(alpha, beta)."""
