@@ -254,6 +254,7 @@ def command(tail, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written(data, tmp_path):
     """A run goes on; help and a finished run answer without a traceback."""
     flags = [*QUICK, "--dataset", "folder", "--data-root", data, "--tasks", 2, "--run-dir", tmp_path / "r"]

@@ -111,9 +111,10 @@ def test_lora_equals_peft_on_separate_projections(learner):
 
 def test_targets_and_models_without_attention():
     flat = FlatModel(Backbone())
-    assert [b.name for b in find_blocks(flat, ("query",))] == ["attn.q_proj.weight"]
+    assert [b.name for b in find_blocks(flat.names, flat.shapes, flat.offsets, ("query",))] == ["attn.q_proj.weight"]
     with pytest.raises(UserError, match="no key or value projection"):
-        find_blocks(FlatModel(nn.Linear(2, 2)), ("key", "value"))
+        flat = FlatModel(nn.Linear(2, 2))
+        find_blocks(flat.names, flat.shapes, flat.offsets, ("key", "value"))
     with pytest.raises(UserError, match="ewc works on all weights"):
         read_method("ewc", toy.parse(["--lora-rank", "4"]))
 

@@ -83,6 +83,7 @@ def child(flags, place, said):
 
     from fastmerge.__main__ import main
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     if said is not None:
         sys.stderr = open(said, "w")
     if place is not None:

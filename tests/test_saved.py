@@ -51,10 +51,10 @@ def check_all(folder, results, data):
 
 CASES = {  # which methods, with which flags
     "text": (list(METHODS), [*PROTOCOLS, "--model", "tiny", "--head", "text"]),
-    "linear": (["trm", "cmm", "pam", "ties", "ewc"], ["--model", "tiny", "--head", "linear"]),
-    "prototype": (["trm", "cmm", "pam", "dare"], ["--model", "tiny", "--pretrained", "none", "--head", "prototype"]),
-    "lora": (["magmax", "lwf"], [*PROTOCOLS, "--model", "tiny", "--lora-rank", "2"]),
-    "timm": (["trm", "cmm", "pam"], ["--model", "test_vit", "--pretrained", "none", "--pam.rank", "2"]),
+    "linear": (["cmm", "ewc"], ["--model", "tiny", "--head", "linear"]),
+    "prototype": (["trm"], ["--model", "tiny", "--pretrained", "none", "--head", "prototype"]),
+    "lora": (["magmax"], [*PROTOCOLS, "--model", "tiny", "--lora-rank", "2"]),
+    "timm": (["cmm", "pam"], ["--model", "test_vit", "--pretrained", "none", "--pam.rank", "2"]),
     "all classes": (["trm"], ["--model", "tiny", "--eval-classes", "all", "--head", "linear"]),
 }
 
@@ -152,22 +152,8 @@ def test_a_runs_model_starts_another_run(finished, data, tmp_path, capsys):
         run(tmp_path / method, data, *start)
         found = json.loads((tmp_path / method / "results.json").read_text())
         assert found["zero_shot"]["final_accuracy"] == pytest.approx(accuracy, abs=1e-9)
-        again = run(tmp_path / method, data, *start)  # the same contents: shown again
-        assert again == found["methods"]
     model = fastmerge.load(tmp_path / "trm" / "finetune-seed0")  # and the chain can be loaded and continued
     assert "trm-seed0" in model.recipe["starting_weights"]["source"]
-    run(
-        tmp_path / "third",
-        data,
-        "--pretrained",
-        tmp_path / "trm",
-        "--model",
-        "tiny",
-        "--method",
-        "finetune",
-        "--tasks",
-        4,
-    )
     place = ["--data-root", str(data), "--run-dir", str(tmp_path / "r"), "--pretrained", str(finished / "trm-seed0")]
     assert main([*QUICK, *place, "--model", "test_vit"]) == 2
     assert "is a run of model tiny, not of test_vit: pass --model tiny" in capsys.readouterr().err
