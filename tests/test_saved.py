@@ -14,6 +14,7 @@ from fastmerge.__main__ import main
 from fastmerge.data import load_dataset
 from fastmerge.errors import UserError
 from fastmerge.methods import METHODS
+from fastmerge.models import load_backbone
 
 QUICK = (
     "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean --dataset folder --tasks 2"
@@ -157,6 +158,14 @@ def test_a_runs_model_starts_another_run(finished, data, tmp_path, capsys):
     place = ["--data-root", str(data), "--run-dir", str(tmp_path / "r"), "--pretrained", str(finished / "trm-seed0")]
     assert main([*QUICK, *place, "--model", "test_vit"]) == 2
     assert "is a run of model tiny, not of test_vit: pass --model tiny" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_called_like_a_tag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glyphs").mkdir()
+    assert not fastmerge.models.saved.is_run_model("glyphs")
+    backbone, _ = load_backbone("tiny", "glyphs")
+    assert backbone.weights == "embedded weights 'glyphs'"
 
 
 def test_an_adapter_beside_the_backbone_starts_nothing(data, tmp_path, capsys):

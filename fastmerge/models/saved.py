@@ -199,10 +199,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_run_model(pretrained: str) -> bool:
-    """Whether `--pretrained` names the model of a run: a folder, or a file with a recipe."""
+    """Whether `--pretrained` names the model of a run: a folder with one, or a file with a recipe. A folder that is called
+    like a tag is none."""
     path = Path(pretrained).expanduser()
     if path.is_dir():
-        return True
+        return (path / NAME).is_file() or any(path.glob(f"*/{NAME}"))
     try:
         with safe_open(path, framework="pt") as file:
             return "about" in (file.metadata() or {})
