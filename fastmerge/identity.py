@@ -1,7 +1,7 @@
-"""What determines the numbers of a run, and what may change between two starts of it.
+"""What determines the numbers of a run. Everything else may change between two starts of it.
 
-Settings that choose the numbers are compared by value, and whatever a setting names (images, class order, weights) by
-its content: a moved file is the same file, a changed one is not. `config.FREE` lists the settings that are left out.
+Settings are compared by value. What a setting names (images, class order, weights) is compared by content, so a file may
+move but not change. `config.FREE` lists the settings that do not affect the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
     backbone, dataset = setup.backbone, setup.dataset
     values = to_dict(setup.config)
     settings = {f"{group}.{name}": value for group in PLAIN_GROUPS for name, value in values[group].items()}
-    settings |= {  # as resolved: asking for what the data or the model would give anyway changes nothing
+    settings |= {  # resolved values, so that a flag that repeats the default changes nothing
         "scenario.tasks": len(setup.scenario.tasks),
         "data.flip": dataset.flip if setup.config.data.flip is None else setup.config.data.flip,
         "model.head": setup.head.kind,
@@ -55,9 +55,9 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
 
 
 def differences(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> list[str]:
-    """A line 'what: old -> new' for everything in `new` that differs from `old`; runs that are in one only are left out.
+    """A line 'what: old -> new' for everything in `new` that differs from `old`. Skips runs that are only in one of them.
 
-    A setting that `old` lacks is younger than that run, which had its default.
+    A setting that `old` lacks was added later, so that run had its default.
     """
     lines = []
     for part in ("settings", "contents"):

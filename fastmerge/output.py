@@ -1,7 +1,7 @@
-"""Standard output and error that never end a run: any text can be written, and a reader may leave.
+"""Standard output and error whose failures never end a run.
 
-A character that the encoding lacks is written in plain letters (Θ as O, · as -, ± as ~), or as its escape. Where writing
-fails (`| head` has left, the disk is full, the terminal is closed), the rest of the output is dropped.
+A character that the encoding lacks is replaced by a plain one (Θ by O, · by -, ± by ~) or by its escape. If writing fails
+(`| head` has ended, the disk is full, the terminal is closed), the rest of the output is dropped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 HANDLER = "fastmerge.plain"
-# one letter for one, so that columns stay aligned
+# one character for one, so that columns stay aligned
 LETTERS = {"Θ": "O", "·": "-", "±": "~", "–": "-", "—": "-", "…": ".", "→": ">", "×": "x", "‘": "'", "’": "'"}
 
 
@@ -36,7 +36,7 @@ def plain(text: str, encoding: str) -> str:
 
 
 class Stream:
-    """A text stream that drops what cannot be written. failed: the first error, None while all went well."""
+    """A text stream that drops what cannot be written. failed: the first error, or None."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,4 +1,4 @@
-"""The results of finished runs, read back. Their files may have been changed by hand, so what is read is checked."""
+"""Reads the results of finished runs. Users may have edited the files, so every value that is needed is checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Methods = dict[str, dict[str, dict[str, Any]]]  # label -> seed -> result
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """Raises UserError where there is no readable JSON. expected: what the file should be, for the message."""
+    """Read a JSON file. expected: what the file should be, for the message. Raises UserError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, no JSON
@@ -36,7 +36,7 @@ def read_json(path: Path, expected: str) -> Any:
 
 
 def expect(path: Path, folder: bool = False) -> None:
-    """Raises UserError where something of the wrong kind stands at `path`; nothing may stand there."""
+    """Raise UserError if `path` is a folder instead of a file, or the reverse. It need not exist."""
     if path.exists() and path.is_dir() != folder:
         found, wanted = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
         raise UserError(
@@ -56,7 +56,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def check(value: Any, shape: dict[str, Any], path: Path) -> None:
-    """Raises UserError that names the first entry of `shape` that `value` lacks or has in another form."""
+    """Raise UserError for the first entry of `shape` that is missing in `value` or has another form."""
     if not isinstance(value, dict):
         raise UserError(
             f"{path}: expected an object with {', '.join(list(shape)[:3])}, ...; got {type(value).__name__}"
@@ -76,7 +76,7 @@ def _fits(value: Any, shape: Any) -> bool:
 
 
 def finished(folder: Path, first: Sequence[str] = ()) -> Methods:
-    """The results of all finished runs in a run folder: `first` in front, then by name; seeds by number.
+    """The results of all finished runs in a run folder: the labels `first`, then the others by name; seeds by number.
 
     Raises:
         UserError: a result.json is damaged.
@@ -91,7 +91,7 @@ def finished(folder: Path, first: Sequence[str] = ()) -> Methods:
 
 
 def read_run(path: Path) -> tuple[Methods, dict[str, Any] | None]:
-    """Results and zero-shot accuracy of a run folder, or of a results.json that may stand alone.
+    """Results and zero-shot accuracy of a run folder, or of a results.json file without its folder.
 
     Raises:
         UserError: there is no finished run, or a file is damaged.
@@ -126,7 +126,7 @@ def _joined(path: Path) -> tuple[Methods, dict[str, Any] | None]:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, as many parts as tell them apart."""
+    """The shortest endings of the paths that differ from each other."""
     folders = [(path.parent if path.is_file() else path).absolute().parts for path in paths]
     longest = max(map(len, folders))
     for parts in range(1, longest + 1):

@@ -48,10 +48,10 @@ class StopRequest:
 
 
 class RunFolder:
-    """The folder of one command. Opening it locks it, compares what determines the numbers with its files, and writes
-    these; a refused command changes nothing.
+    """The folder of one command. Opening it locks it, compares what determines the numbers with the files there, and
+    writes the new files. A refused command changes nothing.
 
-    determined: see `identity.determinants`. warn(text) is called for what a user should know; so are its records'.
+    determined: see `identity.determinants`. warn(text): called for everything that the user should know.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class RunFolder:
         save_json(self.path / "environment.json", starts)
 
     def _learned(self, pattern: str = "*-seed*") -> bool:
-        """Whether the folders of `pattern` hold anything that was learned."""
+        """Whether the folders that match `pattern` contain a checkpoint, a model or a result."""
         return any(
             path.suffix == ".safetensors" or path.name == "result.json" for path in self.path.glob(f"{pattern}/*")
         )
 
     def _known_runs(self) -> dict[str, Any]:
-        """What determines each run of this folder, those of earlier commands too.
+        """What determines each run of this folder, including runs of earlier commands.
 
         Raises:
-            UserError: something was learned here from other settings or contents; the message says which.
+            UserError: a run here had other settings or contents; the message lists them.
         """
         if not self._learned():
             return self.determined["runs"]
@@ -170,7 +170,7 @@ class Record:
     checkpoint are kept, so that a damaged one costs the steps since the one before it.
 
     Raises:
-        UserError: a folder stands where a file should be, or the other way round.
+        UserError: a folder is where a file should be, or the reverse.
     """
 
     def __init__(self, folder: Path, save_every: float, fingerprint: str, warn: Callable[[str], None]):
@@ -217,7 +217,7 @@ class Record:
         return state, tensors
 
     def _newest(self) -> tuple[State, dict[str, Tensor]]:
-        """The newest good checkpoint; a damaged one before it is set aside, with a warning."""
+        """The newest checkpoint that can be read. A damaged newer one is renamed, with a warning."""
         bad: list[tuple[Path, UserError]] = []
         for path in filter(Path.exists, (self.checkpoint, self.before)):
             try:

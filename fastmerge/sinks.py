@@ -1,7 +1,7 @@
 """Where a run's numbers go besides its folder: Weights & Biases (`--wandb`) and TensorBoard (`--tensorboard`).
 
-Both are optional and imported only when they are asked for. A sink gets the rows of `metrics.jsonl`, each with its number
-in the file; so a run that was stopped goes on in the same curves.
+Both are optional and imported only with their flag. A sink gets the rows of `metrics.jsonl` with their line numbers, so a run
+that was stopped continues the same curves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from fastmerge.config import Config, to_dict
 from fastmerge.errors import UserError, first_line
 
-ABOUT = ("task", "phase", "step")  # what a row is about; the rest are its numbers
+ABOUT = ("task", "phase", "step")  # where a row belongs; the other entries are its numbers
 
 
 class Sink(ABC):
@@ -28,14 +28,14 @@ class Sink(ABC):
     name: `<method>-seed<seed>`. folder: the run's own.
     """
 
-    package: str  # that must be installed; the extra has the same name
+    package: str  # must be installed; the optional extra has the same name
 
     @abstractmethod
     def __init__(self, name: str, folder: Path, config: Config): ...
 
     @abstractmethod
     def write(self, number: int, scalars: dict[str, float]) -> None:
-        """Take the scalars of row `number`, counted from 0; after a stop the numbers go on from the last checkpoint."""
+        """Take the scalars of row `number`, counted from 0. After a stop the numbers continue from the last checkpoint."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -53,7 +53,7 @@ class TensorBoard(Sink):
         self.writer: Any = None
 
     def write(self, number: int, scalars: dict[str, float]) -> None:
-        if self.writer is None:  # rows that a stopped process wrote beyond its checkpoint come again
+        if self.writer is None:  # rows after the last checkpoint are written again
             self.writer = self.make(purge_step=number)
         for key, value in scalars.items():
             self.writer.add_scalar(key, value, number)
@@ -71,7 +71,7 @@ class WandB(Sink):
     def __init__(self, name: str, folder: Path, config: Config):
         import wandb
 
-        known = folder / "wandb-id"  # goes with the folder, so that a new run is a new one there too
+        known = folder / "wandb-id"  # in the folder, so that a new run folder is a new run there too
         if not known.exists():
             folder.mkdir(exist_ok=True)
             known.write_text(uuid.uuid4().hex)
@@ -125,11 +125,11 @@ class Sinks:
         for kind in kinds:
             try:
                 self.open.append(kind(name, folder, config))
-            except Exception as error:  # of another's package: no login, no network, a version that does not fit
+            except Exception as error:  # such as no login, no network, or an unsuitable version
                 raise UserError(f"--{kind.package}: cannot begin ({first_line(error)}); leave the flag out") from error
 
     def write(self, number: int, row: dict[str, Any]) -> None:
-        """Pass on row `number` of metrics.jsonl. A sink that fails is dropped: a run is worth more than its curves."""
+        """Pass on row `number` of metrics.jsonl. A sink that fails is dropped, so that it cannot end the run."""
         for sink in list(self.open):
             try:
                 sink.write(number, scalars(row))
