@@ -30,7 +30,7 @@ ENOUGH_STEPS, ENOUGH_SECONDS = 5, 5.0  # of one kind of work, before the time le
 
 @dataclass
 class Measured:
-    """Steps of one kind of work of one method, without its first one: that also decodes images and compiles."""
+    """Measured steps of one kind of work of one method. The first step is left out: it also decodes images and compiles."""
 
     begun: bool = False
     steps: int = 0
@@ -50,7 +50,7 @@ class Work:
         self.per_task = [self._images(run) for run in runs]
         self.remaining = [self.of(number, 0) for number in range(len(runs))]
         self.measured: dict[tuple[str, str], Measured] = {}
-        # of the last task: images gone through, and what that is of the planned (a Fisher of a few images, say)
+        # of the last task: images processed, and their share of the planned ones (less for a Fisher of a few images)
         self.went: dict[str, int] = {}
         self.share: dict[tuple[str, str], float] = {}
         self.whole = True
@@ -89,7 +89,7 @@ class Work:
         self.remaining[run][kind] = max(0, self.remaining[run][kind] - images)
 
     def at(self, run: int, task: int, phase: int = 0, step: int = 0) -> None:
-        """The run begins here: what it passed over (a merge that the first task does not need) is not left."""
+        """The run is at this phase: skipped work (such as the merge of the first task) no longer counts as left."""
         if task and self.whole:
             for kind, images in self.went.items():
                 if planned := self.per_task[run][task - 1][kind]:
@@ -113,7 +113,7 @@ class Work:
         return sum(m.seconds for m in found) / sum(m.images for m in found) * (1 if others else GUESS[kind])
 
     def seconds_left(self, run: int | None = None) -> float | None:
-        """For one run, or for all; None until the cost of all that is left is known."""
+        """Seconds left for one run or for all; None until the cost of all remaining work is known."""
         runs, total = range(len(self.remaining)) if run is None else [run], 0.0
         for number in runs:
             for kind, n in self.remaining[number].items():
@@ -124,7 +124,7 @@ class Work:
         return total
 
     def left(self, run: int) -> str:
-        """The time left in words, for the command or else for this run; empty until one is known."""
+        """The time left in words, for the command if it is known, else for this run; empty if neither is known."""
         if (seconds := self.seconds_left()) is not None:
             return f"{clock(seconds)} left"
         if len(self.remaining) > 1 and (seconds := self.seconds_left(run)) is not None:
@@ -136,7 +136,7 @@ class Console:
     """All output of a command. `quiet` prints only the final table and errors."""
 
     def __init__(self, quiet: bool = False, file: Any = None):
-        # named, because rich takes a stream without a name for utf-8
+        # the stream is named because rich assumes utf-8 otherwise
         self.rich = RichConsole(file=file or sys.stdout, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self.live: Progress | None = None
@@ -148,7 +148,7 @@ class Console:
             self.rich.print(text, style=style, markup=False)
 
     def table(self, rows: list[list[str]]) -> None:
-        """The result table, also where `quiet`; as wide as the terminal, and as wide as it needs to be in a file."""
+        """Print the result table, even with `quiet`. A terminal limits its width; a file does not."""
         rows = [[plain(cell, self.rich.encoding) for cell in row] for row in rows]
         limit = self.rich.width if self.rich.is_terminal or "COLUMNS" in os.environ else None
         table, left_out = results_table(rows, limit)
@@ -191,7 +191,7 @@ class Console:
             self.line(f"{run.label} seed {run.seed}: continues at task {state.task + 1}, step {state.step}")
 
     def _advance(self, kind: str, images: int, parts: Sequence[str]) -> None:
-        """A step is done. parts: what to say of it, the most important first."""
+        """Show a finished step. parts: what to show, the most important part first."""
         now = time.perf_counter()
         self.work.done(self.run, kind, images, now - self._clock)
         self._clock = now

@@ -20,11 +20,11 @@ from fastmerge.config import Config, check, declarations, flag_of, no_flag_of, t
 from fastmerge.errors import UserError, nearest
 from fastmerge.help import help_all, help_first
 
-Given = dict[str, dict[str, Any]]  # group -> setting -> value, of what was given
+Given = dict[str, dict[str, Any]]  # group -> setting -> value, only what was given
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong flag is a `UserError` of one line."""
+    """Turns a wrong flag into a `UserError` of one line."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1 ", message).replace("expected one argument", "needs a value")
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def reader(hint: Any) -> Callable[[str], Any]:
-    """From the text of one value to the value, for a setting of this type; None is written None."""
+    """A function from text to a value of this type; the text None gives None."""
     kinds = get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,)
 
     def read(text: str) -> Any:
@@ -83,7 +83,7 @@ def parser() -> Parser:
 
 
 def read_flags(words: Sequence[str]) -> Given:
-    """The settings that these words of a command line give.
+    """The settings that the arguments of a command line give.
 
     Raises:
         UserError: an unknown flag, with the nearest names; a value that the setting does not take.

@@ -84,7 +84,7 @@ def help_all() -> str:
 
 
 def _usage(group: str, name: str) -> str:
-    """The flag with what it takes."""
+    """The flag and its kind of value."""
     hint = get_type_hints(get_type_hints(Config)[group])[name]
     flag, kinds = f"--{flag_of(group, name)}", {hint, *get_args(hint)}
     if bool in kinds:

@@ -69,10 +69,10 @@ def learn(
         record.save(state, joined(**parts))
 
     def save_if_due(phase: Phase | None = None) -> None:
-        """Save where `--save-every` has passed since the last time: what is younger is sooner repeated than saved. After a
+        """Save if `--save-every` seconds have passed since the last time (repeating less costs less than saving). After a
         signal save and stop."""
         if record.due():
-            stop = StopRequest.signal is not None  # one that comes while it saves waits for the next time
+            stop = StopRequest.signal is not None  # a signal that arrives while saving waits until the next time
             save(phase.tensors() if phase else {})
             if stop:
                 raise Interrupted
@@ -80,7 +80,7 @@ def learn(
     def tick(evaluated: int) -> None:
         console.evaluated(scenario.tasks[state.task], evaluated)
         if StopRequest.signal is not None:
-            save_if_due()  # evaluation changes nothing that a checkpoint holds
+            save_if_due()  # evaluation does not change the state in a checkpoint
 
     for task in scenario.tasks[state.task :]:
         memory.reset()
@@ -114,7 +114,7 @@ def learn(
                 if number == len(PHASES) - 1:
                     during.clear()
                 phase, saved = None, {}
-                record.flush()  # a loss that is not finite says more than the weights
+                record.flush()  # a loss that is not finite is a better message than the weights
                 check_finite(joined(learner=learner.state_dict(), method=method.state_dict()), task, name, record)
                 state.phase, state.step = number + 1, 0
                 save_if_due()
@@ -127,7 +127,7 @@ def learn(
         others = {
             name: accuracies(learner, tests, classes, tick, other) for name, other in method.also_evaluated().items()
         }
-        # from here to the save nothing stops: the state is that of this task, or of the next one
+        # nothing stops the run from here to the save, so the state belongs to this task or to the next one
         unseen: list[float | None] = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
         for name, values in others.items():
@@ -147,7 +147,7 @@ def learn(
             about = recipe(learner, features, scenario, task.index, **about)
             model = model_tensors(learner.backbone, learner.head, features)
             state.bytes_written += record.keep(task.index, model, about)
-        if state.task < len(scenario.tasks):  # after the last one the model itself is written
+        if state.task < len(scenario.tasks):  # after the last task the model is written instead
             save_if_due()
         console.task_done(task, summary, state)
     return state
@@ -159,7 +159,7 @@ def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
 
 
 def skipped(scenario: Scenario, task: Task, images: TaskImages) -> list[str]:
-    """What `--skip-bad-images` left out of a task's training images, and the classes that have none now; in lines."""
+    """Lines about the training images that `--skip-bad-images` left out, and the classes that have none left."""
     if not images.skipped:
         return []
     labels = scenario.dataset.train.labels[task.train]

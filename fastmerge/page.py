@@ -1,4 +1,4 @@
-"""The report of a run folder as one HTML page that needs nothing else: no network, no files beside it, no script.
+"""The report of a run folder as one self-contained HTML page: no network, no other files, no script.
 
 It shows the table, the curves and matrices (as SVG), how to load the models, the settings and the environment; in light
 and dark, on a screen or a phone.
@@ -85,7 +85,7 @@ def page(
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element. What was black takes the colour of the page's text, and the ground is the page's."""
+    """The figure as an SVG element. Black becomes the text colour of the page, and the background is transparent."""
     import matplotlib
 
     out = io.StringIO()
@@ -98,7 +98,7 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' id="(?:figure|axes|patch|matplotlib|text|line2d|legend|xtick|ytick)[._\d]*\w*"', "", text)
-    # black is SVG's default too, so it is often not written
+    # SVG's default colour is black, so matplotlib often leaves it out
     return text.replace("#000000", "currentColor").replace("<svg ", '<svg fill="currentColor" ', 1)
 
 

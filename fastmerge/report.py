@@ -50,7 +50,7 @@ def warmup_warning(scenario: Any, training: Any) -> str | None:
 
 
 def single_class_warning(scenarios: Sequence[Any]) -> str | None:
-    """Where training learns nothing: the tasks of one class, as the loss is over a task's own classes."""
+    """A warning about tasks of a single class, which learn nothing because the loss is over the task's own classes."""
     single = {task.name: None for scenario in scenarios for task in scenario.tasks if len(task.classes) == 1}
     if not single:
         return None
@@ -124,7 +124,7 @@ def results_table(rows: list[list[str]], width: int | None = None) -> tuple[Tabl
 
 
 def _width(rows: list[list[str]], without: list[str]) -> int:
-    """Of the table with its frame: a line before every column, two spaces within, and the last line."""
+    """Width of the table with its frame: a line before every column, two spaces in each, and the last line."""
     columns = [column for column in zip(*rows, strict=True) if column[0] not in without]
     return sum(max(map(cell_len, column)) + 3 for column in columns) + 1
 
@@ -176,7 +176,7 @@ def comparison(results: dict[str, dict[str, Any]], starting: dict[str, Any] | No
     several = len(told) > 4
     best = max((m for m in told if m not in ("joint", "finetune")), key=lambda m: final[m], default=None)
     lines = []
-    for method in [best] if several and best else told:  # of many, only this one
+    for method in [best] if several and best else told:  # with many methods only the best one
         against = [
             f"{final[method] - b:+.1f} against {name}"
             for name, b in base.items()

@@ -1,4 +1,4 @@
-"""Files that list all classes (or domains) in an order, in the forms in which orders are published.
+"""Reads class orders (or domain orders) in all published forms.
 
 A JSON list, a YAML list, an object of either with the key `class_order` (for domains also `domain_order`, as in a run's
 manifest.json), or text with an entry per line, or separated by commas or blanks. `#` begins a comment. Entries are names
@@ -63,8 +63,8 @@ def read(path: str, names: Sequence[str], what: str, reading: str | None = None)
 
 
 def _ambiguous(named: list[int | None], indexed: list[int | None]) -> bool:
-    """Whether an entry is both, as different classes, and the others do not say which."""
-    if (None in named) != (None in indexed):  # only one of the two reads the whole file
+    """Whether the entries can be read both as names and as indices, with different results."""
+    if (None in named) != (None in indexed):  # only one reading covers the whole file
         return False
     return any(None not in pair and pair[0] != pair[1] for pair in zip(named, indexed, strict=True))
 
@@ -79,7 +79,9 @@ def _entries(text: str, known: Collection[str], what: str, where: str) -> list[s
         except json.JSONDecodeError:
             content = yaml.load(text, yaml.BaseLoader)  # such as [ant, bee]
     elif re.search(r"^(- |---|(class|domain)_order\s*:)", body, re.MULTILINE) and body not in known:
-        content = yaml.load(text, yaml.BaseLoader)  # all entries as they are written: no is not False, 1e3 not 1000
+        content = yaml.load(
+            text, yaml.BaseLoader
+        )  # keeps entries as text, so that `no` is not False and `1e3` not 1000
     else:
         return _tokens(lines, known)
     if isinstance(content, dict):
@@ -100,7 +102,7 @@ def _text(entry: Any) -> str:
 
 
 def _tokens(lines: list[str], known: Collection[str]) -> list[str]:
-    """The entries of a text: its lines, else its parts between commas, else its words; what most entries fit."""
+    """Split a text into entries at line ends, commas or spaces, whichever gives the most known entries."""
     lines = [line if line in known else re.sub(r"\s#.*", "", line) for line in lines]
     ways = [re.split(separator, "\n".join(lines)) for separator in (r"\n", r"[,\n]", r"[,\s]")]
     cleaned = [[token for part in parts if (token := _bare(part.strip(), known))] for parts in ways]
@@ -116,7 +118,7 @@ def _bare(token: str, known: Collection[str]) -> str:
 
 
 def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """name -> index, also with `_` for a space; -1 for a name that occurs several times."""
+    """name -> index, also for names with `_` instead of a space; -1 for a name that occurs several times."""
     counts = Counter(names)
     by_name = {name: i if counts[name] == 1 else -1 for i, name in enumerate(names)}
     return {name.replace(" ", "_"): i for name, i in by_name.items()} | by_name

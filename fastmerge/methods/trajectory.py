@@ -90,7 +90,7 @@ class Recorded(Train):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         super().load(tensors)
-        self._before = float(tensors.get("seconds", 0.0))  # none where it was not to be shared when it began
+        self._before = float(tensors.get("seconds", 0.0))  # missing if this training was not shared when it began
 
 
 class Reused(Phase):
@@ -110,7 +110,7 @@ class Reused(Phase):
         self.learner.load_state_dict(self.model)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """This run stopped while it trained itself: do not count that time twice."""
+        """This run stopped during its own training, so do not count that time twice."""
         self.seconds_elsewhere -= float(tensors.get("seconds", 0.0))
 
 

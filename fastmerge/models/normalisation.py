@@ -1,5 +1,5 @@
 """The mean and standard deviation of the images. They belong to the weights, not to the architecture: timm's ViT-B/16 was
-trained with three pairs, and a wrong one costs points without a word."""
+trained with three pairs, and a wrong pair silently costs accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = tuple[float, float, float]
 
 
 class Normalisation(NamedTuple):
-    """mean, std: of the three channels of pixels in 0..1. source: who says so, in words."""
+    """mean, std: of the three channels of pixels in 0..1. source: where they come from, in words."""
 
     mean: Numbers
     std: Numbers

@@ -1,4 +1,4 @@
-"""Reading a file of weights: its tensors by name, whatever is wrapped around them, and a clear word where they do not fit.
+"""Reads files of weights: finds the tensors, unwraps them, and reports what does not fit the model.
 
 Files of other programs hold the state dict inside an entry (`state_dict`, `model`, ...), with a prefix that a wrapper
 module left (`module.`, `model.`, `_orig_mod.`), or in fp16. What was unwrapped is said in the run's header.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError, first_line
 
-ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first one counts, as in timm
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first one found is used, as in timm
 PREFIXES = ("module.", "_orig_mod.", "model.")
 ARCHIVE_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's TorchScript archives
 SHOWN = 3  # names of tensors in a message
@@ -81,7 +81,7 @@ def _kind(content: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in one line. torch and timm advise to let the file run code; that is not passed on."""
+    """Why a file could not be read, in one line, without torch's advice to let the file run code."""
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return (
             "it holds other Python objects than tensors, which could run code, or is damaged; save the state dict alone, "
