@@ -79,9 +79,7 @@ def _entries(text: str, known: Collection[str], what: str, where: str) -> list[s
         except json.JSONDecodeError:
             content = yaml.load(text, yaml.BaseLoader)  # such as [ant, bee]
     elif re.search(r"^(- |---|(class|domain)_order\s*:)", body, re.MULTILINE) and body not in known:
-        content = yaml.load(
-            text, yaml.BaseLoader
-        )  # keeps entries as text, so that `no` is not False and `1e3` not 1000
+        content = yaml.load(text, yaml.BaseLoader)  # keeps text: `no` is not False, `1e3` not 1000
     else:
         return _tokens(lines, known)
     if isinstance(content, dict):
@@ -102,7 +100,7 @@ def _text(entry: Any) -> str:
 
 
 def _tokens(lines: list[str], known: Collection[str]) -> list[str]:
-    """Split a text into entries at line ends, commas or spaces, whichever gives the most known entries."""
+    """Split a text into entries at line ends, commas or spaces, whichever leaves the smallest share of unknown ones."""
     lines = [line if line in known else re.sub(r"\s#.*", "", line) for line in lines]
     ways = [re.split(separator, "\n".join(lines)) for separator in (r"\n", r"[,\n]", r"[,\s]")]
     cleaned = [[token for part in parts if (token := _bare(part.strip(), known))] for parts in ways]
