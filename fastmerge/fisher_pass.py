@@ -66,7 +66,7 @@ class FisherPass(Phase):
         squares = (
             None if self.settings.per == "batch" else self.projections if self.served(images[:1]) else self.per_image
         )
-        loss, gradient = torch.zeros((), device=images.device), torch.zeros(0)
+        loss, gradient = self.fisher.new_zeros(()), torch.zeros(0)
         for part, share in learner.parts(len(images)):
             if squares is not None:
                 loss += share * squares(images[part], targets[part])

@@ -241,7 +241,7 @@ class Train(Phase):
         self.gradient.zero_()
         for p in learner.head.trainable():
             p.grad = None
-        loss = torch.zeros((), device=images.device)
+        loss = learner.theta.new_zeros(())
         for part, share in learner.parts(len(images)):
             value = self.loss(images[part], labels[part]) * share
             value.backward()

@@ -167,7 +167,7 @@ class MergeAndAlign(Phase):
         pixels, _ = self.images.batch(self.batches.rows(i))
         images = self.learner.plain(pixels)
         self.optimiser.zero_grad()
-        loss = torch.zeros((), device=images.device)
+        loss = self.learner.theta.new_zeros(())
         for part, share in self.learner.parts(len(images)):
             with torch.no_grad():
                 wanted = self.features(self.during["previous"], images[part])

@@ -217,7 +217,7 @@ class Search(Phase):
         flat, backbone, lambda1 = self.learner.flat, self.learner.backbone, self.settings.lambda1
         parts = self.learner.parts(len(images))
         g = total = torch.zeros(0)
-        l_task, l_pre = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+        l_task, l_pre = flat.gradient.new_zeros(()), flat.gradient.new_zeros(())
         for number, (part, share) in enumerate(parts):
             flat.zero_grad()
             if self.teacher is None:
