@@ -30,5 +30,5 @@ def test_the_page_about_runs(tmp_path, monkeypatch, capsys):
     named |= {
         f"finetune-seed0/{name}" for name in ("metrics.jsonl", "accuracy.csv", "result.json", "model.safetensors")
     }
-    assert named | {f"finetune-seed0/models/task-{t}.safetensors" for t in (1, 2, 3)} <= files
+    assert named | {f"finetune-seed0/models/task-{t}.safetensors" for t in (1, 2)} <= files
     assert not any("checkpoint" in name for name in files)

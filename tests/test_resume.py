@@ -183,6 +183,7 @@ def test_other_methods_are_killed_too(name, data, tmp_path):
     assert not list((tmp_path / "run").glob("trajectory*"))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_random_times(data, undisturbed, tmp_path):
     flags = [*FLAGS, "--data-root", str(data), "--run-dir", str(tmp_path / "run")]
     rng, kills = random.Random(0), 0
