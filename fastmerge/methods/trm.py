@@ -198,9 +198,9 @@ class Search(Phase):
             loss += settings.lambda1 * l_pre
         h = None
         if settings.lambda2:
-            h = torch.zeros_like(g)
             for part, share in self.learner.parts(len(images)):
-                h.add_(self.curvature_gradient(images[part], labels[part], g), alpha=share)
+                value = self.curvature_gradient(images[part], labels[part], g)
+                h = (value if share == 1 else value.mul_(share)) if h is None else h.add_(value, alpha=share)
         slopes = fk.subspace_gradient(
             total, self.previous, self.current, self.direction,
             **self.random, gradient2=h, scale2=-2 * settings.lambda2,
