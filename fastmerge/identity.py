@@ -31,7 +31,7 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
     settings = {f"{group}.{name}": value for group in PLAIN_GROUPS for name, value in values[group].items()}
     settings |= {  # resolved values, so that a flag that repeats the default changes nothing
         "scenario.tasks": len(setup.scenario.tasks),
-        "data.flip": dataset.flip if setup.config.data.flip is None else setup.config.data.flip,
+        "data.flip": setup.flip,
         "model.head": setup.head.kind,
     }
     contents = {

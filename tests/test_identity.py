@@ -31,7 +31,8 @@ def determined(*flags, **changes):
     setup = types.SimpleNamespace(
         config=config,
         backbone=types.SimpleNamespace(weights_sha256=about["weights"], mean=about["mean"], std=(0.3,), image_size=32),
-        dataset=types.SimpleNamespace(flip=False, class_names=("x",), templates=("{}",)),
+        dataset=types.SimpleNamespace(class_names=("x",), templates=("{}",)),
+        flip=bool(config.data.flip),  # the data set's own answer is False
         scenario=types.SimpleNamespace(tasks=range(config.scenario.tasks or 10), joined=lambda: None),
         head=types.SimpleNamespace(kind=config.model.head or "text"),
         device=types.SimpleNamespace(type=about["device"]),
