@@ -12,6 +12,7 @@ SIGINT (Ctrl-C) or SIGTERM (the same command continues the run). A closed pipe (
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import pkgutil
@@ -134,7 +135,7 @@ def run(config: Any) -> int:
     kinds = wanted(config)
     setup = Setup(config, console.encoding)
     config, scenario, cache, seeds = setup.config, setup.scenario, setup.cache, config.training.seeds
-    runs = plan(config, scenario)
+    runs = plan(config, scenario, setup.earlier)
     for run in runs:  # before anything is trained or written
         METHODS[run.method].check(run.config, setup.backbone)
     manifest = scenario.manifest() | {
@@ -146,6 +147,8 @@ def run(config: Any) -> int:
         console.line(f"warning: {text}", style="yellow")
 
     determined = determinants(setup, runs, manifest)
+    if setup.earlier is not None:
+        setup.earlier.check(determined)
     folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
     for text in header(setup, manifest, folder):
         console.line(text)
@@ -208,7 +211,8 @@ def run(config: Any) -> int:
                 method = kind.build(learner, trajectories[number], run.protocol)
                 with contextlib.closing(Sinks(kinds, record.folder.name, record.folder, run.config)) as sinks:
                     record.listen = sinks.write
-                    state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console)
+                    start = functools.partial(setup.earlier.start, run, learner, method) if setup.earlier else None
+                    state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console, start)
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,
@@ -225,8 +229,9 @@ def run(config: Any) -> int:
                 }
                 names, features = [task.name for task in run.scenario.tasks], method.features()
                 about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}
-                about = recipe(learner, features, run.scenario, len(names) - 1, **about)
-                record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about)
+                kept = method.state_dict()
+                about = recipe(learner, features, run.scenario, len(names) - 1, **about) | {"kept": sorted(kept)}
+                record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about, kept)
                 write()
                 del learner, method
             else:

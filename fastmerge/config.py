@@ -184,7 +184,8 @@ class ScenarioSettings:
         None,
         "Number of tasks.",
         at_least=1,
-        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain",
+        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --continue-from 1; with "
+        "--scenario dil one per domain",
     )
     class_order: str = setting(
         "1993",
@@ -357,7 +358,12 @@ class RunSettings:
     run_dir: str = setting(
         "runs",
         "Results go here; the same command continues a stopped run.",
-        derived="runs/<dataset>-<scenario><tasks>-<model>",
+        derived="runs/<dataset>-<scenario><tasks>-<model>, or RUN-then-<dataset> with --continue-from RUN",
+    )
+    continue_from: str | None = setting(
+        None,
+        "Add the tasks of this data set to the sequence of a finished run: its folder. The methods go on from what they "
+        "kept there, and settings that are not given are those of that run; 1 task unless --tasks says more.",
     )
     save_every: float = setting(
         60.0,
@@ -738,7 +744,7 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
-# numbers. What the last seven name is compared by its content (identity.py).
+# numbers. What the last seven name, and what a run goes on from, is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
@@ -747,6 +753,7 @@ FREE = {
     "training.keep_models",
     "training.nearest_mean",
     "run.run_dir",
+    "run.continue_from",
     "run.save_every",
     "run.quiet",
     "run.wandb",

@@ -136,12 +136,17 @@ def resolve(given: Given) -> Config:
         for name, (declaration, default) in settings.items():
             if declaration.tiny is not None and values[group][name] is None:
                 values[group][name] = declaration.tiny if model["model"] == "tiny" else default
+    if scenario["tasks"] is None and scenario["scenario"] == "cil" and run["continue_from"]:
+        scenario["tasks"] = 1
     if scenario["tasks"] is None and scenario["scenario"] == "cil" and data["dataset"] == "glyphs":
         scenario["tasks"] = 5  # of other data sets, `settled` decides when their classes are known
     if scenario["class_order"] is None:  # the permutation of 1993 is a convention for classes, not for domains
         scenario["class_order"] = "natural" if scenario["scenario"] == "dil" else "1993"
     if run["run_dir"] is None:
-        name = f"{data['dataset']}-{scenario['scenario']}{scenario['tasks'] or ''}-{model['model']}"
+        if run["continue_from"]:
+            name = f"{Path(run['continue_from']).expanduser().resolve().name}-then-{data['dataset']}"
+        else:
+            name = f"{data['dataset']}-{scenario['scenario']}{scenario['tasks'] or ''}-{model['model']}"
         run["run_dir"] = str(Path("runs") / name.replace("/", "_"))
     config = Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items()})
     check(config)
@@ -158,6 +163,49 @@ def settled(config: Config, classes: int) -> Config:
         return config
     tasks = min(DEFAULT_TASKS, max(1, classes // 2))
     return dataclasses.replace(config, scenario=dataclasses.replace(config.scenario, tasks=tasks))
+
+
+# settings of a run that the tasks after it share, besides all of the model, of training and of the methods
+CONTINUED = {
+    "data": ("dataset", "crop_scale", "skip_bad_images"),
+    "scenario": ("scenario", "validation", "eval_classes"),
+}
+
+
+def continued(given: Given) -> Given:
+    """`given` over the settings of the run that it continues, except for those that describe its data.
+
+    Raises:
+        UserError: the run has no readable config.json, or nothing says which data the new tasks have.
+    """
+    path = Path(given["run"]["continue_from"]).expanduser() / "config.json"
+    source = f"--continue-from {given['run']['continue_from']}"
+    if not {"dataset", "data_root"} & given.get("data", {}).keys():
+        raise UserError(f"{source}: say where the new tasks are, with --dataset or --data-root")
+    values = read_config(path, source)
+    values.pop("run", None)
+    for group, names in CONTINUED.items():
+        if isinstance(values.get(group), dict):
+            values[group] = {name: value for name, value in values[group].items() if name in names}
+    earlier = read_flags(as_flags(values, source))
+    if (methods := earlier.get("training", {}).get("method")) and "joint" in methods:  # it has no next task
+        earlier["training"]["method"] = tuple(method for method in methods if method != "joint")
+    return {group: earlier.get(group, {}) | given.get(group, {}) for group in earlier.keys() | given.keys()}
+
+
+def read_config(path: Path, source: str) -> dict[str, Any]:
+    """The settings in a `config.json`, unchecked.
+
+    Raises:
+        UserError: it cannot be read, or is no object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{source}: cannot be read ({error}); expected the config.json of a run") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected an object of groups, as in the config.json of a run")
+    return values
 
 
 def as_flags(values: dict[str, Any], source: str) -> list[str]:
@@ -220,17 +268,11 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         print(help_all())
         raise SystemExit(0)
     if known.config is not None:
-        try:
-            values = json.loads(Path(known.config).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"--config {known.config}: cannot be read ({error}); expected the config.json of a run"
-            ) from None
-        if not isinstance(values, dict):
-            raise UserError(f"--config {known.config}: expected an object of groups, as in the config.json of a run")
-        rest = [*as_flags(values, f"--config {known.config}"), *rest]
+        source = f"--config {known.config}"
+        rest = [*as_flags(read_config(Path(known.config), source), source), *rest]
     try:
-        config = resolve(read_flags(rest))
+        given = read_flags(rest)
+        config = resolve(continued(given) if given.get("run", {}).get("continue_from") else given)
     except UserError:
         if not known.help:
             raise

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastmerge.plan import Run
     from fastmerge.setup import Setup
 
+CONTINUES = "continues with"
 SHOWN = 12  # digits of a hash in messages; the manifest has all
 
 
@@ -50,6 +51,8 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
         own[f"{run.label}-seed{run.seed}"] = {
             f"{group}.{name}": value for group in METHODS[run.method].groups for name, value in groups[group].items()
         }
+        if setup.earlier is not None and (setup.earlier.path / f"{run.label}-seed{run.seed}").exists():
+            own[f"{run.label}-seed{run.seed}"][CONTINUES] = setup.earlier.digest(f"{run.label}-seed{run.seed}")
     settings = {name: value for name, value in settings.items() if name not in FREE}
     return json.loads(json.dumps({"settings": settings, "contents": contents, "runs": own}))
 

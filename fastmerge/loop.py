@@ -8,7 +8,7 @@ random choice is a function of the seed and the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,9 +45,17 @@ class Images:
 
 
 def learn(
-    learner: Learner, method: Method, scenario: Scenario, images: Images, record: Record, console: Console
+    learner: Learner,
+    method: Method,
+    scenario: Scenario,
+    images: Images,
+    record: Record,
+    console: Console,
+    start: Callable[[], State] | None = None,
 ) -> State:
     """Learn all tasks of the scenario, starting from the position saved in `record`. Return the final state.
+
+    start: sets learner and method to where an earlier run ended, if nothing is saved.
 
     Raises:
         Interrupted: a signal arrived; the run can be continued.
@@ -60,6 +68,8 @@ def learn(
         during = {name: tensor.to(learner.device) for name, tensor in select(saved, "during").items()}
         learner.load_state_dict(select(saved, "learner"))
         method.load_state_dict(select(saved, "method"))
+    elif start is not None:
+        state = start()
     memory = PeakMemory(learner.device)
     console.begin(state)
 
@@ -94,7 +104,7 @@ def learn(
                     console.line(text, style="yellow")
             phases = list(zip(PHASES, (method.train, method.merge), strict=True))
             for number, (name, make) in list(enumerate(phases))[state.phase :]:
-                start = time.perf_counter()
+                began = time.perf_counter()
                 phase = make(task, train_images, during)
                 if phase is not None:
                     if state.step:
@@ -104,13 +114,13 @@ def learn(
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)
                         state.step, now = i + 1, time.perf_counter()
-                        state.seconds[name] += now - start
-                        start = now
+                        state.seconds[name] += now - began
+                        began = now
                         save_if_due(phase)
                     phase.finish()
                     state.seconds[name] += phase.seconds_elsewhere
                     state.bytes_written += phase.bytes_written
-                state.seconds[name] += time.perf_counter() - start
+                state.seconds[name] += time.perf_counter() - began
                 if number == len(PHASES) - 1:
                     during.clear()
                 phase, saved = None, {}
@@ -119,7 +129,7 @@ def learn(
                 state.phase, state.step = number + 1, 0
                 save_if_due()
 
-        start = time.perf_counter()
+        began = time.perf_counter()
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
         features = method.features()
@@ -132,7 +142,7 @@ def learn(
         state.matrix.append(row + unseen)
         for name, values in others.items():
             state.also.setdefault(name, []).append(values + unseen)
-        state.seconds["evaluate"] += time.perf_counter() - start
+        state.seconds["evaluate"] += time.perf_counter() - began
         state.test_counts = [len(t) for t in tests]  # without unreadable images
         state.bad_images += tests[task.index].skipped
         if tests[task.index].skipped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastmerge.config import Config
 from fastmerge.data.scenario import Scenario
@@ -11,6 +12,9 @@ from fastmerge.errors import UserError, nearest
 from fastmerge.flags import changed
 from fastmerge.methods import METHODS
 from fastmerge.report import BASELINE
+
+if TYPE_CHECKING:
+    from fastmerge.continuing import Earlier
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,20 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
     return name, changed(config, changes, f"--method {spec}") if changes else config
 
 
-def plan(config: Config, scenario: Scenario) -> list[Run]:
-    """The runs of a command, in execution order; the last one is the baseline of every table."""
+def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> list[Run]:
+    """The runs of a command, in execution order; the last one is the baseline of every table. earlier: what they continue.
+
+    Raises:
+        UserError: a method that has no next task continues.
+    """
     runs: list[Run] = []
     for seed in config.training.seeds:
         trained: set[str] = set()  # un-merged trainings that an earlier run shares
         for spec in config.training.method:
             name, its = read_method(spec, config)
             method = METHODS[name]
+            if earlier is not None and method.joint:
+                raise UserError(f"--continue-from: {name} trains all tasks at once, so it has no next task; omit it")
             for protocol in method.protocols(its):
                 shared = method.trajectory(its, protocol)
                 train = its.training.epochs if method.trains and shared not in trained else 0
@@ -78,6 +88,9 @@ def plan(config: Config, scenario: Scenario) -> list[Run]:
                 )
                 own = scenario.joined() if method.joint else scenario
                 runs.append(Run(label, name, protocol, seed, its, own, epochs, shared))
+    nearest = f"{BASELINE}-seed{config.training.seeds[0]}"
+    if earlier is not None and not (earlier.path / nearest).exists():
+        return runs  # it has no means of the earlier classes
     if config.training.nearest_mean and all(run.method != BASELINE for run in runs):
         nothing = {"train": 0, "merge": 0}
         runs.append(Run(BASELINE, BASELINE, None, config.training.seeds[0], config, scenario, nothing, None))

@@ -25,9 +25,10 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
     fewer = f" ({DEFAULT_TASKS} by default, fewer for so few classes)" if setup.fewer_tasks else ""
     kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
+    earlier = f", after the {len(setup.earlier.scenario.tasks)} tasks of {setup.earlier.path}" if setup.earlier else ""
     return [
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
-        f"{kind}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}",
+        f"{kind}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "

@@ -5,6 +5,7 @@ runs/<name>/trajectory-seed<seed>/   un-merged models that methods share; delete
 runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per task
                                 accuracy.csv       the accuracy matrix
                                 model.safetensors  the final model; its recipe is in the metadata
+                                state.safetensors  what the method keeps besides, for --continue-from; not if nothing
                                 models/            with --keep-models: task-<t>.safetensors, the model after task t
                                 result.json        this run's part of results.json
                                 checkpoint.safetensors   during the run, and checkpoint-before.safetensors, the one
@@ -34,6 +35,7 @@ from fastmerge.identity import differences, fingerprint
 from fastmerge.results import expect, read_json, read_result
 from fastmerge.training import PHASES
 
+STATE = "state.safetensors"
 FLUSH_STEPS = 20  # steps between host reads of the losses: reading every step would stall a GPU
 
 
@@ -178,7 +180,7 @@ class Record:
         self.checkpoint = folder / "checkpoint.safetensors"
         self.before = folder / "checkpoint-before.safetensors"
         expect(folder, folder=True)
-        for name in ("metrics.jsonl", "accuracy.csv", "model.safetensors", "result.json"):
+        for name in ("metrics.jsonl", "accuracy.csv", "model.safetensors", STATE, "result.json"):
             expect(folder / name)
         expect(self.checkpoint)
         expect(self.before)
@@ -316,15 +318,23 @@ class Record:
         return save_tensors(folder / f"task-{task + 1}.safetensors", model, recipe)
 
     def finish(
-        self, result: dict[str, Any], names: list[str], model: dict[str, Tensor], recipe: dict[str, Any]
+        self,
+        result: dict[str, Any],
+        names: list[str],
+        model: dict[str, Tensor],
+        recipe: dict[str, Any],
+        kept: dict[str, Tensor],
     ) -> None:
-        """Write the model and the results, then delete the checkpoints, so an interrupted call is repeated.
+        """Write the model, what the method keeps, and the results, then delete the checkpoints, so an interrupted call is
+        repeated.
 
         Adds to `bytes_written` of the result what is written at the end, and the metrics.
         """
         self._log.close()
         result["bytes_written"] += (self.folder / "metrics.jsonl").stat().st_size
         result["bytes_written"] += save_tensors(self.folder / "model.safetensors", model, recipe)
+        if kept:
+            result["bytes_written"] += save_tensors(self.folder / STATE, kept, {"run": self.fingerprint})
         write_atomically(self.folder / "accuracy.csv", lambda path: _csv(path, result["accuracy_matrix"], names))
         save_json(self.folder / "result.json", result)
         for path in (self.checkpoint, self.before):

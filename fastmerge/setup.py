@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastmerge.config import Config
+from fastmerge.continuing import Earlier
 from fastmerge.data import load_dataset
 from fastmerge.data.cache import ImageCache
-from fastmerge.data.scenario import build_scenario
+from fastmerge.data.scenario import Scenario, build_scenario
+from fastmerge.errors import UserError
 from fastmerge.flags import DEFAULT_TASKS, settled
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
@@ -24,13 +26,44 @@ if TYPE_CHECKING:
     from fastmerge.models.openclip import TextEncoder
 
 
+def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
+    """The config with the defaults that depend on the data, the scenario, and the run that it continues.
+
+    Raises:
+        UserError: the data of this run, or of one that it continues, is missing or does not fit the settings.
+    """
+    earlier = Earlier(config.run.continue_from) if config.run.continue_from else None
+    dataset = load_dataset(
+        config.data.dataset,
+        config.data.data_root,
+        download=config.data.download,
+        skip_bad_images=config.data.skip_bad_images,
+        split_file=config.data.split_file,
+    )
+    if config.scenario.validation:
+        dataset = dataset.held_out(config.scenario.validation)
+    config = settled(config, len(dataset.class_names))
+    s = config.scenario
+    scenario = build_scenario(dataset, s.scenario, s.tasks, s.class_order, fewest_domains=1 if earlier else 2)
+    if earlier is not None:
+        try:
+            before = prepared(earlier.config)[1]
+        except UserError as error:
+            raise UserError(
+                f"--continue-from {earlier.path}: the images of its tasks are needed, because the accuracy on them is "
+                f"measured again. {error}"
+            ) from None
+        scenario = earlier.follow(before, scenario)
+    return config, scenario, earlier
+
+
 class Setup:
     """Loads data and weights at the start, so that nothing is missing later, and creates learners.
 
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
     learner's seed), cache for decoded images, text_sha256: hash of the text tower that a text head comes from (else None),
     config with the defaults that depend on the data, fewer_tasks: whether the classes are too few for the default number
-    of tasks.
+    of tasks, earlier: the run that this one continues (or None).
 
     progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
     """
@@ -40,20 +73,10 @@ class Setup:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
         self.progress = progress
         self.device = choose_device(config.run.device)
-        dataset = load_dataset(
-            config.data.dataset,
-            config.data.data_root,
-            download=config.data.download,
-            skip_bad_images=config.data.skip_bad_images,
-            split_file=config.data.split_file,
-        )
-        if config.scenario.validation:
-            dataset = dataset.held_out(config.scenario.validation)
-        given, config = config.scenario.tasks, settled(config, len(dataset.class_names))
-        self.config, tasks = config, config.scenario.tasks
+        given = config.scenario.tasks
+        self.config, self.scenario, self.earlier = prepared(config)
+        config, self.dataset, tasks = self.config, self.scenario.dataset, self.config.scenario.tasks
         self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
-        s = config.scenario
-        self.dataset, self.scenario = dataset, build_scenario(dataset, s.scenario, s.tasks, s.class_order)
         self._prepare(config.training.seeds[0])
         self.cache = ImageCache(self.backbone.image_size, self.device, budget_bytes=int(config.data.cache_gb * 1e9))
 
@@ -74,6 +97,8 @@ class Setup:
             model.model, model.pretrained, download=self.config.data.download, normalisation=given
         )
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
+        if self.earlier and self.head.kind == "text" and (before := self.earlier.text_head()) is not None:
+            self.head.adopt(before)  # a class keeps the templates that it was learned with
         self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self._seed = seed
 

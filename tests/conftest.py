@@ -24,6 +24,7 @@ LONG = {
     "test_cli.py",
     "test_commands.py",
     "test_compiled.py",
+    "test_continue.py",
     "test_config.py::test_defaults_that_the_data_and_the_model_decide",
     "test_docs.py",
     "test_elementwise.py::test_dtypes",

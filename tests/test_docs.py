@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+from image_trees import image_folder
+
 from fastmerge.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_page_about_runs(tmp_path, monkeypatch, capsys):
     page, ran = (ROOT / "docs" / "RUNS.md").read_text(), 0
     monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "photos", classes=2, train=2, test=1)
     for language, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
         if language == "python":
             exec(block, {})
@@ -22,7 +25,7 @@ def test_the_page_about_runs(tmp_path, monkeypatch, capsys):
             assert (python, m, name) == ("python", "-m", "fastmerge")
             assert main(flags) == 0, (line, capsys.readouterr().err)
             ran += 1
-    assert ran == 8
+    assert ran == 9
     files = {
         str(p.relative_to(tmp_path / "runs" / "demo")) for p in (tmp_path / "runs" / "demo").rglob("*") if p.is_file()
     }

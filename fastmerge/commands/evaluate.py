@@ -23,8 +23,10 @@ from fastmerge.checkpoint import write_atomically
 from fastmerge.data import load_dataset
 from fastmerge.data.dataset import Dataset
 from fastmerge.errors import UserError, nearest
+from fastmerge.flags import as_flags, read_flags, resolve
 from fastmerge.machine import choose_device
 from fastmerge.models.saved import Model, load, model_file
+from fastmerge.setup import prepared
 
 MOST_CLASSES = 100  # a larger confusion matrix cannot be read as a picture
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size {given.batch_size}: expected at least 1")
     model = load(given.model).to(choose_device(given.device))
-    dataset = data_set(given, model.recipe["config"]["data"])
+    dataset = data_set(given, model.recipe["config"])
     found = evaluate(model, dataset, given.batch_size or model.recipe["config"]["training"]["batch_size"])
     out = given.out or model_file(given.model).parent / f"evaluate-{dataset.name}"
     files = write(out, found, model.class_names)
@@ -60,9 +62,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def data_set(given: argparse.Namespace, run: dict[str, Any]) -> Dataset:
-    """The data set that the flags name; what they leave open is taken from the run if it is the run's data set."""
+def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
+    """The data set that the flags name; what they leave open is taken from the run if it is the run's data set. Without
+    flags, a run that continues another has the images of all its tasks."""
+    run = config["data"]
     same = given.dataset in (None, run["dataset"])
+    if given.dataset is None and given.data_root is None and config["run"].get("continue_from"):
+        return prepared(resolve(read_flags(as_flags(config, "the model's settings"))))[1].dataset
     return load_dataset(
         given.dataset or run["dataset"],
         given.data_root or (run["data_root"] if same else None),

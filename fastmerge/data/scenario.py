@@ -53,10 +53,8 @@ class Scenario:
     domain_order: tuple[int, ...] = ()
 
     def seen(self, t: int) -> tuple[int, ...]:
-        """Classes of the tasks 0..t in class order (dil: all classes)."""
-        if self.kind == "dil":
-            return self.class_order
-        return self.class_order[: sum(len(task.classes) for task in self.tasks[: t + 1])]
+        """Classes of the tasks 0..t, in the order of their appearance."""
+        return tuple(dict.fromkeys(c for task in self.tasks[: t + 1] for c in task.classes))
 
     def joined(self) -> Scenario:
         """The scenario with all tasks joined into one, for joint training."""
@@ -92,13 +90,16 @@ class Scenario:
         }
 
 
-def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: str = "natural") -> Scenario:
+def build_scenario(
+    dataset: Dataset, kind: str, tasks: int | None, class_order: str = "natural", fewest_domains: int = 2
+) -> Scenario:
     """`dataset` as a sequence of tasks.
 
     class_order: 'natural'; an integer s for `numpy.random.RandomState(s).permutation` (1993 gives the order of iCaRL,
     PyCIL and PILOT); or a file that lists all classes by index or name (order_file.py); `names:FILE` and
     `indices:FILE` where they could be both. With 'dil' it orders
     the domains.
+    fewest_domains: with 'dil'; 1 where the tasks follow those of another run.
     tasks: number of tasks; sizes differ by at most one class, larger ones first. 'dil': number of domains, or None.
 
     Raises UserError for more tasks than classes, a class without train images, a task without test images, a file that
@@ -108,7 +109,7 @@ def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: 
         raise UserError(f"unknown scenario {kind!r}.{nearest(kind, ('cil', 'dil'))} There are: cil, dil.")
     _check_train_images(dataset)
     if kind == "dil":
-        return _domain_incremental(dataset, tasks, class_order)
+        return _domain_incremental(dataset, tasks, class_order, fewest_domains)
     n = len(dataset.class_names)
     if tasks is None or not 1 <= tasks <= n:
         raise UserError(f"--tasks {tasks}: {dataset.name} has {n} classes; choose 1 to {n} tasks.")
@@ -121,9 +122,9 @@ def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: 
     return Scenario("cil", dataset, order, _tasks([f"task {t + 1}" for t in range(tasks)], slices, train, test))
 
 
-def _domain_incremental(dataset: Dataset, tasks: int | None, domain_order: str) -> Scenario:
+def _domain_incremental(dataset: Dataset, tasks: int | None, domain_order: str, fewest: int) -> Scenario:
     n = len(dataset.domain_names)
-    if n < 2:
+    if n < fewest:
         raise UserError(f"{dataset.name} has one domain only; use --scenario cil, or data with a folder per domain.")
     if tasks not in (None, n):
         raise UserError(

@@ -30,6 +30,7 @@ class Head(nn.Module):
     """The interface of a head. `state_dict()` holds all its state and also loads into a head that has not grown."""
 
     kind: str
+    per_class: tuple[str, ...]  # tensors of the state with one row per class
     needs_initial_features = False  # whether `observe` needs the starting model's features on every new task
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
@@ -42,6 +43,13 @@ class Head(nn.Module):
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Take in features `[b, d]` of the starting model with labels `[b]` (class indices)."""
 
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Load the state of a head of this kind that knew the first classes of this one; the later classes stay as they
+        are."""
+        own = self.state_dict()
+        wide = {name: torch.cat([state[name], own[name][len(state[name]) :].cpu()]) for name in self.per_class}
+        self.load_state_dict(state | wide)
+
     def trainable(self) -> list[nn.Parameter]:
         return []
 
@@ -50,6 +58,7 @@ class TextHead(Head):
     """logits = scale * cos(feature, text embedding); frozen. weight: `[classes, d]` fp32, L2-normalised rows."""
 
     kind = "text"
+    per_class = ("weight",)
     weight: Tensor
     scale: Tensor
 
@@ -69,6 +78,7 @@ class LinearHead(Head):
     """
 
     kind = "linear"
+    per_class = ("row",)
     row: Tensor
 
     def __init__(self, feature_dim: int, n_classes: int):
@@ -111,6 +121,7 @@ class PrototypeHead(Head):
     """
 
     kind = "prototype"
+    per_class = ("sum", "count")
     needs_initial_features = True
     sum: Tensor
     count: Tensor
