@@ -184,8 +184,8 @@ class ScenarioSettings:
         None,
         "Number of tasks.",
         at_least=1,
-        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --continue-from 1; with "
-        "--scenario dil one per domain",
+        derived="10, for glyphs 5, fewer where a task would have less than two classes; 1 for a run that continues another; "
+        "with --scenario dil one per domain",
     )
     class_order: str = setting(
         "1993",
@@ -358,7 +358,7 @@ class RunSettings:
     run_dir: str = setting(
         "runs",
         "Results go here; the same command continues a stopped run.",
-        derived="runs/<dataset>-<scenario><tasks>-<model>, or RUN-then-<dataset> with --continue-from RUN",
+        derived="runs/<dataset>-<scenario><tasks>-<model>, or runs/<run>-then-<dataset> where it continues another",
     )
     continue_from: str | None = setting(
         None,

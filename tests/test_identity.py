@@ -38,6 +38,7 @@ def determined(*flags, **changes):
         device=types.SimpleNamespace(type=about["device"]),
         random_weights=config.model.pretrained == "none",
         text_sha256=about["text"],
+        earlier=None,
     )
     manifest = dict.fromkeys(("sha256", "images_sha256", "order_sha256"), "c") | changes.get("manifest", {})
     return determinants(setup, plan(config, setup.scenario), manifest)
