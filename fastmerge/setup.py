@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
 from fastmerge.models.normalisation import Normalisation
+from fastmerge.models.precision import choose
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Setup:
         given, config = config.scenario.tasks, settled(config, len(dataset.class_names))
         self.config, tasks = config, config.scenario.tasks
         self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
+        training = dataclasses.replace(config.training, precision=choose(config.training.precision, self.device))
+        self.config = config = dataclasses.replace(config, training=training)
         s = config.scenario
         self.dataset, self.scenario = dataset, build_scenario(dataset, s.scenario, s.tasks, s.class_order)
         self._prepare(config.training.seeds[0])
