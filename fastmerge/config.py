@@ -311,6 +311,12 @@ class TrainingSettings:
         unit="images",
         at_least=0,
     )
+    precision: Literal["fp32", "tf32", "bf16"] | None = setting(
+        "fp32",
+        "Precision of matrix products, convolutions and attention in the backbone: training, teacher, evaluation and "
+        "Fisher passes. Weights, optimiser, merges, logits and losses are fp32. bf16 is the fastest.",
+        derived="bf16 on a GPU that computes in it, else fp32",
+    )
     lr: float = setting(
         1e-5,
         "Peak learning rate of AdamW, cosine to zero.",

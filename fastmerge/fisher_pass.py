@@ -1,7 +1,8 @@
 """The diagonal Fisher of the model on a task: the mean over its images of the squared gradient of -log p(label | image).
 
 By default the labels are drawn from the model's own prediction, which gives the Fisher information (Martens 2020), and
-gradients are per image, by `torch.func.vmap` of `grad` (for LoRA's projections by `models/per_image.py`).
+gradients are per image: one forward and one backward pass of a batch give their squares (`models/per_image.py`), for
+weights that it does not serve `torch.func.vmap` of `grad`.
 `--fisher.labels data` takes the true labels: the "empirical Fisher" of CoFiMA and P&M. `--fisher.per batch` squares the
 mean gradient of a batch, as released code often does; the result is smaller by up to the batch size (van de Ven 2025).
 Images are not augmented. As in training, the candidates are the task's own classes.
@@ -21,9 +22,11 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.lora import Projections
-from fastmerge.models.per_image import ROOM, SquaredGradients, served
+from fastmerge.models.per_image import Part, SquaredGradients, add_squares, served
 from fastmerge.models.trainable import AllWeights
 from fastmerge.training import Batches, Learner, Phase, positions
+
+ROOM = 1 << 26  # bytes of per-image gradients that vmap makes at once
 
 
 class FisherPass(Phase):
@@ -54,7 +57,7 @@ class FisherPass(Phase):
         self.steps = math.ceil(self.total / learner.config.training.batch_size)
         self.classes = torch.tensor(task.classes, device=learner.device)
         self.fisher = torch.zeros_like(self.weights)
-        self._served: bool | None = None
+        self._served: list[str] | None = None
 
     @torch.no_grad()  # torch.func.grad enables gradients for its own inputs; head rows need none
     def step(self, i: int) -> dict[str, Tensor]:
@@ -63,51 +66,60 @@ class FisherPass(Phase):
         pixels, labels = self.images.batch(rows)
         images = learner.plain(pixels)
         targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(images, i)
-        squares = (
-            None if self.settings.per == "batch" else self.projections if self.served(images[:1]) else self.per_image
-        )
-        loss, gradient = self.fisher.new_zeros(()), torch.zeros(0)
-        for part, share in learner.parts(len(images)):
-            if squares is not None:
-                loss += share * squares(images[part], targets[part])
-                continue
-            found, value = grad_and_value(self.loss)(self.weights, images[part], targets[part])
-            gradient = found * share if not len(gradient) else gradient.add_(found, alpha=share)
-            loss += share * value
-        if squares is None:
+        loss, gradient = self.fisher.new_zeros(()), torch.zeros_like(self.fisher)
+        if self.settings.per == "batch":
+            for part, share in learner.parts(len(images)):
+                found, value = grad_and_value(self.loss)(self.weights, images[part], targets[part])
+                gradient.add_(found, alpha=share)
+                loss += share * value
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
+        else:
+            for part, share in learner.parts(len(images)):
+                loss += share * self.per_image(images[part], targets[part], gradient)
+            self.fisher.add_(gradient, alpha=1 / self.total)
         return {"loss": loss}
 
-    def per_image(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Add the squared gradients of a batch, computed by vmap; return the mean loss."""
-        losses, chunk = [], max(1, ROOM // self.fisher.nbytes)
-        with differentiable_attention():  # fused attention has no vmap rule
-            for part in zip(images[:, None].split(chunk), targets[:, None].split(chunk), strict=True):
-                gradients, values = vmap(grad_and_value(self.loss), in_dims=(None, 0, 0))(self.weights, *part)
-                for gradient in gradients:
-                    fk.fisher_accumulate_(self.fisher, gradient, 1 / self.total)
-                losses.append(values)
-        return torch.cat(losses).mean()
-
-    def served(self, image: Tensor) -> bool:
-        """Whether `projections` can be used: only for adapted weights, each in one linear map. Checked once."""
+    def per_image(self, images: Tensor, targets: Tensor, squares: Tensor) -> Tensor:
+        """Add the squared gradients of every image to `squares` `[m]`; return the mean loss."""
+        flat = self.learner.flat
+        named, parts = flat.as_dict(self.learner.theta), self.adapted.parts(squares)
         if self._served is None:
-            named = self.learner.flat.as_dict(self.learner.theta)
-            module = self.learner.flat.module
-            self._served = isinstance(self.adapted, Projections) and served(module, named, self.adapted.blocks, image)
-        return self._served
+            self._served = served(flat.module, named, parts, images[:1])
+        by_factors = {name: parts[name] for name in parts if name in self._served}
+        rest = {name: parts[name] for name in parts if name not in by_factors}
+        losses = self.by_vmap(named, rest, images, targets) if rest else torch.zeros(0)
+        return self.by_factors(named, by_factors, images, targets) if by_factors else losses.mean()
 
     @torch.enable_grad()
-    def projections(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The same as `per_image` for adapted projections, with one backward pass for the batch."""
-        assert isinstance(self.adapted, Projections)
-        named, squares = self.learner.flat.as_dict(self.learner.theta), torch.zeros_like(self.fisher)
-        with SquaredGradients(named, self.adapted.blocks, squares) as mode:
+    def by_factors(
+        self, named: dict[str, Tensor], parts: dict[str, list[Part]], images: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Add the squares for the weights that are served; return the mean loss."""
+        with SquaredGradients(named, parts) as mode:
             features = functional_call(self.learner.flat.module, named, (images,))
         loss = F.cross_entropy(self.learner.head(features, self.classes), targets, reduction="sum")
         mode.backward(loss)
-        self.fisher.add_(squares, alpha=1 / self.total)
         return loss.detach() / len(images)
+
+    def by_vmap(
+        self, named: dict[str, Tensor], parts: dict[str, list[Part]], images: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Add the squares for any weights; return the losses `[b]`."""
+        some = {name: named[name].detach() for name in parts}
+        losses, chunk = [], max(1, ROOM // sum(weight.nbytes for weight in some.values()))
+
+        def loss(some: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
+            features = functional_call(self.learner.flat.module, named | some, (image,))
+            return F.cross_entropy(self.learner.head(features, self.classes), target)
+
+        with differentiable_attention():  # fused attention has no vmap rule
+            for image, target in zip(images[:, None].split(chunk), targets[:, None].split(chunk), strict=True):
+                gradients, values = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(some, image, target)
+                for name in parts:
+                    for rows, total in parts[name]:
+                        add_squares(total, gradients[name][:, rows])
+                losses.append(values)
+        return torch.cat(losses)
 
     def loss(self, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """Mean -log p over a batch; targets: columns of the task's classes `[b]`."""

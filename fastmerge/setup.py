@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
 from fastmerge.models.normalisation import Normalisation
+from fastmerge.models.precision import choose
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Setup:
         self.config, self.scenario, self.earlier = prepared(config)
         config, self.dataset, tasks = self.config, self.scenario.dataset, self.config.scenario.tasks
         self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
+        training = dataclasses.replace(config.training, precision=choose(config.training.precision, self.device))
+        self.config = config = dataclasses.replace(config, training=training)
         self._prepare(config.training.seeds[0])
         self.cache = ImageCache(self.backbone.image_size, self.device, budget_bytes=int(config.data.cache_gb * 1e9))
 

@@ -23,6 +23,7 @@ from fastmerge.flat import FlatModel
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
+from fastmerge.models.precision import allow_tf32
 from fastmerge.models.trainable import AllWeights, Trainable
 
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
@@ -82,6 +83,8 @@ class Learner:
     ):
         self.flat = FlatModel(backbone.eval()).to(device)  # eval: no dropout, so that a step is a function of its seed
         self.backbone, self.head = backbone, head.to(device)
+        backbone.precision = config.training.precision or "fp32"
+        allow_tf32(backbone.precision == "tf32")  # of backward passes
         self.config, self.seed, self.device = config, seed, device
         self.flip = flip if config.data.flip is None else config.data.flip
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None

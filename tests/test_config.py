@@ -268,6 +268,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("run", "continue_from"): None,
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
+        ("training", "precision"): "bf16 on a GPU that computes in it, else fp32",
         ("model", "head"): "text where the model has a text tower, else prototype",
         ("trm", "layer_b"): "half the layers",
         ("fisher", "images"): "all",

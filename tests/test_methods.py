@@ -25,9 +25,9 @@ FLAGS = ("--epochs=1", "--merge-epochs=1", "--pam.rank=0", "--trm.lambda1=0", "-
 CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind.protocols(toy.parse(list(FLAGS)))]
 
 
-def build(name, protocol, tmp_path):
+def build(name, protocol, tmp_path, *flags):
     kind = METHODS[name]
-    learner = toy.learner(*FLAGS)
+    learner = toy.learner(*flags, *FLAGS)
     if kind.head == "prototype":
         learner.head = PrototypeHead(5, toy.CLASSES)
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)

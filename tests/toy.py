@@ -13,6 +13,7 @@ from fastmerge.data.scenario import Task
 from fastmerge.flags import parse
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.models.heads import LinearHead, TextHead
+from fastmerge.models.precision import computing
 from fastmerge.training import Learner
 
 CLASSES, TASKS, IMAGES = 6, 3, 20
@@ -20,6 +21,7 @@ CLASSES, TASKS, IMAGES = 6, 3, 20
 
 class Backbone(nn.Module):
     name, family, weights = "toy", "toy", "random"
+    precision = "fp32"
     image_size, mean, std, feature_dim, has_class_token = 4, (0.5,) * 3, (0.5,) * 3, 5, False
 
     def __init__(self):
@@ -31,7 +33,8 @@ class Backbone(nn.Module):
         return ["outer.weight"]
 
     def forward(self, images):
-        return self.outer(torch.tanh(self.inner(images.flatten(1).to(self.inner.weight)))) * self.fixed
+        with computing(self.precision, images.device):
+            return self.outer(torch.tanh(self.inner(images.flatten(1).to(self.inner.weight)))) * self.fixed
 
 
 def learner(*flags: str, head: str = "text", seed: int = 0) -> Learner:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError
 from fastmerge.models.normalisation import Normalisation
+from fastmerge.models.precision import computing
 
 
 class Backbone(nn.Module):
@@ -24,6 +25,7 @@ class Backbone(nn.Module):
     """
 
     family: str
+    precision = "fp32"  # of products inside the tower, see models/precision.py; a run sets it
     tower: Any  # a module of open_clip or timm, with undeclared attributes
 
     def __init__(
@@ -50,8 +52,9 @@ class Backbone(nn.Module):
         self.weights_sha256 = hash_tensors(self.state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[b, 3, s, s]` normalised -> `[b, feature_dim]`, not L2-normalised."""
-        return self.tower(images)
+        """`[b, 3, s, s]` normalised -> `[b, feature_dim]`, not L2-normalised, in the dtype of the images."""
+        with computing(self.precision, images.device):
+            return self._features(images).to(images.dtype)
 
     def class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[b, feature_dim]` and the class token after every block, `[layers, b, width]`, in one forward.
@@ -60,7 +63,9 @@ class Backbone(nn.Module):
             UserError: the model has no class token.
         """
         self.check_class_tokens()
-        return self._class_tokens(images)
+        with computing(self.precision, images.device):
+            features, tokens = self._class_tokens(images)
+            return features.to(images.dtype), tokens.to(images.dtype)
 
     def check_class_tokens(self) -> None:
         """Raise UserError if the model has no class token."""
@@ -80,6 +85,9 @@ class Backbone(nn.Module):
                 f"model {self.name} has no linear layer to align: switch alignment off, --cmm.align-epochs 0"
             )
         return [f"{linear[-1]}.{name}" for name, _ in self.get_submodule(linear[-1]).named_parameters()]
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.tower(images)
 
     def _class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} sets has_class_token but does not define _class_tokens")

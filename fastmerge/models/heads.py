@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastmerge.errors import UserError, nearest
 from fastmerge.models.backbone import Backbone
+from fastmerge.models.precision import tf32
 from fastmerge.models.text_embeddings import text_weights
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Head(nn.Module):
     needs_initial_features = False  # whether `observe` needs the starting model's features on every new task
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
-        """features `[b, d]`, classes `[k]` int64 -> logits `[b, k]`."""
+        """features `[b, d]`, classes `[k]` int64 -> logits `[b, k]`, without TF32 under any `--precision`."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def grow(self, classes: Sequence[int], generator: torch.Generator) -> None:
@@ -68,7 +69,8 @@ class TextHead(Head):
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
-        return self.scale * F.normalize(features, dim=1) @ self.weight[classes].T
+        with tf32(False):
+            return self.scale * F.normalize(features, dim=1) @ self.weight[classes].T
 
 
 class LinearHead(Head):
@@ -89,7 +91,8 @@ class LinearHead(Head):
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
         rows = self.row[classes]
-        logits = features @ self.weight[rows].T + self.bias[rows]
+        with tf32(False):
+            logits = features @ self.weight[rows].T + self.bias[rows]
         return logits.masked_fill(rows < 0, -torch.inf)  # --eval-classes all asks for classes without a row
 
     def grow(self, classes: Sequence[int], generator: torch.Generator) -> None:
@@ -134,7 +137,8 @@ class PrototypeHead(Head):
         self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
-        logits = self.scale * F.normalize(features, dim=1) @ F.normalize(self.sum[classes], dim=1).T
+        with tf32(False):
+            logits = self.scale * F.normalize(features, dim=1) @ F.normalize(self.sum[classes], dim=1).T
         return logits.masked_fill(self.count[classes] == 0, -torch.inf)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
+from fastmerge.models.per_image import Part
 from fastmerge.models.trainable import Trainable
 
 ORDER = ("query", "key", "value")  # row blocks of a fused matrix, in timm and in torch's MultiheadAttention
@@ -101,6 +102,14 @@ class Projections:
             rows = (whole[: block.first], part.view(block.rows, block.columns), whole[block.first + block.rows :])
             named[block.name] = torch.cat(rows)
         return named
+
+    def parts(self, vector: Tensor) -> dict[str, list[Part]]:
+        """Views of `vector` `[m]`: for every weight the rows that are adapted, and where they are in the vector."""
+        found: dict[str, list[Part]] = {block.name: [] for block in self.blocks}
+        for block, part in zip(self.blocks, vector.split(self.sizes), strict=True):
+            rows = slice(block.first, block.first + block.rows)
+            found[block.name].append((rows, part.view(block.rows, block.columns)))
+        return found
 
     def at(self, weights: Tensor, images: Tensor) -> Tensor:
         """The features with the adapted weights replaced by `weights` `[m]`."""

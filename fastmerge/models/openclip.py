@@ -45,7 +45,7 @@ class OpenClipBackbone(Backbone):
         ):  # a timm trunk, such as EVA
             self.has_class_token, self.layers, self.width = True, len(trunk.blocks), trunk.embed_dim
 
-    def forward(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor) -> Tensor:
         features = self.tower(images)
         return features[0] if isinstance(features, tuple) else features  # CoCa towers also return their tokens
 

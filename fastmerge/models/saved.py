@@ -69,7 +69,7 @@ def recipe(learner: Learner, features: Features, scenario: Scenario, after: int,
             "std": list(backbone.std),
             "resize": RESIZE,
         },
-        "precision": "fp32",
+        "precision": backbone.precision,
         "starting_weights": {"source": backbone.weights, "sha256": backbone.weights_sha256},
     }
 
@@ -84,6 +84,7 @@ class Model(nn.Module):
     def __init__(self, backbone: Backbone, head: Head, tensors: dict[str, Tensor], recipe: dict[str, Any]):
         super().__init__()
         self.backbone, self.head, self.recipe = backbone, head, recipe
+        backbone.precision = recipe.get("precision", "fp32")  # computes as the run did
         self.class_names: list[str] = recipe["class_names"]
         self.extra = nn.Module()  # tensors of the features besides the backbone
         self._names = {name.replace(".", "/"): name for name in tensors}

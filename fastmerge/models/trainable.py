@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmerge.flat import FlatModel
+from fastmerge.models.per_image import Part
 
 
 class Trainable(ABC):
@@ -58,6 +59,10 @@ class AllWeights(Trainable):
 
     def named(self, weights: Tensor) -> dict[str, Tensor]:
         return self.flat.as_dict(weights)
+
+    def parts(self, vector: Tensor) -> dict[str, list[Part]]:
+        """Views of `vector` `[m]`: for every weight the rows that are adapted, and where they are in the vector."""
+        return {name: [(..., view)] for name, view in zip(self.flat.names, self.flat.views(vector), strict=True)}
 
     def at(self, weights: Tensor, images: Tensor) -> Tensor:
         """The features with the adapted weights replaced by `weights` `[m]`."""

@@ -1,0 +1,115 @@
+"""The precision of matrix products, convolutions and attention inside a backbone (`--precision`).
+
+fp32: all of fp32's 24 bits. tf32: a GPU rounds the inputs of products to 11 bits (NVIDIA A100 and later). bf16: inputs
+and results of products have 8 bits, sums inside a product have 24. Weights, the residual stream, normalisation and
+softmax, features, logits, losses, gradients and merges are fp32 in all three.
+
+`torch.autocast` does the same in a plain step, but raises in forward-over-reverse mode (`jvp` of `grad`, TRM's exact
+curvature), because it does not cast tangents. `Bf16` casts with differentiable operations, so every transform works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastmerge.errors import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+PRODUCTS = CONVOLUTIONS | {
+    F.linear,
+    F.multi_head_attention_forward,
+    F.scaled_dot_product_attention,
+    torch._native_multi_head_attention,  # of nn.MultiheadAttention where no gradient is needed
+    torch.addmm,
+    torch.baddbmm,
+    torch.bmm,
+    torch.einsum,
+    torch.matmul,
+    torch.mm,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    Tensor.bmm,
+    Tensor.matmul,
+    Tensor.mm,
+}
+FP32 = {
+    F.batch_norm,
+    F.group_norm,
+    F.layer_norm,
+    F.normalize,
+    F.rms_norm,
+    F.softmax,
+    torch.softmax,
+    Tensor.softmax,
+}
+
+
+def cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    """`value` with every tensor of dtype `old`, also in lists and tuples, as `new`."""
+    if isinstance(value, Tensor):
+        return value.to(new) if value.dtype == old else value
+    if type(value) in (list, tuple):
+        return type(value)(cast(x, old, new) for x in value)
+    return value
+
+
+class Bf16(TorchFunctionMode):
+    """In this mode products are computed in bf16. A convolution returns fp32: it makes the residual stream."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in PRODUCTS:
+            old, new = torch.float32, torch.bfloat16
+        elif function in FP32:
+            old, new = torch.bfloat16, torch.float32
+        else:
+            return function(*args, **kwargs)
+        result = function(*cast(args, old, new), **{name: cast(value, old, new) for name, value in kwargs.items()})
+        return result.float() if function in CONVOLUTIONS else result
+
+
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """In this context, products of fp32 matrices and convolutions on a GPU round their inputs to TF32, or do not."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    allow_tf32(on)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def allow_tf32(on: bool) -> None:
+    """The same for the whole process, so that it holds in backward passes too."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def computing(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context of a forward pass of the backbone."""
+    if precision == "bf16":
+        return Bf16()
+    return tf32(precision == "tf32") if device.type == "cuda" else contextlib.nullcontext()
+
+
+def choose(precision: Precision | None, device: torch.device) -> Precision:
+    """The precision of a run: what was given, else bf16 on a GPU that computes in it, else fp32.
+
+    Raises:
+        UserError: tf32 on a device that does not have it.
+    """
+    cuda = device.type == "cuda"
+    if precision == "tf32" and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError("--precision tf32: only NVIDIA GPUs since the A100 have it; use --precision fp32 or bf16")
+    if precision is None:
+        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return precision
