@@ -155,11 +155,11 @@ def dare_merge_kernel(
 ):  # fmt: skip
     """A counter's four words serve four runs of 128 entries, so a program sums four blocks beside each other."""
     span = tl.program_id(0).to(tl.int64)
-    counter = counters(first_tile + span * (LANES // 128), LANES)
     i0 = span * (LANES * 4) - shift + positions(LANES)
     i1, i2, i3 = i0 + 128, i0 + 256, i0 + 384
     in0, in1, in2, in3 = (i0 >= 0) & (i0 < n), (i1 >= 0) & (i1 < n), (i2 >= 0) & (i2 < n), (i3 >= 0) & (i3 < n)
     b0, b1, b2, b3 = load(initial, i0, in0), load(initial, i1, in1), load(initial, i2, in2), load(initial, i3, in3)
+    counter = counters(first_tile + span * (LANES // 128), b0, LANES)
     s0, s1, s2, s3 = tl.zeros_like(b0), tl.zeros_like(b0), tl.zeros_like(b0), tl.zeros_like(b0)
     drop = drop.to(tl.uint32, bitcast=True)
     for t in range(count):

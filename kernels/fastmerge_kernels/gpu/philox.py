@@ -10,9 +10,15 @@ from .launch import int32
 
 
 @triton.jit
-def counters(first_tile, LANES: tl.constexpr):
-    """64-bit counters of the LANES / 128 tiles from `first_tile` (int64) on."""
-    return first_tile * 128 + tl.arange(0, LANES)
+def counters(first_tile, loaded, LANES: tl.constexpr):
+    """64-bit counters of the LANES / 128 tiles from `first_tile` (int64) on, in the layout of `loaded`.
+
+    loaded: fp32 [LANES], entries that the program has read. Adding a zero that depends on them gives a thread the counters of
+    the entries that it holds; else Triton gives it others and moves all words through shared memory. Triton keeps this zero,
+    LLVM removes it.
+    """
+    zero = (loaded.to(tl.int32, bitcast=True) & 1) >> 1
+    return first_tile * 128 + (tl.arange(0, LANES) + zero)
 
 
 @triton.jit
@@ -27,8 +33,18 @@ def words(counter, k0, k1, s0, s1, PURPOSE: tl.constexpr):
     """The four uint32 words of each counter. k0, k1, s0, s1: int32 bits of `key_words`."""
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32) | (PURPOSE << 29)
     s0, s1 = s0.to(tl.uint32, bitcast=True), s1.to(tl.uint32, bitcast=True)
-    s0, s1 = tl.zeros_like(low) + s0, tl.zeros_like(low) + s1
-    return tl.philox_impl(low, high, s0, s1, k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True))
+    return philox(low, high, s0, s1, k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 with one 64-bit product where `tl.philox_impl` has two of 32 bits. All arguments are uint32."""
+    for _ in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit

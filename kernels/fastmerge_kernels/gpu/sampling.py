@@ -20,13 +20,14 @@ def random_mix_kernel(
 ):  # fmt: skip
     span = tl.program_id(0).to(tl.int64)
     base = span * (LANES * 4) - shift
-    u = words(counters(first_tile + span * (LANES // 128), LANES), k0, k1, s0, s1, 2)
     for run in tl.static_range(4):
         i = base + positions(LANES) + run * 128
         inside = (i >= 0) & (i < n)
-        chosen = tl.umulhi(u[run], tl.zeros_like(u[run]) + count.to(tl.uint32))
-        value = tl.zeros([LANES], tl.float32)
-        for t in range(count):
+        value = model(addresses, like, count, 0, i, inside, SAME, ALIGNED)
+        if run == 0:
+            u = words(counters(first_tile + span * (LANES // 128), value, LANES), k0, k1, s0, s1, 2)
+        chosen = ((u[run].to(tl.uint64) * count.to(tl.uint64)) >> 32).to(tl.int32)
+        for t in range(1, count):
             value = tl.where(chosen == t, model(addresses, like, count, t, i, inside, SAME, ALIGNED), value)
         store(out, i, value, inside, nonfinite)
 
@@ -36,11 +37,12 @@ def dare_kernel(theta, initial, out, n, scale, drop, first_tile, shift, k0, k1, 
     span = tl.program_id(0).to(tl.int64)
     base = span * (LANES * 4) - shift
     scale = tl.cast(scale, tl.float32)
-    u = words(counters(first_tile + span * (LANES // 128), LANES), k0, k1, s0, s1, 3)
     for run in tl.static_range(4):
         i = base + positions(LANES) + run * 128
         inside = (i >= 0) & (i < n)
         value = load(theta, i, inside)
+        if run == 0:
+            u = words(counters(first_tile + span * (LANES // 128), value, LANES), k0, k1, s0, s1, 3)
         if initial is not None:
             value -= load(initial, i, inside)
         store(out, i, tl.where(u[run] >= drop.to(tl.uint32, bitcast=True), scale * value, 0.0), inside, nonfinite)
@@ -76,11 +78,13 @@ def random_replace_kernel(theta, kept, n, limit, first_tile, shift, k0, k1, s0, 
     """`limit`: int64, an entry is replaced where its word is below."""
     span = tl.program_id(0).to(tl.int64)
     base = span * (LANES * 4) - shift
-    u = words(counters(first_tile + span * (LANES // 128), LANES), k0, k1, s0, s1, 2)
     for run in tl.static_range(4):
         i = base + positions(LANES) + run * 128
         inside = (i >= 0) & (i < n)
-        value = tl.where(u[run].to(tl.int64) < limit, load(theta, i, inside), load(kept, i, inside))
+        new, old = load(theta, i, inside), load(kept, i, inside)
+        if run == 0:
+            u = words(counters(first_tile + span * (LANES // 128), new, LANES), k0, k1, s0, s1, 2)
+        value = tl.where(u[run].to(tl.int64) < limit, new, old)
         store(kept, i, value, inside, nonfinite)
 
 

@@ -34,14 +34,15 @@ def sums_kernel(
     span = tl.program_id(0).to(tl.int64) * SPANS
     for step in range(SPANS):
         base = (span + step) * (LANES * 4) - shift
-        counter = counters(first_tile + (span + step) * (LANES // 128), LANES)
-        z = normals(counter, k0, k1, s0, s1)
-        if MASKED:
-            u = words(counter, k0, k1, s0, s1, 0)
         for run in tl.static_range(4):
             i = base + positions(LANES) + run * 128
             inside = (i >= 0) & (i < n)
             a, b = load(previous, i, inside), load(current, i, inside)
+            if run == 0:
+                counter = counters(first_tile + (span + step) * (LANES // 128), a, LANES)
+                z = normals(counter, k0, k1, s0, s1)
+                if MASKED:
+                    u = words(counter, k0, k1, s0, s1, 0)
             keep = (a != 0.0) | (b != 0.0)
             if MASKED:
                 keep = keep & ~is_replaced(u[run], last)
@@ -80,24 +81,32 @@ def project_kernel(sums, direction):
     tl.store(sums + 1, scale * (tl.load(sums + 1) - c * tl.load(sums)))
 
 
+@triton.jit
+def plane_kernel(direction, plane):
+    """plane: fp32 (c, 1/||r - c d||). Once, because every thread of `merge_kernel` would repeat it in float64."""
+    c, scale = perpendicular(direction)
+    tl.store(plane, c.to(tl.float32))
+    tl.store(plane + 1, scale.to(tl.float32))
+
+
 @triton.jit(do_not_specialize=_FREE)
 def merge_kernel(
-    previous, current, initial, out, n, alpha, alpha_pointer, beta, beta_pointer, direction, nonfinite,
+    previous, current, initial, out, n, alpha, alpha_pointer, beta, beta_pointer, plane, nonfinite,
     first_tile, shift, k0, k1, s0, s1, last, half, MASKED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0).to(tl.int64)
     base = span * (LANES * 4) - shift
-    counter = counters(first_tile + span * (LANES // 128), LANES)
     alpha, beta = scalar(alpha, alpha_pointer), scalar(beta, beta_pointer)
-    c, scale = perpendicular(direction)
-    c, scale = c.to(tl.float32), beta * scale.to(tl.float32)
-    z = normals(counter, k0, k1, s0, s1)
-    if MASKED:
-        u = words(counter, k0, k1, s0, s1, 0)
+    c, scale = tl.load(plane), beta * tl.load(plane + 1)
     for run in tl.static_range(4):
         i = base + positions(LANES) + run * 128
         inside = (i >= 0) & (i < n)
         a, b = load(previous, i, inside), load(current, i, inside)
+        if run == 0:
+            counter = counters(first_tile + span * (LANES // 128), a, LANES)
+            z = normals(counter, k0, k1, s0, s1)
+            if MASKED:
+                u = words(counter, k0, k1, s0, s1, 0)
         d = b - a
         step = scale * (z[run] - c * d)
         if MASKED:
@@ -161,10 +170,12 @@ def merge(
         return
     first, shift, count = tiles(offset, n)
     last, masked = _mask(replace, ratio)
+    plane = torch.empty(2, dtype=torch.float32, device=previous.device)
     with on(previous):
+        plane_kernel[(1,)](direction, plane, num_warps=1, **OPTIONS)
         merge_kernel[(triton.cdiv(count * 128, size),)](
             previous, current, initial, out, n, *scalar_arguments(alpha, previous), *scalar_arguments(beta, previous),
-            direction, nonfinite,
+            plane, nonfinite,
             first, shift, *key(seed, subsequence), last, int32(threshold(ratio / 2)),
             MASKED=masked, LANES=size, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
