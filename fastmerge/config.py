@@ -135,7 +135,8 @@ def check(config: Config) -> None:
 class DataSettings:
     dataset: str = setting(
         "glyphs",
-        "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10.",
+        "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10 | imagenet-r | imagenet-a | cub200 | cars | "
+        "domainnet | office31 | office-home | pacs | tiny-imagenet (docs/DATA.md).",
     )
     data_root: str | None = setting(
         None,
@@ -143,8 +144,23 @@ class DataSettings:
     )
     split_file: str | None = setting(
         None,
-        "A file that says which images are for training and which for testing, for --dataset folder without train/ "
-        "and test/.",
+        "A list of the images for training and for testing, in the form in which it is published (docs/DATA.md), or a "
+        "folder of such lists. For data sets in folders; it replaces their own split.",
+    )
+    test_part: str | None = setting(
+        None,
+        "The folder, or the part of the split file, for testing, where there are several, such as val.",
+        derived="test if it has labels, else val, valid or validation",
+    )
+    template: str | None = setting(
+        None,
+        "Prompts of a text head: openai80 | simple7 | a text with {} for the class name | a file with one per line.",
+        derived="those published for the data set",
+    )
+    class_names: str | None = setting(
+        None,
+        "A file of class names: one per line in natural order, `folder<tab>name` or `wnid name` lines, or JSON.",
+        derived="from the folders, or those published",
     )
     download: bool = setting(
         False,
@@ -164,7 +180,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="as the data set says: on for imagenet1k and cifar, else off",
+        derived="as the data set says: off for glyphs and folder, else on",
     )
     cache_gb: float = setting(
         8.0,
@@ -750,7 +766,7 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
-# numbers. What the last seven name, and what a run goes on from, is compared by its content (identity.py).
+# numbers. What the last ten name, and what a run goes on from, is compared by its content (identity.py).
 FREE = {
     "training.method",
     "training.seeds",
@@ -770,6 +786,9 @@ FREE = {
     "run.device",
     "data.data_root",
     "data.split_file",
+    "data.test_part",
+    "data.template",
+    "data.class_names",
     "scenario.class_order",
     "model.pretrained",
     "model.mean",

@@ -11,10 +11,10 @@ from fastmerge.commands import COMMANDS
 from fastmerge.config import Config, declarations, flag_of, no_flag_of
 
 FIRST = {  # what the flag takes, and one line about it
-    "data.dataset": ("NAME", "glyphs (embedded), folder, imagenet1k, cifar100, cifar10"),
+    "data.dataset": ("NAME", "glyphs (embedded), folder, imagenet1k, ... (--help-all)"),
     "data.data_root": ("DIR", "folder of the data set; it is never written to"),
     "data.download": ("", "allow downloads; without it nothing is fetched"),
-    "data.flip": ("", "mirror training images (on for imagenet1k and cifar; off: --no-flip)"),
+    "data.flip": ("", "mirror training images (on but for glyphs and folder; off: --no-flip)"),
     "scenario.scenario": ("NAME", "cil: new classes in every task; dil: a new domain"),
     "scenario.tasks": ("N", "number of tasks; dil: one per domain, else 10 where the data allow it"),
     "scenario.class_order": ("WORD", "natural, 1993 (PyCIL's permutation), or a file"),

@@ -28,6 +28,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     earlier = f", after the {len(setup.earlier.scenario.tasks)} tasks of {setup.earlier.path}" if setup.earlier else ""
     return [
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
+        *origin_lines(dataset),
         f"{kind}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
@@ -36,6 +37,14 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         f"images are normalised with {backbone.normalisation}",
         f"results go to {folder.path}",
     ]
+
+
+def origin_lines(dataset: Any) -> list[str]:
+    """Which copy of a published data set was found, and whose results it can be compared with."""
+    origin = dataset.origin
+    if origin is None:
+        return []
+    return [f"layout: {origin.layout}", f"split: {origin.split}", f"comparable with: {origin.comparable}"]
 
 
 def warmup_warning(scenario: Any, training: Any) -> str | None:

@@ -41,6 +41,9 @@ def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
         download=config.data.download,
         skip_bad_images=config.data.skip_bad_images,
         split_file=config.data.split_file,
+        test_part=config.data.test_part,
+        template=config.data.template,
+        class_names=config.data.class_names,
     )
     if config.scenario.validation:
         dataset = dataset.held_out(config.scenario.validation)

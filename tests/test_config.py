@@ -264,7 +264,10 @@ def test_defaults_that_the_data_and_the_model_decide():
     assert derived == {
         ("data", "data_root"): None,
         ("data", "split_file"): None,
-        ("data", "flip"): "as the data set says: on for imagenet1k and cifar, else off",
+        ("data", "test_part"): "test if it has labels, else val, valid or validation",
+        ("data", "template"): "those published for the data set",
+        ("data", "class_names"): "from the folders, or those published",
+        ("data", "flip"): "as the data set says: off for glyphs and folder, else on",
         ("run", "continue_from"): None,
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
@@ -305,6 +308,6 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
     }
     assert left == {
-        "data.data_root", "data.split_file", "data.flip", "model.mean", "model.std", "model.head", "run.continue_from",
-        "trm.layer_b", "fisher.images",
+        "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.flip", "model.mean",
+        "model.std", "model.head", "run.continue_from", "trm.layer_b", "fisher.images",
     }  # fmt: skip

@@ -117,13 +117,17 @@ def test_split_file_with_domains(tmp_path):
     [
         ("train a/0.png\ntest a/9.png", ["line 2", "a/9.png", "relative to"]),
         ("train a/0.png\ntest a/0.png", ["line 2", "a/0.png", "twice"]),
-        ("train a/0.png\nval a/1.png", ["line 2", "'val'", "train path"]),
-        ("train\n", ["line 1", "with a path"]),
-        ("train 0.png", ["line 1", "<class>/<image>"]),
+        ("train a/0.png\ntest x/a/1.png", ["line 2", "a/1.png, d/a/1.png"]),
+        ("train a/0.png\nteh a/1.png", ["line 2", "'teh'", "train path"]),
+        ("train\n", ["no image for train and test"]),
+        ("train a/0.png\ntest ", ["line 2", "with a path"]),
+        ("train 0.png\ntest a/0.png", ["line 1", "<class>/<image>"]),
         ("train a/0.png\ntest d/a/0.png", ["line 2", "every entry"]),
         ("train a/0.png", ["no image for test"]),
         ('{"train": ["a/0.png"]', ["not JSON"]),
-        ('{"train": ["a/0.png"], "val": []}', ["'val'", '"test"']),
+        ('{"train": ["a/0.png"], "val": []}', ["no image for test"]),
+        ('{"train": ["a/0.png"], "text": []}', ["'text'", '"test"']),
+        ('{"train": [["a/0.png", "1", "ant"]], "test": []}', ["train[0]", "[path, label, class name]"]),
     ],
 )
 def test_split_file_errors(tmp_path, text, says):
@@ -178,7 +182,7 @@ def test_bad_roots_names_and_options(tmp_path):
     assert "--data-root" in error_of("folder")
     assert f"{tmp_path}/nowhere does not exist" in error_of("folder", tmp_path / "nowhere")
     message = error_of("cifar101")
-    assert "Did you mean: cifar10, cifar100?" in message and "imagenet1k" in message
+    assert "Did you mean: cifar10, cifar100" in message and "imagenet1k" in message
     message = error_of("imagenet1k", tmp_path, split_file="x")
     assert "no option split_file" in message and "Leave the option out" in message
 

@@ -45,7 +45,8 @@ def determined(*flags, **changes):
 
 
 BY_CONTENT = {
-    "run.device", "data.data_root", "data.split_file", "scenario.class_order", "model.pretrained", "model.mean", "model.std"
+    "run.device", "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names",
+    "scenario.class_order", "model.pretrained", "model.mean", "model.std",
 }  # fmt: skip
 
 

@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset", help="as for training (default: the data set of the run)")
     parser.add_argument("--data-root", help="folder of the data set (default: the run's, for the run's data set)")
     parser.add_argument("--split-file", help="as for training (default: the run's, for the run's data set)")
+    parser.add_argument("--test-part", help="as for training (default: the run's, for the run's data set)")
+    parser.add_argument("--class-names", help="as for training (default: the run's, for the run's data set)")
     parser.add_argument("--download", action="store_true", help="allow the download of the data set")
     parser.add_argument("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
@@ -75,6 +77,8 @@ def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
         download=given.download,
         skip_bad_images=given.skip_bad_images,
         split_file=given.split_file or (run["split_file"] if same and not given.data_root else None),
+        test_part=given.test_part or (run.get("test_part") if same and not given.data_root else None),
+        class_names=given.class_names or (run.get("class_names") if same else None),
     )
 
 

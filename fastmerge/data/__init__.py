@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from dataclasses import replace
 from typing import Any
 
+from fastmerge.data import prompts
+from fastmerge.data.class_names import from_file
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.errors import UserError, nearest
 
@@ -18,18 +21,35 @@ DATASETS: dict[str, str] = {
     "imagenet1k": "fastmerge.data.imagenet:load",
     "cifar100": "fastmerge.data.cifar:load_cifar100",
     "cifar10": "fastmerge.data.cifar:load_cifar10",
+    "imagenet-r": "fastmerge.data.imagenet_r:IMAGENET_R.load",
+    "imagenet-a": "fastmerge.data.imagenet_a:IMAGENET_A.load",
+    "cub200": "fastmerge.data.cub:CUB.load",
+    "cars": "fastmerge.data.cars:CARS.load",
+    "domainnet": "fastmerge.data.domainnet:DOMAINNET.load",
+    "office31": "fastmerge.data.office:OFFICE31.load",
+    "office-home": "fastmerge.data.office:OFFICE_HOME.load",
+    "pacs": "fastmerge.data.pacs:PACS.load",
+    "tiny-imagenet": "fastmerge.data.tiny_imagenet:TINY_IMAGENET.load",
 }
 
 
 def load_dataset(
-    name: str, root: str | None = None, *, download: bool = False, skip_bad_images: bool = False, **options: Any
+    name: str,
+    root: str | None = None,
+    *,
+    download: bool = False,
+    skip_bad_images: bool = False,
+    template: str | None = None,
+    class_names: str | None = None,
+    **options: Any,
 ) -> Dataset:
     """Load the data set `name` from `root` (None for a data set that needs no files).
 
     download: let a data set that can be downloaded fetch itself into `root`. skip_bad_images: skip and count
-    unreadable images instead of stopping at the first one. options: keywords of the loader, such as `split_file` of
-    `folder`; None means not given. Raises UserError for an unknown name, an option that this data set does not have,
-    and missing or damaged data.
+    unreadable images instead of stopping at the first one. template: prompt templates in place of the data set's own
+    (prompts.py). class_names: a file of names in place of the data set's own (class_names.py). options: keywords of the
+    loader, such as `split_file` of `folder`; None means not given. Raises UserError for an unknown name, an option that
+    this data set does not have, and missing or damaged data.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
@@ -41,4 +61,9 @@ def load_dataset(
         raise UserError(f"data set {name!r} has no option {', '.join(unknown)}; {takes}. Leave the option out.")
     # Not every data set can be downloaded or have bad files; these two flags belong to the run, not to one data set.
     given |= {k: v for k, v in (("download", download), ("skip_bad_images", skip_bad_images)) if k in known}
-    return loader(root, **given)
+    dataset = loader(root, **given)
+    if class_names is not None:
+        dataset = replace(dataset, class_names=from_file(class_names, dataset.class_names, dataset.keys))
+    if template is not None:
+        dataset = replace(dataset, templates=prompts.templates(template))
+    return dataset

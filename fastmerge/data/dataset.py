@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,13 +60,23 @@ class Split:
         )
 
 
+class Origin(NamedTuple):
+    """Where the images of a published data set come from. layout: the layout that was found, and where. split: what divides
+    train and test. comparable: published results with the same images and split, and well-known ones with others."""
+
+    layout: str
+    split: str
+    comparable: str
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Two splits, with the names of their classes and domains.
 
     templates: prompt templates with one `{}` for the class name. flip: whether a mirrored image keeps its class
     (False for characters). notes: what a reader of the results should know about this copy of the data; they go into
-    the manifest as warnings.
+    the manifest as warnings. keys: what identifies the classes on disk, in natural order: folders or WordNet ids; empty where
+    there is nothing of the kind. origin: of a published data set in files.
     """
 
     name: str
@@ -76,6 +87,8 @@ class Dataset:
     templates: tuple[str, ...]
     flip: bool
     notes: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("test", self.test)):
@@ -88,6 +101,8 @@ class Dataset:
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
+        if self.keys and len(self.keys) != len(self.class_names):
+            raise ValueError(f"{self.name}: {len(self.keys)} keys for {len(self.class_names)} classes")
 
     def held_out(self, part: float) -> Dataset:
         """Replace the test split: hold out the fraction `part` of the training images of every class and domain.

@@ -12,7 +12,8 @@ import os
 
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.files import data_root, listing
-from fastmerge.data.folder import assemble, class_folders, find_parts, looked_for
+from fastmerge.data.folder import assemble
+from fastmerge.data.tree import class_folders, find_parts, looked_for
 from fastmerge.data.wordnet import class_names
 from fastmerge.errors import UserError
 

@@ -86,6 +86,7 @@ class Scenario:
             "test": len(data.test),
             "sha256": split_hash(data.train, data.test),
             "images_sha256": contents_hash(data.train, data.test),
+            "origin": data.origin._asdict() if data.origin else None,
             "warnings": [*data.notes, *_warnings(data)],
         }
 

@@ -1,0 +1,61 @@
+"""DomainNet (Peng et al. 2019, arXiv 1812.01754): 345 classes in six domains, official lists of 70 % / 30 % per domain.
+
+Labels are those of the lists. Copies without lists are in the order of their folders' names, where capitals come first.
+"""
+
+from __future__ import annotations
+
+from fastmerge.data.benchmark import Benchmark, Layout, Published
+from fastmerge.data.layouts import PARTS, domains, either, lists, parts
+
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+SHORT = ("clip", "info", "paint", "quick")  # DomainBed's names of the first four
+TELL = ("infograph", "quickdraw", "info", "quick")  # the other domains are in other data sets too
+PLACES = ("domainnet", "domain_net")
+DOMAINNET = Benchmark(
+    "domainnet",
+    "DomainNet",
+    345,
+    (
+        Layout(
+            "official",
+            "domainnet/{<domain>/<class>/<image>, <domain>_train.txt, <domain>_test.txt}",
+            PLACES,
+            (either(DOMAINS), either(DOMAINS, "{}_train.txt"), either(DOMAINS, "{}_test.txt")),
+            lists(""),
+            tells=either(DOMAINS, "{}_train.txt"),
+        ),
+        Layout(
+            "Transfer-Learning-Library's",
+            "domainnet/{<domain>/<class>/<image>, image_list/<domain>_train.txt, image_list/<domain>_test.txt}",
+            PLACES,
+            (either(DOMAINS), either(DOMAINS, "image_list/{}_train.txt"), either(DOMAINS, "image_list/{}_test.txt")),
+            lists("image_list"),
+            tells=either(DOMAINS, "image_list/{}_train.txt"),
+        ),
+        Layout(
+            "MagMax's and CMM's conversion",
+            "domainnet/{train,test}/<domain>/<class>/<image>",
+            PLACES,
+            (*PARTS, either((*DOMAINS, *SHORT), "train/{}")),
+            parts,
+            tells=either(TELL, "train/{}"),
+        ),
+        Layout(
+            "without lists (DomainBed)",
+            "domain_net/{clip,info,paint,quick,real,sketch}/<class>/<image>",
+            PLACES,
+            (either((*DOMAINS, *SHORT)),),
+            domains,
+            tells=either(TELL),
+        ),
+    ),
+    "openai80",
+    (
+        Published(409_832, 176_743, "TRM, CMM, RanPAC and S-Prompts (official lists, cleaned version)", ("official",)),
+        Published(409_832, 176_743, "TRM, CMM and MagMax, if the folders follow the official lists", ("folders",)),
+    ),
+    "the official lists of the cleaned version have 409,832 train and 176,743 test images; "
+    "InfLoRA uses CODA-Prompt's YAML lists (--split-file)",
+    DOMAINS,
+)

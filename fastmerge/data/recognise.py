@@ -1,0 +1,38 @@
+"""Recognises the tree of a published data set, so that `--dataset folder` can name the flag that reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from fastmerge.data.cars import CARS
+from fastmerge.data.cub import CUB
+from fastmerge.data.domainnet import DOMAINNET
+from fastmerge.data.imagenet_a import IMAGENET_A
+from fastmerge.data.imagenet_r import IMAGENET_R
+from fastmerge.data.office import OFFICE31, OFFICE_HOME
+from fastmerge.data.pacs import PACS
+from fastmerge.data.tiny_imagenet import TINY_IMAGENET
+from fastmerge.data.tree import WNID, ClassFolder
+
+BENCHMARKS = (IMAGENET_R, IMAGENET_A, CUB, CARS, DOMAINNET, OFFICE31, OFFICE_HOME, PACS, TINY_IMAGENET)
+
+
+def advice(root: str, folders: Iterable[ClassFolder] = ()) -> str:
+    """A line that names the data set under `root` and its flag; empty if it is none that we know.
+
+    folders: the class folders, if the tree could be read. A tree is known by files that only one data set has, by its usual
+    name, or by its 200 wnids.
+    """
+    classes = {folder.name for folder in folders}
+    for benchmark in BENCHMARKS:
+        found = benchmark.recognised(root, deep=not classes)
+        if found is None and len(classes) == benchmark.classes and all(map(WNID.fullmatch, classes)):
+            found = root if benchmark.synsets and benchmark.synsets() == classes else None
+        if found is not None:
+            shown = f" --data-root {found}" if os.path.abspath(found) != os.path.abspath(root) else ""
+            return (
+                f"\nThis looks like {benchmark.title}: --dataset {benchmark.name}{shown} reads it, with its names, prompts"
+                f"{', domains' if benchmark.domains else ''} and split."
+            )
+    return ""

@@ -1,0 +1,67 @@
+"""Tiny-ImageNet-200 (Stanford CS231n): 200 classes of ImageNet at 64 x 64 pixels, 100,000 / 10,000 labelled images.
+
+The published test images have no labels, so the validation images are for testing. Classes have their ImageNet-1K names, as
+in every data set of wnids here; `--class-names words.txt` takes Tiny-ImageNet's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
+from fastmerge.data.files import listing
+from fastmerge.data.layouts import PARTS, parts, undivided
+from fastmerge.data.tree import ClassFolder, class_folders
+from fastmerge.errors import UserError
+
+PLACES = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
+
+
+def official(place: Place) -> Images:
+    """`train/<wnid>/images/`, and `val/images/` with `val_annotations.txt`."""
+    undivided(place)
+    file = os.path.join(place.base, "val", "val_annotations.txt")
+    images, found = frozenset(listing(os.path.join(place.base, "val", "images"))[0]), defaultdict(list)
+    with open(file, encoding="utf-8", errors="surrogateescape") as opened:
+        for number, line in enumerate(opened, 1):
+            image, _, rest = line.rstrip("\n").partition("\t")
+            wnid = rest.partition("\t")[0]
+            if not wnid or image not in images:
+                raise UserError(
+                    f"{file}, line {number}: expected an image of {os.path.join(place.base, 'val', 'images')}, a tab and its "
+                    f"wnid, got {line.strip()!r}."
+                )
+            found[wnid].append(image)
+    if rest_of := len(images) - sum(map(len, found.values())):
+        place.notes.append(f"{rest_of} images of val are not in val_annotations.txt and left out")
+    test = [ClassFolder("", wnid, "val/images", sorted(names)) for wnid, names in found.items()]
+    return Images(class_folders(place.base, "train"), test, "official", "official (val_annotations.txt)")
+
+
+WHO = "Continual-CLIP and others that test on the validation images"
+TINY_IMAGENET = Benchmark(
+    "tiny-imagenet",
+    "Tiny-ImageNet",
+    200,
+    (
+        Layout(
+            "official",
+            "tiny-imagenet-200/{train/<wnid>/images/<image>, val/images/<image>, val/val_annotations.txt}",
+            PLACES,
+            ("train/n????????", "val/images", "val/val_annotations.txt"),
+            official,
+            tells="val/val_annotations.txt",
+        ),
+        Layout(
+            "val sorted by class",
+            "tiny-imagenet-200/{train,val}/<wnid>/[images/]<image>",
+            PLACES,
+            (*PARTS, "train/n????????"),
+            parts,
+        ),
+    ),
+    "openai80",
+    (Published(100_000, 10_000, WHO),),
+    "the labelled images are 100,000 for training and 10,000 for validation",
+)
