@@ -123,12 +123,26 @@ def check(config: Config) -> None:
             declaration.check(f"--{flag_of(group, name)}", getattr(getattr(config, group), name))
     if (config.model.mean is None) != (config.model.std is None):
         raise UserError("--mean and --std belong together: give both or none")
+    _check_sizes(config.scenario)
     for name in ("method", "protocol", "seeds"):
         values, one = getattr(config.training, name), name.removesuffix("s")
         if not values:
             raise UserError(f"--{name} {values}: expected at least one {one}")
         if len(set(values)) < len(values):
             raise UserError(f"--{name} {values}: expected each {one} once")
+
+
+def _check_sizes(scenario: ScenarioSettings) -> None:
+    flags = {"--first-classes": scenario.first_classes, "--task-sizes": scenario.task_sizes}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(
+            "--first-classes and --task-sizes: give one of them; --task-sizes can begin with the first size"
+        )
+    if given and scenario.scenario != "cil":
+        raise UserError(f"{given[0]} is for --scenario cil; a domain-incremental task has all classes. Leave it out")
+    if scenario.task_sizes == ():
+        raise UserError("--task-sizes: expected at least one number, as in --task-sizes 50 10")
 
 
 @dataclass
@@ -174,6 +188,9 @@ class DataSettings:
     )
 
 
+LATER_CLASSES = 10  # of the tasks after the first one, if --first-classes comes without --tasks
+
+
 @dataclass
 class ScenarioSettings:
     scenario: Literal["cil", "dil"] = setting(
@@ -185,6 +202,23 @@ class ScenarioSettings:
         "Number of tasks.",
         at_least=1,
         derived="10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain",
+    )
+    first_classes: int | None = setting(
+        None,
+        "Classes of the first task. --tasks splits the others evenly; "
+        f"without it every later task has {LATER_CLASSES} classes.",
+        at_least=1,
+    )
+    task_sizes: tuple[int, ...] | None = setting(
+        None,
+        "Classes of every task. The last size repeats until no class is left: 20 gives tasks of 20, and 50 10 a first "
+        "task of 50 and then tasks of 10.",
+        at_least=1,
+    )
+    top_classes: int | None = setting(
+        None,
+        "Use only this many classes, those with the most training images. 200 on domainnet gives DN* of the P&M paper.",
+        at_least=1,
     )
     class_order: str = setting(
         "1993",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     scenario, backbone = setup.scenario, setup.backbone
     dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
-    shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
+    shown = ", ".join(f"{len(list(same))} x {size}" for size, same in itertools.groupby(sizes))
     fewer = f" ({DEFAULT_TASKS} by default, fewer for so few classes)" if setup.fewer_tasks else ""
     kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
     return [

@@ -47,13 +47,18 @@ class Setup:
             skip_bad_images=config.data.skip_bad_images,
             split_file=config.data.split_file,
         )
-        if config.scenario.validation:
-            dataset = dataset.held_out(config.scenario.validation)
-        given, config = config.scenario.tasks, settled(config, len(dataset.class_names))
-        self.config, tasks = config, config.scenario.tasks
-        self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
         s = config.scenario
-        self.dataset, self.scenario = dataset, build_scenario(dataset, s.scenario, s.tasks, s.class_order)
+        if s.top_classes is not None:
+            dataset = dataset.most_populous(s.top_classes)
+        if s.validation:
+            dataset = dataset.held_out(s.validation)
+        self.config = settled(config, len(dataset.class_names))
+        tasks = self.config.scenario.tasks
+        self.fewer_tasks = s.tasks is None and tasks is not None and tasks < DEFAULT_TASKS
+        self.dataset = dataset
+        self.scenario = build_scenario(
+            dataset, s.scenario, tasks, s.class_order, first_classes=s.first_classes, sizes=s.task_sizes
+        )
         self._prepare(config.training.seeds[0])
         self.cache = ImageCache(self.backbone.image_size, self.device, budget_bytes=int(config.data.cache_gb * 1e9))
 

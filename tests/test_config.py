@@ -128,6 +128,12 @@ def test_ways_to_write_a_value():
         ("--batch-size 99999999999999999999", "--batch-size"),
         ("--mean 0.5 0.5 0.5", "--mean and --std belong together"),
         ("--mean 0.5 0.5 127 --std 1 1 1", "--mean 127.0: expected between 0 and 1"),
+        ("--first-classes 3 --task-sizes 3 2", "--first-classes and --task-sizes: give one of them"),
+        ("--scenario dil --first-classes 3", "--first-classes is for --scenario cil"),
+        ("--scenario dil --task-sizes 3", "--task-sizes is for --scenario cil"),
+        ("--task-sizes", "--task-sizes: expected at least one number"),
+        ("--task-sizes 3 0", "--task-sizes 0: expected at least 1"),
+        ("--top-classes 0", "--top-classes 0: expected at least 1"),
         ("--model ViT-L-14", "--pretrained is not given for --model ViT-L-14"),
     ],
 )
@@ -223,6 +229,12 @@ def test_derived_defaults_are_what_the_help_says():
     assert [value("model", "pretrained", *f) for f in (small, large)] == ["glyphs", "openai"]
     assert text("run", "run_dir") == "runs/<dataset>-<scenario><tasks>-<model>"
     assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
+    for flags, folder in (
+        ("--first-classes 30", "glyphs-cil30-10-tiny"),
+        ("--first-classes 30 --tasks 5 --top-classes 40", "glyphs-cil30+4-top40-tiny"),
+        ("--task-sizes 5 20", "glyphs-cil5-20-tiny"),
+    ):
+        assert value("run", "run_dir", *flags.split()) == f"runs/{folder}"
 
 
 def number_type(group, name):
@@ -264,6 +276,9 @@ def test_defaults_that_the_data_and_the_model_decide():
     assert derived == {
         ("data", "data_root"): None,
         ("data", "split_file"): None,
+        ("scenario", "first_classes"): None,
+        ("scenario", "task_sizes"): None,
+        ("scenario", "top_classes"): None,
         ("data", "flip"): "as the data set says: on for imagenet1k and cifar, else off",
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
@@ -292,7 +307,15 @@ def test_defaults_that_the_data_and_the_model_decide():
     assert FisherPass(setup.learner(0, config=parse(["--fisher.images", "5"])), task, images).total == 5
 
 
-@pytest.mark.parametrize("flags", [[], ["--dataset", "imagenet1k"], ["--scenario", "dil", "--flip", "False"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--dataset", "imagenet1k"],
+        ["--scenario", "dil", "--flip", "False"],
+        ["--task-sizes", "5", "10", "--top-classes", "40"],
+    ],
+)
 def test_a_config_survives_the_way_through_flags(flags):
     config = parse(flags)
     assert parse(as_flags(json.loads(json.dumps(to_dict(config))), "test")) == config
@@ -303,6 +326,7 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
     }
     assert left == {
-        "data.data_root", "data.split_file", "data.flip", "model.mean", "model.std", "model.head", "trm.layer_b",
+        "data.data_root", "data.split_file", "data.flip", "scenario.first_classes", "scenario.task_sizes",
+        "scenario.top_classes", "model.mean", "model.std", "model.head", "trm.layer_b",
         "fisher.images",
     }  # fmt: skip

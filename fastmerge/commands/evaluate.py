@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size {given.batch_size}: expected at least 1")
     model = load(given.model).to(choose_device(given.device))
-    dataset = data_set(given, model.recipe["config"]["data"])
+    dataset = data_set(given, model.recipe["config"])
     found = evaluate(model, dataset, given.batch_size or model.recipe["config"]["training"]["batch_size"])
     out = given.out or model_file(given.model).parent / f"evaluate-{dataset.name}"
     files = write(out, found, model.class_names)
@@ -60,16 +60,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def data_set(given: argparse.Namespace, run: dict[str, Any]) -> Dataset:
+def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
     """The data set that the flags name; what they leave open is taken from the run if it is the run's data set."""
+    run, top = config["data"], config["scenario"].get("top_classes")
     same = given.dataset in (None, run["dataset"])
-    return load_dataset(
+    dataset = load_dataset(
         given.dataset or run["dataset"],
         given.data_root or (run["data_root"] if same else None),
         download=given.download,
         skip_bad_images=given.skip_bad_images,
         split_file=given.split_file or (run["split_file"] if same and not given.data_root else None),
     )
+    return dataset.most_populous(top) if same and top else dataset
 
 
 @torch.no_grad()

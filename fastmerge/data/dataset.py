@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmerge.errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -88,6 +90,28 @@ class Dataset:
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
+
+    def most_populous(self, number: int) -> Dataset:
+        """The data set of the `number` classes with the most training images, in natural order; of classes with equally
+        many the earlier ones.
+
+        Raises UserError if there are fewer classes.
+        """
+        classes = len(self.class_names)
+        if number > classes:
+            raise UserError(f"--top-classes {number}: {self.name} has {classes} classes; choose 1 to {classes}.")
+        counts = np.bincount(self.train.labels, minlength=classes)
+        kept = np.sort(np.argsort(-counts, kind="stable")[:number])
+        label = np.full(classes, -1)
+        label[kept] = np.arange(number)
+        train, test = (
+            replace(part, labels=label[part.labels])
+            for part in (s.subset(np.flatnonzero(label[s.labels] >= 0)) for s in (self.train, self.test))
+        )
+        names = tuple(self.class_names[c] for c in kept)
+        least = counts[kept].min()
+        note = f"--top-classes: the {number} of {classes} classes with the most training images ({least} or more)"
+        return replace(self, class_names=names, train=train, test=test, notes=(*self.notes, note))
 
     def held_out(self, part: float) -> Dataset:
         """Replace the test split: hold out the fraction `part` of the training images of every class and domain.

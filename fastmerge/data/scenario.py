@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.config import LATER_CLASSES
 from fastmerge.data import order_file
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.order_file import some
@@ -92,29 +93,35 @@ class Scenario:
         }
 
 
-def build_scenario(dataset: Dataset, kind: str, tasks: int | None, class_order: str = "natural") -> Scenario:
+def build_scenario(
+    dataset: Dataset,
+    kind: str,
+    tasks: int | None,
+    class_order: str = "natural",
+    *,
+    first_classes: int | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Scenario:
     """`dataset` as a sequence of tasks.
 
     class_order: 'natural'; an integer s for `numpy.random.RandomState(s).permutation` (1993 gives the order of iCaRL,
     PyCIL and PILOT); or a file that lists all classes by index or name (order_file.py); `names:FILE` and
-    `indices:FILE` where they could be both. With 'dil' it orders
-    the domains.
-    tasks: number of tasks; sizes differ by at most one class, larger ones first. 'dil': number of domains, or None.
+    `indices:FILE` where they could be both. With 'dil' it orders the domains.
+    tasks, first_classes, sizes: see `task_sizes`. 'dil': the number of domains or None; sizes are not used.
 
-    Raises UserError for more tasks than classes, a class without train images, a task without test images, a file that
-    is not a permutation, or 'dil' with one domain.
+    Raises UserError for sizes that do not fit, more tasks than classes, a class without train images, a task without
+    test images, a file that is not a permutation, or 'dil' with one domain.
     """
     if kind not in ("cil", "dil"):
         raise UserError(f"unknown scenario {kind!r}.{nearest(kind, ('cil', 'dil'))} There are: cil, dil.")
     _check_train_images(dataset)
     if kind == "dil":
         return _domain_incremental(dataset, tasks, class_order)
-    n = len(dataset.class_names)
-    if tasks is None or not 1 <= tasks <= n:
-        raise UserError(f"--tasks {tasks}: {dataset.name} has {n} classes; choose 1 to {n} tasks.")
     order = read_order(class_order, dataset.class_names, "class")
-    slices = [order[start:stop] for start, stop in task_bounds(n, tasks)]
-    task_of_class = np.empty(n, np.int64)
+    ends = np.cumsum(task_sizes(dataset, tasks, first_classes, sizes)).tolist()
+    slices = [order[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+    tasks = len(slices)
+    task_of_class = np.empty(len(order), np.int64)
     for t, classes in enumerate(slices):
         task_of_class[list(classes)] = t
     train, test = (_group(task_of_class[split.labels], tasks) for split in (dataset.train, dataset.test))
@@ -149,11 +156,53 @@ def _tasks(
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 
 
-def task_bounds(classes: int, tasks: int) -> list[tuple[int, int]]:
-    """(start, stop) per task in the class order: sizes differ by at most one, larger first, every class covered."""
+def task_sizes(
+    dataset: Dataset, tasks: int | None, first: int | None = None, sizes: Sequence[int] | None = None
+) -> list[int]:
+    """Number of classes of every task of a class-incremental run.
+
+    tasks: their number; sizes differ by at most one, larger ones first. first: classes of the first task; the rest is
+    split over tasks - 1 tasks like that, or without `tasks` into tasks of LATER_CLASSES ("B50-Inc10"). sizes: explicit;
+    the last one repeats until no class is left, and the last task takes the remainder (PILOT, `utils/data_manager.py`).
+
+    Raises UserError naming the flag that does not fit the number of classes.
+    """
+    n, name = len(dataset.class_names), dataset.name
+    if sizes is not None:
+        flag, start, later = f"--task-sizes {' '.join(map(str, sizes))}", list(sizes), sizes[-1]
+    elif first is not None and tasks is None:
+        flag, start, later = f"--first-classes {first}", [first], LATER_CLASSES
+    elif first is not None and tasks is not None:
+        if not 1 < tasks <= n - first + 1:
+            raise UserError(
+                f"--first-classes {first} --tasks {tasks}: {name} has {n} classes; there must be a second task, and a "
+                "class for every task."
+            )
+        return [first, *evenly(n - first, tasks - 1)]
+    elif tasks is None or not 1 <= tasks <= n:
+        raise UserError(f"--tasks {tasks}: {name} has {n} classes; choose 1 to {n} tasks.")
+    else:
+        return evenly(n, tasks)
+    left = n - sum(start)
+    if left < 0 or (sizes is None and not left):
+        raise UserError(f"{flag}: {name} has {n} classes" + (f", not {sum(start)}." if left else ", none for task 2."))
+    found = start + [later] * (left // later) + [left % later] * (left % later > 0)
+    if tasks not in (None, len(found)):
+        raise UserError(f"--tasks {tasks}: {flag} gives {len(found)} tasks of {name}; leave --tasks out.")
+    return found
+
+
+def evenly(classes: int, tasks: int) -> list[int]:
+    """Sizes that differ by at most one, larger ones first."""
     size, larger = divmod(classes, tasks)
-    starts = [t * size + min(t, larger) for t in range(tasks + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return [size + (t < larger) for t in range(tasks)]
+
+
+def uneven_sizes(scenario: Scenario) -> list[int] | None:
+    """The number of classes of every task, or None if the number of tasks says it all."""
+    sizes = [len(task.classes) for task in scenario.tasks]
+    even = scenario.kind != "cil" or sizes == evenly(sum(sizes), len(sizes))
+    return None if even else sizes
 
 
 def read_order(spec: str, names: Sequence[str], what: str) -> tuple[int, ...]:
