@@ -124,6 +124,18 @@ def check(config: Config) -> None:
     if (config.model.mean is None) != (config.model.std is None):
         raise UserError("--mean and --std belong together: give both or none")
     _check_sizes(config.scenario)
+    if not config.data.dataset or config.data.data_root == ():
+        raise UserError(f"--{'data-root' if config.data.dataset else 'dataset'} needs a value")
+    several, scenario = len(config.data.dataset) > 1, config.scenario.scenario
+    if several and scenario == "dil":
+        raise UserError(
+            "--scenario dil: the domains of one data set are tasks; for several data sets use datasets or cil"
+        )
+    if not several and scenario == "datasets":
+        raise UserError(
+            f"--scenario datasets: every task is another data set, but there is only {config.data.dataset[0]}; name several "
+            "with --dataset, or choose cil or dil"
+        )
     for name in ("method", "protocol", "seeds"):
         values, one = getattr(config.training, name), name.removesuffix("s")
         if not values:
@@ -140,20 +152,22 @@ def _check_sizes(scenario: ScenarioSettings) -> None:
             "--first-classes and --task-sizes: give one of them; --task-sizes can begin with the first size"
         )
     if given and scenario.scenario != "cil":
-        raise UserError(f"{given[0]} is for --scenario cil; a domain-incremental task has all classes. Leave it out")
+        raise UserError(f"{given[0]} is for --scenario cil, where the classes are split into tasks; leave it out")
     if scenario.task_sizes == ():
         raise UserError("--task-sizes: expected at least one number, as in --task-sizes 50 10")
 
 
 @dataclass
 class DataSettings:
-    dataset: str = setting(
-        "glyphs",
-        "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10.",
+    dataset: tuple[str, ...] = setting(
+        ("glyphs",),
+        "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10. Several are joined: classes of the same name are "
+        "one class.",
     )
-    data_root: str | None = setting(
+    data_root: tuple[str, ...] | None = setting(
         None,
-        "Folder that contains the data set. It is never written to.",
+        "Folder that contains the data set. For several data sets one that contains them all, or one for each. It is "
+        "never written to.",
     )
     split_file: str | None = setting(
         None,
@@ -193,15 +207,18 @@ LATER_CLASSES = 10  # of the tasks after the first one, if --first-classes comes
 
 @dataclass
 class ScenarioSettings:
-    scenario: Literal["cil", "dil"] = setting(
+    scenario: Literal["cil", "dil", "datasets"] = setting(
         "cil",
-        "Class-incremental: new classes per task. Domain-incremental: all classes, a new domain per task.",
+        "cil, class-incremental: new classes per task. dil, domain-incremental: all classes, a new domain per task. "
+        "datasets: another data set per task, with its own classes.",
+        derived="cil; with several data sets datasets",
     )
     tasks: int | None = setting(
         None,
         "Number of tasks.",
         at_least=1,
-        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain",
+        derived="10, for glyphs 5, fewer where a task would have less than two classes; with --scenario dil one per domain, "
+        "with datasets one per data set",
     )
     first_classes: int | None = setting(
         None,
@@ -224,8 +241,8 @@ class ScenarioSettings:
         "1993",
         "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices, "
         "in any published form (JSON, YAML, text), names:FILE or indices:FILE where both are possible "
-        "(dil: domains).",
-        derived="1993; with --scenario dil natural",
+        "(dil: domains; datasets: data sets).",
+        derived="1993; with --scenario dil and datasets natural",
     )
     validation: float = setting(
         0.0,

@@ -117,13 +117,13 @@ def resolve(given: Given) -> Config:
     Raises:
         UserError: naming the flag, what was given, and what was expected.
     """
-    values = {
+    values: dict[str, dict[str, Any]] = {
         group: {name: None if one.late else default for name, (one, default) in settings.items()} | given.get(group, {})
         for group, settings in declarations().items()
     }
     data, scenario, model, run = (values[g] for g in ("data", "scenario", "model", "run"))
     if model["model"] is None:
-        model["model"] = "tiny" if data["dataset"] == "glyphs" else "ViT-B-16-quickgelu"
+        model["model"] = "tiny" if data["dataset"] == ("glyphs",) else "ViT-B-16-quickgelu"
     if model["pretrained"] is None:
         known = {"tiny": "glyphs", "ViT-B-16-quickgelu": "openai"}
         if model["model"] not in known:
@@ -136,14 +136,16 @@ def resolve(given: Given) -> Config:
         for name, (declaration, default) in settings.items():
             if declaration.tiny is not None and values[group][name] is None:
                 values[group][name] = declaration.tiny if model["model"] == "tiny" else default
+    if scenario["scenario"] is None:
+        scenario["scenario"] = "datasets" if len(data["dataset"]) > 1 else "cil"
     sized = scenario["first_classes"] or scenario["task_sizes"]
-    if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and data["dataset"] == "glyphs":
+    if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and data["dataset"] == ("glyphs",):
         scenario["tasks"] = 5  # of other data sets, `settled` decides when their classes are known
     if scenario["class_order"] is None:  # the permutation of 1993 is a convention for classes, not for domains
-        scenario["class_order"] = "natural" if scenario["scenario"] == "dil" else "1993"
+        scenario["class_order"] = "1993" if scenario["scenario"] == "cil" else "natural"
     if run["run_dir"] is None:
-        name = f"{data['dataset']}-{scenario['scenario']}{_sequence(scenario)}-{model['model']}"
-        run["run_dir"] = str(Path("runs") / name.replace("/", "_"))
+        name = f"{'-'.join(data['dataset'])}-{scenario['scenario']}{_sequence(scenario)}-{model['model']}"
+        run["run_dir"] = str(Path("runs") / re.sub("[/:]", "_", name))
     config = Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items()})
     check(config)
     return config
@@ -187,7 +189,9 @@ def as_flags(values: dict[str, Any], source: str) -> list[str]:
         for name, value in settings.items():
             if name not in known:
                 raise UserError(f"{source}: unknown setting {group}.{name}.{nearest(name, known)}")
-            if isinstance(value, list):
+            if isinstance(value, list) and len(value) == 1:
+                flags.append(f"--{flag_of(group, name)}={value[0]}")  # it may begin with a dash
+            elif isinstance(value, list):
                 flags += [f"--{flag_of(group, name)}", *map(str, value)]
             elif isinstance(value, bool):
                 flags.append(f"--{flag_of(group, name) if value else no_flag_of(group, name)}")

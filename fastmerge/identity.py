@@ -31,6 +31,9 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
     values = to_dict(setup.config)
     settings = {f"{group}.{name}": value for group in PLAIN_GROUPS for name, value in values[group].items()}
     settings |= {  # resolved values, so that a flag that repeats the default changes nothing
+        "data.dataset": values["data"]["dataset"][0]
+        if len(values["data"]["dataset"]) == 1
+        else values["data"]["dataset"],
         "scenario.tasks": len(setup.scenario.tasks),
         "scenario.first_classes": None,  # part of the sizes
         "scenario.task_sizes": uneven_sizes(setup.scenario),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastmerge.config import Config
-from fastmerge.data import load_dataset
 from fastmerge.data.cache import ImageCache
+from fastmerge.data.joined import load_datasets
 from fastmerge.data.scenario import build_scenario
 from fastmerge.flags import DEFAULT_TASKS, settled
 from fastmerge.machine import choose_device
@@ -40,7 +40,7 @@ class Setup:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
         self.progress = progress
         self.device = choose_device(config.run.device)
-        dataset = load_dataset(
+        dataset = load_datasets(
             config.data.dataset,
             config.data.data_root,
             download=config.data.download,

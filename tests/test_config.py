@@ -31,7 +31,12 @@ def test_documented_flags_reach_their_settings():
         " --run-dir r --download --quiet --trm.replace none --skip-bad-images --eval-classes all"
     )
     c = parse(flags.split())
-    assert (c.data.dataset, c.data.data_root, c.data.download, c.data.skip_bad_images) == ("folder", "d", True, True)
+    assert (c.data.dataset, c.data.data_root, c.data.download, c.data.skip_bad_images) == (
+        ("folder",),
+        ("d",),
+        True,
+        True,
+    )
     assert (c.scenario.scenario, c.scenario.tasks, c.scenario.class_order) == ("dil", 3, "order.json")
     assert (c.model.model, c.model.pretrained, c.model.head) == ("ViT-B-32", "none", "linear")
     assert (c.training.method, c.training.seeds) == (("finetune", "trm"), (3, 4))
@@ -86,7 +91,7 @@ def test_bad_config_files(tmp_path, content, message):
         ("--lr", "--lr needs a value"),
         ("--epochs 1.5", "--epochs 1.5: expected a whole number"),
         ("--seeds 0 b", "--seeds b: expected a whole number"),
-        ("--scenario til", "--scenario til: expected cil | dil Did you mean: dil"),
+        ("--scenario til", "--scenario til: expected cil | dil | datasets Did you mean: dil"),
         ("--trm.replace some", "--trm.replace some: expected anchored | literal | none"),
         ("--flip maybe", "--flip maybe: expected True or False"),
         ("--download yes", "'yes' is not expected here"),
@@ -107,7 +112,7 @@ def test_ways_to_write_a_value():
         "--trm.alpha -1e-3 --trm.beta=-.5 --batch_size 7 --tasks None --no-flip --pam.no-merge --data-root=-d".split()
     )
     assert (c.trm.alpha, c.trm.beta, c.training.batch_size, c.scenario.tasks) == (-0.001, -0.5, 7, 5)
-    assert (c.data.flip, c.pam.merge, c.data.data_root) == (False, False, "-d")
+    assert (c.data.flip, c.pam.merge, c.data.data_root) == (False, False, ("-d",))
     assert [parse(f.split()).data.flip for f in ("", "--flip", "--flip False", "--flip None", "--flip --quiet")] == [
         None, True, False, None, True,
     ]  # fmt: skip
@@ -221,8 +226,12 @@ def test_derived_defaults_are_what_the_help_says():
     assert text("scenario", "tasks").startswith("10, for glyphs 5, fewer where a task would have less than two classes")
     many = [settled(parsed(*flags), 1000).scenario.tasks for flags in (small, large, domains)]
     assert many == [5, 10, None]
-    assert text("scenario", "class_order") == "1993; with --scenario dil natural"
-    assert [value("scenario", "class_order", *f) for f in (small, domains)] == ["1993", "natural"]
+    several = ["--dataset", "glyphs", "folder"]
+    assert text("scenario", "scenario") == "cil; with several data sets datasets"
+    assert [value("scenario", "scenario", *f) for f in (small, several)] == ["cil", "datasets"]
+    assert text("scenario", "class_order") == "1993; with --scenario dil and datasets natural"
+    orders = [value("scenario", "class_order", *f) for f in (small, domains, several)]
+    assert orders == ["1993", "natural", "natural"]
     assert text("model", "model") == "tiny for glyphs, else ViT-B-16-quickgelu"
     assert [value("model", "model", *f) for f in (small, large)] == ["tiny", "ViT-B-16-quickgelu"]
     assert text("model", "pretrained") == "glyphs for tiny, openai for ViT-B-16-quickgelu"
@@ -314,6 +323,8 @@ def test_defaults_that_the_data_and_the_model_decide():
         ["--dataset", "imagenet1k"],
         ["--scenario", "dil", "--flip", "False"],
         ["--task-sizes", "5", "10", "--top-classes", "40"],
+        ["--dataset", "folder", "glyphs", "--data-root", "a", "b"],
+        ["--dataset", "folder", "--data-root=-d"],
     ],
 )
 def test_a_config_survives_the_way_through_flags(flags):

@@ -266,6 +266,7 @@ def test_ambiguous_name_in_an_order_file(tmp_path):
         (("cil", 2, "natura"), "nor an existing file. Did you mean: natural"),
         (("cil", 2, "-1"), "between 0 and 2"),
         (("cli", 2, "natural"), "unknown scenario 'cli'. Did you mean: cil"),
+        (("datasets", None, "natural"), "one data set only; use --scenario cil"),
         (("dil", None, "natural"), "one domain only; use --scenario cil"),
     ],
 )

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from fastmerge.checkpoint import write_atomically
-from fastmerge.data import load_dataset
 from fastmerge.data.dataset import Dataset
+from fastmerge.data.joined import load_datasets
 from fastmerge.errors import UserError, nearest
 from fastmerge.machine import choose_device
 from fastmerge.models.saved import Model, load, model_file
@@ -38,8 +38,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("fastmerge evaluate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="folder of a finished run (runs/NAME/METHOD-seed0), or its model.safetensors")
-    parser.add_argument("--dataset", help="as for training (default: the data set of the run)")
-    parser.add_argument("--data-root", help="folder of the data set (default: the run's, for the run's data set)")
+    parser.add_argument("--dataset", nargs="+", help="as for training (default: the data set of the run)")
+    parser.add_argument(
+        "--data-root", nargs="+", help="folder of the data set (default: the run's, for the run's data set)"
+    )
     parser.add_argument("--split-file", help="as for training (default: the run's, for the run's data set)")
     parser.add_argument("--download", action="store_true", help="allow the download of the data set")
     parser.add_argument("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
@@ -63,10 +65,12 @@ def main(argv: Sequence[str]) -> int:
 def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
     """The data set that the flags name; what they leave open is taken from the run if it is the run's data set."""
     run, top = config["data"], config["scenario"].get("top_classes")
-    same = given.dataset in (None, run["dataset"])
-    dataset = load_dataset(
-        given.dataset or run["dataset"],
-        given.data_root or (run["data_root"] if same else None),
+    its = [run["dataset"]] if isinstance(run["dataset"], str) else run["dataset"]  # a name in models of older versions
+    roots = [run["data_root"]] if isinstance(run["data_root"], str) else run["data_root"]
+    same = given.dataset in (None, its)
+    dataset = load_datasets(
+        given.dataset or its,
+        given.data_root or (roots if same else None),
         download=given.download,
         skip_bad_images=given.skip_bad_images,
         split_file=given.split_file or (run["split_file"] if same and not given.data_root else None),
@@ -136,9 +140,9 @@ def columns(model: Model, dataset: Dataset) -> np.ndarray:
 
 
 def per_task(model: Model, hit: np.ndarray, label: np.ndarray, domain: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Accuracy on the images of every task of the run: its classes, or in a domain-incremental run its domain."""
+    """Accuracy on the images of every task of the run: its classes, or its domain if tasks share classes."""
     for task in model.recipe["tasks"]:
-        chosen = domain == task["name"] if model.recipe["scenario"] == "dil" else np.isin(label, task["classes"])
+        chosen = np.isin(label, task["classes"]) if model.recipe["scenario"] == "cil" else domain == task["name"]
         if chosen.any():
             yield task["name"], percent(hit[chosen])
 

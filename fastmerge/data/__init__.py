@@ -31,10 +31,8 @@ def load_dataset(
     `folder`; None means not given. Raises UserError for an unknown name, an option that this data set does not have,
     and missing or damaged data.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
+    known = options_of(name)
     loader = pkgutil.resolve_name(DATASETS[name])
-    known = set(inspect.signature(loader).parameters) - {"root"}
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - known):
         takes = f"it takes: {', '.join(sorted(known))}" if known else "it takes none"
@@ -42,3 +40,10 @@ def load_dataset(
     # Not every data set can be downloaded or have bad files; these two flags belong to the run, not to one data set.
     given |= {k: v for k, v in (("download", download), ("skip_bad_images", skip_bad_images)) if k in known}
     return loader(root, **given)
+
+
+def options_of(name: str) -> set[str]:
+    """The options that the loader of the data set takes. Raises UserError for an unknown name."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
+    return set(inspect.signature(pkgutil.resolve_name(DATASETS[name])).parameters) - {"root"}

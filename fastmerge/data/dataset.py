@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -65,9 +66,9 @@ class Split:
 class Dataset:
     """Two splits, with the names of their classes and domains.
 
-    templates: prompt templates with one `{}` for the class name. flip: whether a mirrored image keeps its class
-    (False for characters). notes: what a reader of the results should know about this copy of the data; they go into
-    the manifest as warnings.
+    templates: prompt templates with one `{}` for the class name; or a tuple of them for every class (joined.py). flip:
+    whether a mirrored image keeps its class (False for characters). notes: what a reader of the results should know
+    about this copy of the data; they go into the manifest as warnings.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Dataset:
     domain_names: tuple[str, ...]
     train: Split
     test: Split
-    templates: tuple[str, ...]
+    templates: tuple[str, ...] | tuple[tuple[str, ...], ...]
     flip: bool
     notes: tuple[str, ...] = ()
 
@@ -87,9 +88,15 @@ class Dataset:
             ):
                 if len(index) and not 0 <= index.min() <= index.max() < len(names):
                     raise ValueError(f"{self.name} {part}: {what} outside 0..{len(names) - 1}")
-        for template in self.templates:
+        per_class = [self.templates_of(c) for c in range(len(self.class_names))]
+        for template in dict.fromkeys(template for templates in per_class for template in templates):
             if template.count("{}") != 1:
                 raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
+
+    def templates_of(self, index: int) -> tuple[str, ...]:
+        """The prompt templates of one class."""
+        own = self.templates[index] if isinstance(self.templates[0], tuple) else self.templates
+        return cast(tuple[str, ...], own)
 
     def most_populous(self, number: int) -> Dataset:
         """The data set of the `number` classes with the most training images, in natural order; of classes with equally
@@ -111,7 +118,10 @@ class Dataset:
         names = tuple(self.class_names[c] for c in kept)
         least = counts[kept].min()
         note = f"--top-classes: the {number} of {classes} classes with the most training images ({least} or more)"
-        return replace(self, class_names=names, train=train, test=test, notes=(*self.notes, note))
+        templates = self.templates
+        if isinstance(templates[0], tuple):
+            templates = tuple(self.templates_of(c) for c in kept)
+        return replace(self, class_names=names, templates=templates, train=train, test=test, notes=(*self.notes, note))
 
     def held_out(self, part: float) -> Dataset:
         """Replace the test split: hold out the fraction `part` of the training images of every class and domain.

@@ -1,7 +1,8 @@
 """Scenarios: a data set split into a sequence of tasks, and the manifest that records the split.
 
 Class-incremental ('cil'): tasks are consecutive slices of the class order. Domain-incremental ('dil'): one task per
-domain, one label space.
+domain, one label space. 'datasets': one task per domain, each with its own classes, some of which may return in later
+tasks; the domains are joined data sets (joined.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.order_file import some
 from fastmerge.errors import UserError, nearest
 
+KINDS = ("cil", "dil", "datasets")
 FEW_TEST_IMAGES = 5  # a class with fewer gets a warning: one image changes its accuracy by more than 20 %
 
 
@@ -42,9 +44,9 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """kind: 'cil' or 'dil'. class_order: every class index once, in the order of their appearance.
+    """kind: 'cil', 'dil' or 'datasets'. class_order: every class index once, in the order of their appearance.
 
-    domain_order: the domain index of every task (dil), or empty (cil).
+    domain_order: the domain index of every task, or empty (cil).
     """
 
     kind: str
@@ -57,7 +59,8 @@ class Scenario:
         """Classes of the tasks 0..t in class order (dil: all classes)."""
         if self.kind == "dil":
             return self.class_order
-        return self.class_order[: sum(len(task.classes) for task in self.tasks[: t + 1])]
+        seen = {c for task in self.tasks[: t + 1] for c in task.classes}
+        return tuple(c for c in self.class_order if c in seen)
 
     def joined(self) -> Scenario:
         """The scenario with all tasks joined into one, for joint training."""
@@ -112,11 +115,11 @@ def build_scenario(
     Raises UserError for sizes that do not fit, more tasks than classes, a class without train images, a task without
     test images, a file that is not a permutation, or 'dil' with one domain.
     """
-    if kind not in ("cil", "dil"):
-        raise UserError(f"unknown scenario {kind!r}.{nearest(kind, ('cil', 'dil'))} There are: cil, dil.")
+    if kind not in KINDS:
+        raise UserError(f"unknown scenario {kind!r}.{nearest(kind, KINDS)} There are: {', '.join(KINDS)}.")
     _check_train_images(dataset)
-    if kind == "dil":
-        return _domain_incremental(dataset, tasks, class_order)
+    if kind != "cil":
+        return _by_domain(dataset, kind, tasks, class_order)
     order = read_order(class_order, dataset.class_names, "class")
     ends = np.cumsum(task_sizes(dataset, tasks, first_classes, sizes)).tolist()
     slices = [order[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
@@ -128,21 +131,29 @@ def build_scenario(
     return Scenario("cil", dataset, order, _tasks([f"task {t + 1}" for t in range(tasks)], slices, train, test))
 
 
-def _domain_incremental(dataset: Dataset, tasks: int | None, domain_order: str) -> Scenario:
-    n = len(dataset.domain_names)
+def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str) -> Scenario:
+    n, what = len(dataset.domain_names), "domain" if kind == "dil" else "data set"
     if n < 2:
-        raise UserError(f"{dataset.name} has one domain only; use --scenario cil, or data with a folder per domain.")
+        raise UserError(f"{dataset.name} has one {what} only; use --scenario cil, or data with a folder per domain.")
     if tasks not in (None, n):
         raise UserError(
-            f"--tasks {tasks}: a domain-incremental run has one task per domain, and {dataset.name} has {n} domains "
+            f"--tasks {tasks}: there is one task per {what}, and {dataset.name} has {n} {what}s "
             f"({', '.join(dataset.domain_names)}); leave --tasks out."
         )
-    order = read_order(domain_order, dataset.domain_names, "domain")
-    classes = tuple(range(len(dataset.class_names)))
+    order = read_order(domain_order, dataset.domain_names, what)
     train, test = (_group(split.domains, n) for split in (dataset.train, dataset.test))
     train, test = ([groups[d] for d in order] for groups in (train, test))
-    sequence = _tasks([dataset.domain_names[d] for d in order], [classes] * n, train, test)
-    return Scenario("dil", dataset, classes, sequence, order)
+    classes = [tuple(range(len(dataset.class_names)))] * n
+    if kind == "datasets":
+        classes = [tuple(np.unique(dataset.train.labels[rows]).tolist()) for rows in train]
+        for d, own, rows in zip(order, classes, test, strict=True):
+            if missing := sorted(set(dataset.test.labels[rows].tolist()) - set(own)):
+                raise UserError(
+                    f"{dataset.domain_names[d]}: no train image of class "
+                    f"{some([dataset.class_names[c] for c in missing])}. Every class needs at least one."
+                )
+    sequence = _tasks([dataset.domain_names[d] for d in order], classes, train, test)
+    return Scenario(kind, dataset, tuple(dict.fromkeys(c for own in classes for c in own)), sequence, order)
 
 
 def _tasks(
