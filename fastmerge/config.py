@@ -211,7 +211,7 @@ class ScenarioSettings:
         "cil",
         "cil, class-incremental: new classes per task. dil, domain-incremental: all classes, a new domain per task. "
         "datasets: another data set per task, with its own classes.",
-        derived="cil; with several data sets datasets",
+        derived="cil; with several data sets datasets; with a preset as in the paper",
     )
     tasks: int | None = setting(
         None,
@@ -294,6 +294,11 @@ class ModelSettings:
 
 @dataclass
 class TrainingSettings:
+    preset: Literal["trm", "cmm", "pam"] | None = setting(
+        None,
+        "Settings of a paper: method, backbone, head, rates, epochs and number of tasks, for its data sets. Other flags "
+        "override them; the header says what comes from where (presets.py).",
+    )
     method: tuple[str, ...] = setting(
         ("trm", "finetune"),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
@@ -791,6 +796,7 @@ PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags h
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
 # numbers. What the last seven name is compared by its content (identity.py).
 FREE = {
+    "training.preset",
     "training.method",
     "training.seeds",
     "training.protocol",

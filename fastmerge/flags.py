@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from fastmerge import presets
 from fastmerge.config import LATER_CLASSES, Config, check, declarations, flag_of, no_flag_of, to_dict
 from fastmerge.errors import UserError, nearest
 from fastmerge.help import help_all, help_first
@@ -122,6 +123,9 @@ def resolve(given: Given) -> Config:
         for group, settings in declarations().items()
     }
     data, scenario, model, run = (values[g] for g in ("data", "scenario", "model", "run"))
+    if scenario["scenario"] is None:
+        scenario["scenario"] = presets.scenario_of(values["training"]["preset"], data["dataset"])
+    presets.apply(values, given)
     if model["model"] is None:
         model["model"] = "tiny" if data["dataset"] == ("glyphs",) else "ViT-B-16-quickgelu"
     if model["pretrained"] is None:
@@ -136,8 +140,6 @@ def resolve(given: Given) -> Config:
         for name, (declaration, default) in settings.items():
             if declaration.tiny is not None and values[group][name] is None:
                 values[group][name] = declaration.tiny if model["model"] == "tiny" else default
-    if scenario["scenario"] is None:
-        scenario["scenario"] = "datasets" if len(data["dataset"]) > 1 else "cil"
     sized = scenario["first_classes"] or scenario["task_sizes"]
     if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and data["dataset"] == ("glyphs",):
         scenario["tasks"] = 5  # of other data sets, `settled` decides when their classes are known

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from fastmerge import presets
 from fastmerge.flags import DEFAULT_TASKS
 from fastmerge.results import METRICS
 
@@ -34,6 +35,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "
         + ("on (--no-flip switches them off)" if setup.flip else "off (--flip switches them on)"),
         f"images are normalised with {backbone.normalisation}",
+        *presets.about(setup.config),
         f"results go to {folder.path}",
     ]
 

@@ -227,8 +227,9 @@ def test_derived_defaults_are_what_the_help_says():
     many = [settled(parsed(*flags), 1000).scenario.tasks for flags in (small, large, domains)]
     assert many == [5, 10, None]
     several = ["--dataset", "glyphs", "folder"]
-    assert text("scenario", "scenario") == "cil; with several data sets datasets"
-    assert [value("scenario", "scenario", *f) for f in (small, several)] == ["cil", "datasets"]
+    paper = ["--preset", "cmm", "--dataset", "office31"]
+    assert text("scenario", "scenario") == "cil; with several data sets datasets; with a preset as in the paper"
+    assert [value("scenario", "scenario", *f) for f in (small, several, paper)] == ["cil", "datasets", "dil"]
     assert text("scenario", "class_order") == "1993; with --scenario dil and datasets natural"
     orders = [value("scenario", "class_order", *f) for f in (small, domains, several)]
     assert orders == ["1993", "natural", "natural"]
@@ -288,6 +289,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("scenario", "first_classes"): None,
         ("scenario", "task_sizes"): None,
         ("scenario", "top_classes"): None,
+        ("training", "preset"): None,
         ("data", "flip"): "as the data set says: on for imagenet1k and cifar, else off",
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
@@ -325,6 +327,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ["--task-sizes", "5", "10", "--top-classes", "40"],
         ["--dataset", "folder", "glyphs", "--data-root", "a", "b"],
         ["--dataset", "folder", "--data-root=-d"],
+        ["--preset", "pam", "--dataset", "domainnet", "--epochs", "7"],
     ],
 )
 def test_a_config_survives_the_way_through_flags(flags):
@@ -338,6 +341,6 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
     }
     assert left == {
         "data.data_root", "data.split_file", "data.flip", "scenario.first_classes", "scenario.task_sizes",
-        "scenario.top_classes", "model.mean", "model.std", "model.head", "trm.layer_b",
-        "fisher.images",
+        "scenario.top_classes", "model.mean", "model.std", "model.head", "training.preset",
+        "trm.layer_b", "fisher.images",
     }  # fmt: skip
