@@ -6,7 +6,8 @@ Registers are those of the kernel as it runs. Instructions are machine instructi
 loops (`once`) and in one pass through the loops (`in loops`). Rules over lists make one pass per model: an entry costs
 `once + T * in loops`. Sums make one pass per block of their span, so an entry costs `in loops`. The counts include code
 for rare cases (counting a NaN, dividing denormals). Vectors are fp32 and aligned, as the ops launch them; entries per
-thread are those of one pass. `plane_kernel` and `project_kernel` compute a few numbers from others: they have no entries and no row.
+thread are those of one pass. `plane_kernel` and `project_kernel` compute a few numbers from others: they have no entries
+and no row.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ def run(config: Any) -> int:
     # imported here so that --help and flag errors appear at once
     from fastmerge.checkpoint import save_json, save_text
     from fastmerge.console import Console
-    from fastmerge.evaluate import metrics, zero_shot
+    from fastmerge.evaluate import accuracies_within, metrics, zero_shot
     from fastmerge.identity import determinants
-    from fastmerge.loop import Images, candidates, learn
+    from fastmerge.loop import OWN, Images, candidates, learn, own_classes
     from fastmerge.machine import environment
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
@@ -201,6 +201,10 @@ def run(config: Any) -> int:
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
             matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]
             starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
+            if own := own_classes(scenario, len(tests)):
+                _, within = accuracies_within(learner, tests, rows[-1], own)
+                matrix = [within] * len(within)
+                starting["also"] = {OWN: metrics(matrix, counts) | {"accuracy_matrix": matrix}}
             del learner
         for number, run in enumerate(runs):
             record = records[number]

@@ -123,6 +123,19 @@ def check(config: Config) -> None:
             declaration.check(f"--{flag_of(group, name)}", getattr(getattr(config, group), name))
     if (config.model.mean is None) != (config.model.std is None):
         raise UserError("--mean and --std belong together: give both or none")
+    _check_sizes(config.scenario)
+    if not config.data.dataset or config.data.data_root == ():
+        raise UserError(f"--{'data-root' if config.data.dataset else 'dataset'} needs a value")
+    several, scenario = len(config.data.dataset) > 1, config.scenario.scenario
+    if several and scenario == "dil":
+        raise UserError(
+            "--scenario dil: the domains of one data set are tasks; for several data sets use datasets or cil"
+        )
+    if not several and scenario == "datasets":
+        raise UserError(
+            f"--scenario datasets: every task is another data set, but there is only {config.data.dataset[0]}; name several "
+            "with --dataset, or choose cil or dil"
+        )
     for name in ("method", "protocol", "seeds"):
         values, one = getattr(config.training, name), name.removesuffix("s")
         if not values:
@@ -131,16 +144,31 @@ def check(config: Config) -> None:
             raise UserError(f"--{name} {values}: expected each {one} once")
 
 
+def _check_sizes(scenario: ScenarioSettings) -> None:
+    flags = {"--first-classes": scenario.first_classes, "--task-sizes": scenario.task_sizes}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(
+            "--first-classes and --task-sizes: give one of them; --task-sizes can begin with the first size"
+        )
+    if given and scenario.scenario != "cil":
+        raise UserError(f"{given[0]} is for --scenario cil, where the classes are split into tasks; leave it out")
+    if scenario.task_sizes == ():
+        raise UserError("--task-sizes: expected at least one number, as in --task-sizes 50 10")
+
+
 @dataclass
 class DataSettings:
-    dataset: str = setting(
-        "glyphs",
+    dataset: tuple[str, ...] = setting(
+        ("glyphs",),
         "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10 | imagenet-r | imagenet-a | cub200 | cars | "
-        "domainnet | office31 | office-home | pacs | tiny-imagenet (docs/DATA.md).",
+        "domainnet | office31 | office-home | pacs | tiny-imagenet (docs/DATA.md). Several are joined: classes of the same "
+        "name are one class.",
     )
-    data_root: str | None = setting(
+    data_root: tuple[str, ...] | None = setting(
         None,
-        "Folder that contains the data set. It is never written to.",
+        "Folder that contains the data set. For several data sets one that contains them all, or one for each. It is "
+        "never written to.",
     )
     split_file: str | None = setting(
         None,
@@ -190,25 +218,47 @@ class DataSettings:
     )
 
 
+LATER_CLASSES = 10  # of the tasks after the first one, if --first-classes comes without --tasks
+
+
 @dataclass
 class ScenarioSettings:
-    scenario: Literal["cil", "dil"] = setting(
+    scenario: Literal["cil", "dil", "datasets"] = setting(
         "cil",
-        "Class-incremental: new classes per task. Domain-incremental: all classes, a new domain per task.",
+        "cil, class-incremental: new classes per task. dil, domain-incremental: all classes, a new domain per task. "
+        "datasets: another data set per task, with its own classes.",
+        derived="cil; with several data sets datasets; with a preset as in the paper",
     )
     tasks: int | None = setting(
         None,
         "Number of tasks.",
         at_least=1,
         derived="10, for glyphs 5, fewer where a task would have less than two classes; 1 for a run that continues another; "
-        "with --scenario dil one per domain",
+        "with --scenario dil one per domain, with datasets one per data set",
+    )
+    first_classes: int | None = setting(
+        None,
+        "Classes of the first task. --tasks splits the others evenly; "
+        f"without it every later task has {LATER_CLASSES} classes.",
+        at_least=1,
+    )
+    task_sizes: tuple[int, ...] | None = setting(
+        None,
+        "Classes of every task. The last size repeats until no class is left: 20 gives tasks of 20, and 50 10 a first "
+        "task of 50 and then tasks of 10.",
+        at_least=1,
+    )
+    top_classes: int | None = setting(
+        None,
+        "Use only this many classes, those with the most training images. 200 on domainnet gives DN* of the P&M paper.",
+        at_least=1,
     )
     class_order: str = setting(
         "1993",
         "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices, "
         "in any published form (JSON, YAML, text), names:FILE or indices:FILE where both are possible "
-        "(dil: domains).",
-        derived="1993; with --scenario dil natural",
+        "(dil: domains; datasets: data sets).",
+        derived="1993; with --scenario dil and datasets natural",
     )
     validation: float = setting(
         0.0,
@@ -260,6 +310,11 @@ class ModelSettings:
 
 @dataclass
 class TrainingSettings:
+    preset: Literal["trm", "cmm", "pam"] | None = setting(
+        None,
+        "Settings of a paper: method, backbone, head, rates, epochs and number of tasks, for its data sets. Other flags "
+        "override them; the header says what comes from where (presets.py).",
+    )
     method: tuple[str, ...] = setting(
         ("trm", "finetune"),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
@@ -768,6 +823,7 @@ PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags h
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
 # numbers. What the last ten name, and what a run goes on from, is compared by its content (identity.py).
 FREE = {
+    "training.preset",
     "training.method",
     "training.seeds",
     "training.protocol",

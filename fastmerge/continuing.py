@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastmerge.checkpoint import load_tensors, select
 from fastmerge.config import Config
-from fastmerge.data.join import followed_by
 from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError
 from fastmerge.flags import as_flags, read_flags, resolve
@@ -77,7 +76,7 @@ class Earlier:
         if own.kind != new.kind:
             raise UserError(f"--scenario {new.kind}: {self.path} is {own.kind}, and one sequence has one kind of tasks")
         self.scenario = own
-        return followed_by(own, new)
+        return own.followed_by(new)
 
     def check(self, determined: dict[str, dict[str, Any]]) -> None:
         """Raise UserError if a run has no earlier one here, or another model or method; determined: of `identity`."""

@@ -2,7 +2,9 @@
 
 R[i][j] = accuracy in percent on the test images of task j after task i. The task id is not given: the candidates are
 all classes seen up to task i (`--eval-classes all`: all classes of the data set), so the label space of a
-class-incremental matrix grows with i. R[i][j] is None if task j was not evaluated. n[j] = number of test images of
+class-incremental matrix grows with i. If tasks are
+data sets, a second matrix "own classes" has the classes of task j alone as candidates: there the task id is given, as in the
+papers on merging. R[i][j] is None if task j was not evaluated. n[j] = number of test images of
 task j. There are T tasks; the code counts them from 0.
 """
 
@@ -45,7 +47,6 @@ def _together(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tenso
     return torch.cat(pixels), torch.cat(labels), torch.cat(tests)
 
 
-@torch.no_grad()
 def accuracies(
     learner: Learner,
     tests: Sequence[TaskImages],
@@ -58,17 +59,41 @@ def accuracies(
     `tick(n)` is called after every batch of n images. features: maps normalised images to features (default: the
     backbone). A test set without images gives None.
     """
+    return accuracies_within(learner, tests, classes, None, tick, features)[0]
+
+
+@torch.no_grad()
+def accuracies_within(
+    learner: Learner,
+    tests: Sequence[TaskImages],
+    classes: Sequence[int],
+    own: Sequence[Sequence[int]] | None,
+    tick: Callable[[int], None] = lambda n: None,
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[list[float | None], list[float | None]]:
+    """Two rows from one pass: `accuracies`, and the accuracies where the candidates of test j are `own[j]`, a part of
+    `classes` (the second row is empty without `own`)."""
     features = features or learner.backbone
     candidates = torch.tensor(classes, device=learner.device)
-    correct = torch.zeros(len(tests), dtype=torch.int64, device=learner.device)
+    allowed = (
+        torch.stack([torch.isin(candidates, torch.tensor(o, device=learner.device)) for o in own]) if own else None
+    )
+    correct = torch.zeros(2, len(tests), dtype=torch.int64, device=learner.device)
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits = learner.head(features(learner.plain(pixels)), candidates)
-        correct.index_add_(0, test, (logits.argmax(1) == positions(labels, candidates)).long())
+        logits, truth = learner.head(features(learner.plain(pixels)), candidates), positions(labels, candidates)
+        correct[0].index_add_(0, test, (logits.argmax(1) == truth).long())
+        if allowed is not None:
+            inside = logits.masked_fill(~allowed[test], -torch.inf)
+            correct[1].index_add_(0, test, (inside.argmax(1) == truth).long())
         broken += unusable(logits)
         tick(len(labels))
     refuse(broken)
-    return [100.0 * c / len(images) if len(images) else None for c, images in zip(correct.tolist(), tests, strict=True)]
+    row, within = (
+        [100.0 * c / len(images) if len(images) else None for c, images in zip(counts, tests, strict=True)]
+        for counts in correct.tolist()
+    )
+    return row, within if own else []
 
 
 def unusable(logits: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from fastmerge.config import Config, check, declarations, flag_of, no_flag_of, to_dict
+from fastmerge import presets
+from fastmerge.config import LATER_CLASSES, Config, check, declarations, flag_of, no_flag_of, to_dict
 from fastmerge.errors import UserError, nearest
 from fastmerge.help import help_all, help_first
 
@@ -117,13 +118,16 @@ def resolve(given: Given) -> Config:
     Raises:
         UserError: naming the flag, what was given, and what was expected.
     """
-    values = {
+    values: dict[str, dict[str, Any]] = {
         group: {name: None if one.late else default for name, (one, default) in settings.items()} | given.get(group, {})
         for group, settings in declarations().items()
     }
     data, scenario, model, run = (values[g] for g in ("data", "scenario", "model", "run"))
+    if scenario["scenario"] is None:
+        scenario["scenario"] = presets.scenario_of(values["training"]["preset"], data["dataset"])
+    presets.apply(values, given)
     if model["model"] is None:
-        model["model"] = "tiny" if data["dataset"] == "glyphs" else "ViT-B-16-quickgelu"
+        model["model"] = "tiny" if data["dataset"] == ("glyphs",) else "ViT-B-16-quickgelu"
     if model["pretrained"] is None:
         known = {"tiny": "glyphs", "ViT-B-16-quickgelu": "openai"}
         if model["model"] not in known:
@@ -136,21 +140,31 @@ def resolve(given: Given) -> Config:
         for name, (declaration, default) in settings.items():
             if declaration.tiny is not None and values[group][name] is None:
                 values[group][name] = declaration.tiny if model["model"] == "tiny" else default
-    if scenario["tasks"] is None and scenario["scenario"] == "cil" and run["continue_from"]:
+    sized = scenario["first_classes"] or scenario["task_sizes"]
+    if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and run["continue_from"]:
         scenario["tasks"] = 1
-    if scenario["tasks"] is None and scenario["scenario"] == "cil" and data["dataset"] == "glyphs":
+    if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and data["dataset"] == ("glyphs",):
         scenario["tasks"] = 5  # of other data sets, `settled` decides when their classes are known
     if scenario["class_order"] is None:  # the permutation of 1993 is a convention for classes, not for domains
-        scenario["class_order"] = "natural" if scenario["scenario"] == "dil" else "1993"
+        scenario["class_order"] = "1993" if scenario["scenario"] == "cil" else "natural"
     if run["run_dir"] is None:
         if run["continue_from"]:
-            name = f"{Path(run['continue_from']).expanduser().resolve().name}-then-{data['dataset']}"
+            name = f"{Path(run['continue_from']).expanduser().resolve().name}-then-{'-'.join(data['dataset'])}"
         else:
-            name = f"{data['dataset']}-{scenario['scenario']}{scenario['tasks'] or ''}-{model['model']}"
-        run["run_dir"] = str(Path("runs") / name.replace("/", "_"))
+            name = f"{'-'.join(data['dataset'])}-{scenario['scenario']}{_sequence(scenario)}-{model['model']}"
+        run["run_dir"] = str(Path("runs") / re.sub("[/:]", "_", name))
     config = Config(**{group: kind(**values[group]) for group, kind in get_type_hints(Config).items()})
     check(config)
     return config
+
+
+def _sequence(scenario: dict[str, Any]) -> str:
+    """How the classes are split, for the name of a folder: 5, 50-10, 50+5-top200."""
+    sizes, first, tasks, top = (scenario[name] for name in ("task_sizes", "first_classes", "tasks", "top_classes"))
+    text = "-".join(map(str, sizes)) if sizes else str(tasks or "")
+    if first:
+        text = f"{first}+{tasks - 1}" if tasks else f"{first}-{LATER_CLASSES}"
+    return text + (f"-top{top}" if top else "")
 
 
 DEFAULT_TASKS = 10
@@ -159,7 +173,8 @@ DEFAULT_TASKS = 10
 def settled(config: Config, classes: int) -> Config:
     """`config` with the default that depends on the data: the number of tasks of a class-incremental run. A task of a single
     class has nothing to learn (its loss is over its own classes), so a task has two classes or more by default."""
-    if config.scenario.tasks is not None or config.scenario.scenario != "cil":
+    s = config.scenario
+    if s.tasks is not None or s.scenario != "cil" or s.first_classes is not None or s.task_sizes is not None:
         return config
     tasks = min(DEFAULT_TASKS, max(1, classes // 2))
     return dataclasses.replace(config, scenario=dataclasses.replace(config.scenario, tasks=tasks))
@@ -224,7 +239,9 @@ def as_flags(values: dict[str, Any], source: str) -> list[str]:
         for name, value in settings.items():
             if name not in known:
                 raise UserError(f"{source}: unknown setting {group}.{name}.{nearest(name, known)}")
-            if isinstance(value, list):
+            if isinstance(value, list) and len(value) == 1:
+                flags.append(f"--{flag_of(group, name)}={value[0]}")  # it may begin with a dash
+            elif isinstance(value, list):
                 flags += [f"--{flag_of(group, name)}", *map(str, value)]
             elif isinstance(value, bool):
                 flags.append(f"--{flag_of(group, name) if value else no_flag_of(group, name)}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.config import FREE, PLAIN_GROUPS, declarations, to_dict
+from fastmerge.data.scenario import uneven_sizes
 from fastmerge.methods import METHODS
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
     values = to_dict(setup.config)
     settings = {f"{group}.{name}": value for group in PLAIN_GROUPS for name, value in values[group].items()}
     settings |= {  # resolved values, so that a flag that repeats the default changes nothing
+        "data.dataset": values["data"]["dataset"][0]
+        if len(values["data"]["dataset"]) == 1
+        else values["data"]["dataset"],
         "scenario.tasks": len(setup.scenario.tasks),
+        "scenario.first_classes": None,  # part of the sizes
+        "scenario.task_sizes": uneven_sizes(setup.scenario),
         "data.flip": setup.flip,
         "model.head": setup.head.kind,
     }

@@ -18,7 +18,7 @@ from fastmerge.console import Console
 from fastmerge.data.cache import ImageCache, TaskImages
 from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError
-from fastmerge.evaluate import accuracies, micro
+from fastmerge.evaluate import accuracies, accuracies_within, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.saved import model_tensors, recipe
@@ -133,8 +133,10 @@ def learn(
         tests = images.tests(task.index)
         classes = candidates(scenario, learner.config, task.index)
         features = method.features()
-        row = accuracies(learner, tests, classes, tick, features)
-        others = {
+        own = own_classes(scenario, len(tests))
+        row, within = accuracies_within(learner, tests, classes, own, tick, features)
+        others = {OWN: within} if own else {}
+        others |= {
             name: accuracies(learner, tests, classes, tick, other) for name, other in method.also_evaluated().items()
         }
         # nothing stops the run from here to the save, so the state belongs to this task or to the next one
@@ -166,6 +168,15 @@ def learn(
 def candidates(scenario: Scenario, config: Config, after: int) -> Sequence[int]:
     """The candidate classes at test time after task `after`."""
     return range(len(scenario.dataset.class_names)) if config.scenario.eval_classes == "all" else scenario.seen(after)
+
+
+OWN = "own classes"
+
+
+def own_classes(scenario: Scenario, tests: int) -> list[tuple[int, ...]] | None:
+    """The classes of each of the first `tests` tasks where every task is a data set of its own; else None."""
+    several = scenario.kind == "datasets" and len(scenario.tasks) > 1
+    return [task.classes for task in scenario.tasks[:tests]] if several else None
 
 
 def skipped(scenario: Scenario, task: Task, images: TaskImages) -> list[str]:

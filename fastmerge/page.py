@@ -54,7 +54,7 @@ def page(
     matrices = "".join(f"<figure>{picture}</figure>" for picture in drawn.values())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    title = f"{config['data']['dataset']}, {config['scenario']['scenario']}, {config['model']['model']}"
+    title = f"{', '.join(config['data']['dataset'])}, {config['scenario']['scenario']}, {config['model']['model']}"
     load = "import fastmerge\n" + "".join(
         f"\nmodel = fastmerge.load({str(folder / f'{method}-seed{seed}')!r})"
         for method, seeds in methods.items()

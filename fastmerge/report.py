@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from fastmerge import presets
 from fastmerge.flags import DEFAULT_TASKS
 from fastmerge.results import METRICS
 
@@ -22,19 +24,20 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
     scenario, backbone = setup.scenario, setup.backbone
     dataset = scenario.dataset
     sizes = [len(task.classes) for task in scenario.tasks]
-    shown = ", ".join(f"{sizes.count(s)} x {s}" for s in sorted(set(sizes), reverse=True))
+    shown = ", ".join(f"{len(list(same))} x {size}" for size, same in itertools.groupby(sizes))
     fewer = f" ({DEFAULT_TASKS} by default, fewer for so few classes)" if setup.fewer_tasks else ""
-    kind = "class-incremental" if scenario.kind == "cil" else "domain-incremental"
+    kinds = {"cil": "class-incremental", "dil": "domain-incremental", "datasets": "a data set per task"}
     earlier = f", after the {len(setup.earlier.scenario.tasks)} tasks of {setup.earlier.path}" if setup.earlier else ""
     return [
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
         *origin_lines(dataset),
-        f"{kind}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
+        f"{kinds[scenario.kind]}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "
         + ("on (--no-flip switches them off)" if setup.flip else "off (--flip switches them on)"),
         f"images are normalised with {backbone.normalisation}",
+        *presets.about(setup.config),
         f"results go to {folder.path}",
     ]
 
@@ -79,14 +82,20 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
 
 
-def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
-    """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more)."""
+def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> list[list[str]]:
+    """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more).
+
+    If tasks are data sets, the mean over tasks has a column too: it is what the papers on merging report.
+    """
     columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
+    if any("own classes" in result.get("also", {}) for seeds in methods.values() for result in seeds.values()):
+        columns = {"final acc": "final_accuracy", "mean of tasks": "final_accuracy_macro"} | columns
     rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
     if zero_shot:
-        shown = {"final_accuracy", "aaa"}
-        values = [number([zero_shot[key] if key in shown else None]) for key in columns.values()]
-        rows.append(["zero-shot", "", *values, *[""] * 5])
+        shown = {"final_accuracy", "final_accuracy_macro", "aaa"}
+        for name, result in {"zero-shot": zero_shot, **zero_shot.get("also", {})}.items():
+            values = [number([result[key] if key in shown else None]) for key in columns.values()]
+            rows.append([name if result is zero_shot else f"zero-shot, {name}", "", *values, *[""] * 5])
     for method, seeds in methods.items():
         results = list(seeds.values())
         rows.append(

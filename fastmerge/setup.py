@@ -12,8 +12,8 @@ import torch
 
 from fastmerge.config import Config
 from fastmerge.continuing import Earlier
-from fastmerge.data import load_dataset
 from fastmerge.data.cache import ImageCache
+from fastmerge.data.joined import load_datasets
 from fastmerge.data.scenario import Scenario, build_scenario
 from fastmerge.errors import UserError
 from fastmerge.flags import DEFAULT_TASKS, settled
@@ -35,7 +35,7 @@ def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
         UserError: the data of this run, or of one that it continues, is missing or does not fit the settings.
     """
     earlier = Earlier(config.run.continue_from) if config.run.continue_from else None
-    dataset = load_dataset(
+    dataset = load_datasets(
         config.data.dataset,
         config.data.data_root,
         download=config.data.download,
@@ -45,11 +45,21 @@ def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
         template=config.data.template,
         class_names=config.data.class_names,
     )
-    if config.scenario.validation:
-        dataset = dataset.held_out(config.scenario.validation)
-    config = settled(config, len(dataset.class_names))
     s = config.scenario
-    scenario = build_scenario(dataset, s.scenario, s.tasks, s.class_order, fewest_domains=1 if earlier else 2)
+    if s.top_classes is not None:
+        dataset = dataset.most_populous(s.top_classes)
+    if s.validation:
+        dataset = dataset.held_out(s.validation)
+    config = settled(config, len(dataset.class_names))
+    scenario = build_scenario(
+        dataset,
+        s.scenario,
+        config.scenario.tasks,
+        s.class_order,
+        first_classes=s.first_classes,
+        sizes=s.task_sizes,
+        fewest_domains=1 if earlier else 2,
+    )
     if earlier is not None:
         try:
             before = prepared(earlier.config)[1]

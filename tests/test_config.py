@@ -31,7 +31,12 @@ def test_documented_flags_reach_their_settings():
         " --run-dir r --download --quiet --trm.replace none --skip-bad-images --eval-classes all"
     )
     c = parse(flags.split())
-    assert (c.data.dataset, c.data.data_root, c.data.download, c.data.skip_bad_images) == ("folder", "d", True, True)
+    assert (c.data.dataset, c.data.data_root, c.data.download, c.data.skip_bad_images) == (
+        ("folder",),
+        ("d",),
+        True,
+        True,
+    )
     assert (c.scenario.scenario, c.scenario.tasks, c.scenario.class_order) == ("dil", 3, "order.json")
     assert (c.model.model, c.model.pretrained, c.model.head) == ("ViT-B-32", "none", "linear")
     assert (c.training.method, c.training.seeds) == (("finetune", "trm"), (3, 4))
@@ -86,7 +91,7 @@ def test_bad_config_files(tmp_path, content, message):
         ("--lr", "--lr needs a value"),
         ("--epochs 1.5", "--epochs 1.5: expected a whole number"),
         ("--seeds 0 b", "--seeds b: expected a whole number"),
-        ("--scenario til", "--scenario til: expected cil | dil Did you mean: dil"),
+        ("--scenario til", "--scenario til: expected cil | dil | datasets Did you mean: dil"),
         ("--trm.replace some", "--trm.replace some: expected anchored | literal | none"),
         ("--flip maybe", "--flip maybe: expected True or False"),
         ("--download yes", "'yes' is not expected here"),
@@ -107,7 +112,7 @@ def test_ways_to_write_a_value():
         "--trm.alpha -1e-3 --trm.beta=-.5 --batch_size 7 --tasks None --no-flip --pam.no-merge --data-root=-d".split()
     )
     assert (c.trm.alpha, c.trm.beta, c.training.batch_size, c.scenario.tasks) == (-0.001, -0.5, 7, 5)
-    assert (c.data.flip, c.pam.merge, c.data.data_root) == (False, False, "-d")
+    assert (c.data.flip, c.pam.merge, c.data.data_root) == (False, False, ("-d",))
     assert [parse(f.split()).data.flip for f in ("", "--flip", "--flip False", "--flip None", "--flip --quiet")] == [
         None, True, False, None, True,
     ]  # fmt: skip
@@ -128,6 +133,12 @@ def test_ways_to_write_a_value():
         ("--batch-size 99999999999999999999", "--batch-size"),
         ("--mean 0.5 0.5 0.5", "--mean and --std belong together"),
         ("--mean 0.5 0.5 127 --std 1 1 1", "--mean 127.0: expected between 0 and 1"),
+        ("--first-classes 3 --task-sizes 3 2", "--first-classes and --task-sizes: give one of them"),
+        ("--scenario dil --first-classes 3", "--first-classes is for --scenario cil"),
+        ("--scenario dil --task-sizes 3", "--task-sizes is for --scenario cil"),
+        ("--task-sizes", "--task-sizes: expected at least one number"),
+        ("--task-sizes 3 0", "--task-sizes 0: expected at least 1"),
+        ("--top-classes 0", "--top-classes 0: expected at least 1"),
         ("--model ViT-L-14", "--pretrained is not given for --model ViT-L-14"),
     ],
 )
@@ -215,14 +226,25 @@ def test_derived_defaults_are_what_the_help_says():
     assert text("scenario", "tasks").startswith("10, for glyphs 5, fewer where a task would have less than two classes")
     many = [settled(parsed(*flags), 1000).scenario.tasks for flags in (small, large, domains)]
     assert many == [5, 10, None]
-    assert text("scenario", "class_order") == "1993; with --scenario dil natural"
-    assert [value("scenario", "class_order", *f) for f in (small, domains)] == ["1993", "natural"]
+    several = ["--dataset", "glyphs", "folder"]
+    paper = ["--preset", "cmm", "--dataset", "office31"]
+    assert text("scenario", "scenario") == "cil; with several data sets datasets; with a preset as in the paper"
+    assert [value("scenario", "scenario", *f) for f in (small, several, paper)] == ["cil", "datasets", "dil"]
+    assert text("scenario", "class_order") == "1993; with --scenario dil and datasets natural"
+    orders = [value("scenario", "class_order", *f) for f in (small, domains, several)]
+    assert orders == ["1993", "natural", "natural"]
     assert text("model", "model") == "tiny for glyphs, else ViT-B-16-quickgelu"
     assert [value("model", "model", *f) for f in (small, large)] == ["tiny", "ViT-B-16-quickgelu"]
     assert text("model", "pretrained") == "glyphs for tiny, openai for ViT-B-16-quickgelu"
     assert [value("model", "pretrained", *f) for f in (small, large)] == ["glyphs", "openai"]
     assert text("run", "run_dir").startswith("runs/<dataset>-<scenario><tasks>-<model>, or")
     assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
+    for flags, folder in (
+        ("--first-classes 30", "glyphs-cil30-10-tiny"),
+        ("--first-classes 30 --tasks 5 --top-classes 40", "glyphs-cil30+4-top40-tiny"),
+        ("--task-sizes 5 20", "glyphs-cil5-20-tiny"),
+    ):
+        assert value("run", "run_dir", *flags.split()) == f"runs/{folder}"
 
 
 def number_type(group, name):
@@ -269,6 +291,10 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("data", "class_names"): "from the folders, or those published",
         ("data", "flip"): "as the data set says: off for glyphs and folder, else on",
         ("run", "continue_from"): None,
+        ("scenario", "first_classes"): None,
+        ("scenario", "task_sizes"): None,
+        ("scenario", "top_classes"): None,
+        ("training", "preset"): None,
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
         ("training", "precision"): "bf16 on a GPU that computes in it, else fp32",
@@ -297,7 +323,18 @@ def test_defaults_that_the_data_and_the_model_decide():
     assert FisherPass(setup.learner(0, config=parse(["--fisher.images", "5"])), task, images).total == 5
 
 
-@pytest.mark.parametrize("flags", [[], ["--dataset", "imagenet1k"], ["--scenario", "dil", "--flip", "False"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--dataset", "imagenet1k"],
+        ["--scenario", "dil", "--flip", "False"],
+        ["--task-sizes", "5", "10", "--top-classes", "40"],
+        ["--dataset", "folder", "glyphs", "--data-root", "a", "b"],
+        ["--dataset", "folder", "--data-root=-d"],
+        ["--preset", "pam", "--dataset", "domainnet", "--epochs", "7"],
+    ],
+)
 def test_a_config_survives_the_way_through_flags(flags):
     config = parse(flags)
     assert parse(as_flags(json.loads(json.dumps(to_dict(config))), "test")) == config
@@ -309,5 +346,6 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
     }
     assert left == {
         "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.flip", "model.mean",
-        "model.std", "model.head", "run.continue_from", "trm.layer_b", "fisher.images",
+        "model.std", "model.head", "run.continue_from", "scenario.first_classes", "scenario.task_sizes",
+        "scenario.top_classes", "training.precision", "training.preset", "trm.layer_b", "fisher.images",
     }  # fmt: skip

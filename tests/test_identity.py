@@ -28,12 +28,14 @@ def determined(*flags, **changes):
     """`determinants` of a command on data that need not exist. changes: of the contents."""
     config = parse(["--model=tiny", "--dataset=folder", *flags])
     about = {"device": "cpu", "weights": "a", "text": "b", "mean": (0.5,)} | changes
+    sizes = config.scenario.task_sizes or [2] * (config.scenario.tasks or 10)
+    tasks = [types.SimpleNamespace(classes=range(size)) for size in sizes]
     setup = types.SimpleNamespace(
         config=config,
         backbone=types.SimpleNamespace(weights_sha256=about["weights"], mean=about["mean"], std=(0.3,), image_size=32),
         dataset=types.SimpleNamespace(class_names=("x",), templates=("{}",)),
         flip=bool(config.data.flip),  # the data set's own answer is False
-        scenario=types.SimpleNamespace(tasks=range(config.scenario.tasks or 10), joined=lambda: None),
+        scenario=types.SimpleNamespace(kind="cil", tasks=tasks, joined=lambda: None),
         head=types.SimpleNamespace(kind=config.model.head or "text"),
         device=types.SimpleNamespace(type=about["device"]),
         random_weights=config.model.pretrained == "none",
@@ -92,6 +94,9 @@ def test_what_may_change():
     assert differences(base, determined(*free.replace("--no-flip", "--flip False").split())) == []
     assert differences(base, determined("--lr", "1", "--trm.lambda2", "0.5")) == ["trm-seed0: trm.lambda2: 0.01 -> 0.5"]
     assert differences(base, determined()) == ["training.lr: 1.0 -> 0.0006"]
+    assert determined("--tasks", "2") == determined("--task-sizes", "3", "2")  # the same tasks said in two ways
+    (line,) = differences(determined("--tasks", "2"), determined("--task-sizes", "4", "2"))
+    assert line == "scenario.task_sizes: None -> [4, 2]"
     older = copy.deepcopy(base)
     del older["settings"]["training.clip"]  # made before there was such a setting: the run had its default
     assert differences(older, base) == []

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmerge.data.dataset import Dataset, Split
-from fastmerge.data.scenario import build_scenario, order_hash, read_order, split_hash, task_bounds
+from fastmerge.data.scenario import build_scenario, evenly, order_hash, read_order, split_hash, task_sizes
 from fastmerge.errors import UserError
 
 
@@ -41,20 +41,71 @@ def dataset(classes=10, per_class=6, domains=1, names=None, train=None, test=Non
 @given(st.integers(1, 400), st.data())
 def test_sizes_differ_by_one_larger_first_and_cover_everything(classes, data):
     tasks = data.draw(st.integers(1, classes))
-    bounds = task_bounds(classes, tasks)
-    sizes = [stop - start for start, stop in bounds]
+    sizes = evenly(classes, tasks)
     assert len(sizes) == tasks and sum(sizes) == classes
     assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
-    assert [c for start, stop in bounds for c in range(start, stop)] == list(range(classes))
 
 
 @pytest.mark.parametrize("classes, tasks", [(196, 11), (345, 21), (1000, 19)])
 def test_pairs_for_which_floating_point_bounds_lose_a_class(classes, tasks):
-    assert task_bounds(classes, tasks)[-1][1] == classes
+    assert sum(evenly(classes, tasks)) == classes
 
 
 def test_the_example_of_196_classes():
-    assert [b - a for a, b in task_bounds(196, 10)] == [20] * 6 + [19] * 4
+    assert evenly(196, 10) == [20] * 6 + [19] * 4
+
+
+@pytest.mark.parametrize(
+    "classes, given, sizes",
+    [
+        (100, {"first": 50}, [50] + [10] * 5),  # B50-Inc10
+        (100, {"first": 50, "tasks": 11}, [50] + [5] * 10),  # B50-Inc5
+        (100, {"first": 50, "tasks": 4}, [50, 17, 17, 16]),
+        (196, {"sizes": (20,)}, [20] * 9 + [16]),  # PILOT's B0-Inc20 on Cars
+        (196, {"sizes": (96, 10), "tasks": 11}, [96] + [10] * 10),
+        (10, {"sizes": (3, 2, 5)}, [3, 2, 5]),
+        (10, {"sizes": (10,)}, [10]),
+        (10, {"first": 1}, [1, 9]),
+    ],
+)
+def test_sizes_of_the_tasks(classes, given, sizes):
+    data = dataset(classes=classes, per_class=1)
+    assert task_sizes(data, **({"tasks": None} | given)) == sizes
+    named = {"first": "first_classes"}
+    scenario = build_scenario(data, "cil", **({"tasks": None} | {named.get(k, k): v for k, v in given.items()}))
+    assert [len(task.classes) for task in scenario.tasks] == sizes
+    assert [c for task in scenario.tasks for c in task.classes] == list(range(classes))
+    assert all(set(data.train.labels[task.train]) == set(task.classes) for task in scenario.tasks)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"first": 10}, "--first-classes 10: toy has 10 classes, none for task 2"),
+        ({"first": 12}, "--first-classes 12: toy has 10 classes, not 12"),
+        ({"first": 8, "tasks": 4}, "--first-classes 8 --tasks 4: toy has 10 classes"),
+        ({"first": 5, "tasks": 1}, "there must be a second task"),
+        ({"sizes": (4, 7)}, "--task-sizes 4 7: toy has 10 classes, not 11"),
+        ({"sizes": (4, 2), "tasks": 3}, "--tasks 3: --task-sizes 4 2 gives 4 tasks of toy; leave --tasks out"),
+    ],
+)
+def test_sizes_that_do_not_fit(given, says):
+    with pytest.raises(UserError, match=says):
+        task_sizes(dataset(), **({"tasks": None} | given))
+
+
+def test_the_most_populous_classes():
+    labels = [0] * 3 + [1] * 5 + [2] * 3 + [3] * 1 + [4] * 4
+    data = dataset(classes=5, train=split(labels), test=split([0, 1, 2, 3, 4, 4]), notes=("a copy",))
+    top = data.most_populous(3)  # of 0 and 2, which have 3 images each, the earlier one
+    assert top.class_names == ("class 0", "class 1", "class 4")
+    assert top.train.labels.tolist() == [0] * 3 + [1] * 5 + [2] * 4
+    assert top.train.ids == [f"{i}.png" for i in range(16) if labels[i] in (0, 1, 4)]
+    assert top.test.labels.tolist() == [0, 1, 2, 2] and top.test.ids == ["0.png", "1.png", "4.png", "5.png"]
+    assert top.notes == ("a copy", "--top-classes: the 3 of 5 classes with the most training images (3 or more)")
+    assert data.most_populous(5).class_names == data.class_names
+    with pytest.raises(UserError, match="--top-classes 6: toy has 5 classes; choose 1 to 5"):
+        data.most_populous(6)
 
 
 PUBLISHED = {  # classes: (first five of seed 1993, its sha256[:12], sha256[:12] of the natural order)
@@ -215,6 +266,7 @@ def test_ambiguous_name_in_an_order_file(tmp_path):
         (("cil", 2, "natura"), "nor an existing file. Did you mean: natural"),
         (("cil", 2, "-1"), "between 0 and 2"),
         (("cli", 2, "natural"), "unknown scenario 'cli'. Did you mean: cil"),
+        (("datasets", None, "natural"), "one data set only; use --scenario cil"),
         (("dil", None, "natural"), "one domain only; use --scenario cil"),
     ],
 )

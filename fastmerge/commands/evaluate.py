@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from fastmerge.checkpoint import write_atomically
-from fastmerge.data import load_dataset
 from fastmerge.data.dataset import Dataset
+from fastmerge.data.joined import load_datasets
 from fastmerge.errors import UserError, nearest
 from fastmerge.flags import as_flags, read_flags, resolve
 from fastmerge.machine import choose_device
@@ -40,8 +40,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("fastmerge evaluate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="folder of a finished run (runs/NAME/METHOD-seed0), or its model.safetensors")
-    parser.add_argument("--dataset", help="as for training (default: the data set of the run)")
-    parser.add_argument("--data-root", help="folder of the data set (default: the run's, for the run's data set)")
+    parser.add_argument("--dataset", nargs="+", help="as for training (default: the data set of the run)")
+    parser.add_argument(
+        "--data-root", nargs="+", help="folder of the data set (default: the run's, for the run's data set)"
+    )
     parser.add_argument("--split-file", help="as for training (default: the run's, for the run's data set)")
     parser.add_argument("--test-part", help="as for training (default: the run's, for the run's data set)")
     parser.add_argument("--class-names", help="as for training (default: the run's, for the run's data set)")
@@ -67,19 +69,22 @@ def main(argv: Sequence[str]) -> int:
 def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
     """The data set that the flags name; what they leave open is taken from the run if it is the run's data set. Without
     flags, a run that continues another has the images of all its tasks."""
-    run = config["data"]
-    same = given.dataset in (None, run["dataset"])
+    run, top = config["data"], config["scenario"].get("top_classes")
     if given.dataset is None and given.data_root is None and config["run"].get("continue_from"):
         return prepared(resolve(read_flags(as_flags(config, "the model's settings"))))[1].dataset
-    return load_dataset(
-        given.dataset or run["dataset"],
-        given.data_root or (run["data_root"] if same else None),
+    its = [run["dataset"]] if isinstance(run["dataset"], str) else run["dataset"]  # a name in models of older versions
+    roots = [run["data_root"]] if isinstance(run["data_root"], str) else run["data_root"]
+    same = given.dataset in (None, its)
+    dataset = load_datasets(
+        given.dataset or its,
+        given.data_root or (roots if same else None),
         download=given.download,
         skip_bad_images=given.skip_bad_images,
         split_file=given.split_file or (run["split_file"] if same and not given.data_root else None),
         test_part=given.test_part or (run.get("test_part") if same and not given.data_root else None),
         class_names=given.class_names or (run.get("class_names") if same else None),
     )
+    return dataset.most_populous(top) if same and top else dataset
 
 
 @torch.no_grad()
@@ -144,9 +149,9 @@ def columns(model: Model, dataset: Dataset) -> np.ndarray:
 
 
 def per_task(model: Model, hit: np.ndarray, label: np.ndarray, domain: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Accuracy on the images of every task of the run: its classes, or in a domain-incremental run its domain."""
+    """Accuracy on the images of every task of the run: its classes, or its domain if tasks share classes."""
     for task in model.recipe["tasks"]:
-        chosen = domain == task["name"] if model.recipe["scenario"] == "dil" else np.isin(label, task["classes"])
+        chosen = np.isin(label, task["classes"]) if model.recipe["scenario"] == "cil" else domain == task["name"]
         if chosen.any():
             yield task["name"], percent(hit[chosen])
 

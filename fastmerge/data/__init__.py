@@ -51,10 +51,8 @@ def load_dataset(
     loader, such as `split_file` of `folder`; None means not given. Raises UserError for an unknown name, an option that
     this data set does not have, and missing or damaged data.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
+    known = options_of(name)
     loader = pkgutil.resolve_name(DATASETS[name])
-    known = set(inspect.signature(loader).parameters) - {"root"}
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - known):
         takes = f"it takes: {', '.join(sorted(known))}" if known else "it takes none"
@@ -67,3 +65,10 @@ def load_dataset(
     if template is not None:
         dataset = replace(dataset, templates=prompts.templates(template))
     return dataset
+
+
+def options_of(name: str) -> set[str]:
+    """The options that the loader of the data set takes. Raises UserError for an unknown name."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
+    return set(inspect.signature(pkgutil.resolve_name(DATASETS[name])).parameters) - {"root"}

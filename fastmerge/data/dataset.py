@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastmerge.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +75,10 @@ class Origin(NamedTuple):
 class Dataset:
     """Two splits, with the names of their classes and domains.
 
-    templates: prompt templates with one `{}` for the class name. flip: whether a mirrored image keeps its class
-    (False for characters). notes: what a reader of the results should know about this copy of the data; they go into
-    the manifest as warnings. keys: what identifies the classes on disk, in natural order: folders or WordNet ids; empty where
-    there is nothing of the kind. origin: of a published data set in files.
+    templates: prompt templates with one `{}` for the class name; or a tuple of them for every class (joined.py). flip:
+    whether a mirrored image keeps its class (False for characters). notes: what a reader of the results should know
+    about this copy of the data; they go into the manifest as warnings. keys: what identifies the classes on disk, in natural
+    order: folders or WordNet ids; empty where there is nothing of the kind. origin: of a published data set in files.
     """
 
     name: str
@@ -84,7 +86,7 @@ class Dataset:
     domain_names: tuple[str, ...]
     train: Split
     test: Split
-    templates: tuple[str, ...]
+    templates: tuple[str, ...] | tuple[tuple[str, ...], ...]
     flip: bool
     notes: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
@@ -98,11 +100,42 @@ class Dataset:
             ):
                 if len(index) and not 0 <= index.min() <= index.max() < len(names):
                     raise ValueError(f"{self.name} {part}: {what} outside 0..{len(names) - 1}")
-        for template in self.templates:
+        per_class = [self.templates_of(c) for c in range(len(self.class_names))]
+        for template in dict.fromkeys(template for templates in per_class for template in templates):
             if template.count("{}") != 1:
                 raise ValueError(f"{self.name}: template {template!r} needs exactly one '{{}}'")
         if self.keys and len(self.keys) != len(self.class_names):
             raise ValueError(f"{self.name}: {len(self.keys)} keys for {len(self.class_names)} classes")
+
+    def templates_of(self, index: int) -> tuple[str, ...]:
+        """The prompt templates of one class."""
+        own = self.templates[index] if isinstance(self.templates[0], tuple) else self.templates
+        return cast(tuple[str, ...], own)
+
+    def most_populous(self, number: int) -> Dataset:
+        """The data set of the `number` classes with the most training images, in natural order; of classes with equally
+        many the earlier ones.
+
+        Raises UserError if there are fewer classes.
+        """
+        classes = len(self.class_names)
+        if number > classes:
+            raise UserError(f"--top-classes {number}: {self.name} has {classes} classes; choose 1 to {classes}.")
+        counts = np.bincount(self.train.labels, minlength=classes)
+        kept = np.sort(np.argsort(-counts, kind="stable")[:number])
+        label = np.full(classes, -1)
+        label[kept] = np.arange(number)
+        train, test = (
+            replace(part, labels=label[part.labels])
+            for part in (s.subset(np.flatnonzero(label[s.labels] >= 0)) for s in (self.train, self.test))
+        )
+        names = tuple(self.class_names[c] for c in kept)
+        least = counts[kept].min()
+        note = f"--top-classes: the {number} of {classes} classes with the most training images ({least} or more)"
+        templates = self.templates
+        if isinstance(templates[0], tuple):
+            templates = tuple(self.templates_of(c) for c in kept)
+        return replace(self, class_names=names, templates=templates, train=train, test=test, notes=(*self.notes, note))
 
     def held_out(self, part: float) -> Dataset:
         """Replace the test split: hold out the fraction `part` of the training images of every class and domain.

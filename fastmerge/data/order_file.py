@@ -19,8 +19,8 @@ from fastmerge.errors import UserError, nearest
 
 
 def read(path: str, names: Sequence[str], what: str, reading: str | None = None) -> tuple[int, ...]:
-    """The order of `names` in the file, as indices. what: 'class' or 'domain'. reading: 'names' or 'indices' where the
-    entries could be both; None: whichever fits.
+    """The order of `names` in the file, as indices. what: 'class', 'domain' or 'data set'. reading: 'names' or 'indices'
+    where the entries could be both; None: whichever fits.
 
     Raises:
         UserError: the file cannot be read, is not a permutation, or can be read in two ways that differ.
@@ -83,7 +83,7 @@ def _entries(text: str, known: Collection[str], what: str, where: str) -> list[s
     else:
         return _tokens(lines, known)
     if isinstance(content, dict):
-        keys = ("domain_order", "class_order") if what == "domain" else ("class_order",)
+        keys = ("domain_order", "class_order") if what != "class" else ("class_order",)
         key = next((key for key in keys if content.get(key)), None)
         if key is None:
             raise UserError(f"{where}: an object without {keys[0]}; it has {some(list(content)) or 'no keys'}.")

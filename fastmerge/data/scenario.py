@@ -1,7 +1,8 @@
 """Scenarios: a data set split into a sequence of tasks, and the manifest that records the split.
 
 Class-incremental ('cil'): tasks are consecutive slices of the class order. Domain-incremental ('dil'): one task per
-domain, one label space.
+domain, one label space. 'datasets': one task per domain, each with its own classes, some of which may return in later
+tasks; the domains are joined data sets (joined.py).
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.config import LATER_CLASSES
 from fastmerge.data import order_file
 from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.joined import union, unused
 from fastmerge.data.order_file import some
 from fastmerge.errors import UserError, nearest
 
+KINDS = ("cil", "dil", "datasets")
 FEW_TEST_IMAGES = 5  # a class with fewer gets a warning: one image changes its accuracy by more than 20 %
 
 
@@ -41,9 +45,9 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """kind: 'cil' or 'dil'. class_order: every class index once, in the order of their appearance.
+    """kind: 'cil', 'dil' or 'datasets'. class_order: every class index once, in the order of their appearance.
 
-    domain_order: the domain index of every task (dil), or empty (cil).
+    domain_order: the domain index of every task, or empty (cil).
     """
 
     kind: str
@@ -53,8 +57,30 @@ class Scenario:
     domain_order: tuple[int, ...] = ()
 
     def seen(self, t: int) -> tuple[int, ...]:
-        """Classes of the tasks 0..t, in the order of their appearance."""
-        return tuple(dict.fromkeys(c for task in self.tasks[: t + 1] for c in task.classes))
+        """Classes of the tasks 0..t in class order (dil: all classes)."""
+        if self.kind == "dil":
+            return self.class_order
+        seen = {c for task in self.tasks[: t + 1] for c in task.classes}
+        return tuple(c for c in self.class_order if c in seen)
+
+    def followed_by(self, other: Scenario) -> Scenario:
+        """These tasks, then those of `other`, of the same kind, over the joined data set.
+
+        These tasks keep their classes; a later domain has all classes. A class of `other` that is known is the same class
+        and stands where it stood in the class order. Flips are those of `other`, whose tasks are trained next.
+        """
+        dataset, classes, domains = union([self.dataset, other.dataset])
+        new, every = classes[1], tuple(range(len(dataset.class_names)))
+        tasks = list(self.tasks)
+        for task in other.tasks:
+            name = unused(f"task {len(tasks) + 1}" if self.kind == "cil" else task.name, [t.name for t in tasks])
+            own = every if self.kind == "dil" else tuple(new[list(task.classes)].tolist())
+            rows = (task.train + len(self.dataset.train), task.test + len(self.dataset.test))
+            tasks.append(Task(len(tasks), name, own, *rows))
+        order = tuple(dict.fromkeys((*self.class_order, *new[list(other.class_order)].tolist())))
+        later = domains[1][list(other.domain_order)].tolist()
+        dataset = replace(dataset, flip=other.dataset.flip)
+        return Scenario(self.kind, dataset, order, tuple(tasks), (*self.domain_order, *later))
 
     def joined(self) -> Scenario:
         """The scenario with all tasks joined into one, for joint training."""
@@ -92,52 +118,65 @@ class Scenario:
 
 
 def build_scenario(
-    dataset: Dataset, kind: str, tasks: int | None, class_order: str = "natural", fewest_domains: int = 2
+    dataset: Dataset,
+    kind: str,
+    tasks: int | None,
+    class_order: str = "natural",
+    *,
+    first_classes: int | None = None,
+    sizes: Sequence[int] | None = None,
+    fewest_domains: int = 2,
 ) -> Scenario:
     """`dataset` as a sequence of tasks.
 
     class_order: 'natural'; an integer s for `numpy.random.RandomState(s).permutation` (1993 gives the order of iCaRL,
     PyCIL and PILOT); or a file that lists all classes by index or name (order_file.py); `names:FILE` and
-    `indices:FILE` where they could be both. With 'dil' it orders
-    the domains.
-    fewest_domains: with 'dil'; 1 where the tasks follow those of another run.
-    tasks: number of tasks; sizes differ by at most one class, larger ones first. 'dil': number of domains, or None.
+    `indices:FILE` where they could be both. With 'dil' it orders the domains.
+    tasks, first_classes, sizes: see `task_sizes`. 'dil': the number of domains or None; sizes are not used.
+    fewest_domains: 1 where the tasks follow those of another run.
 
-    Raises UserError for more tasks than classes, a class without train images, a task without test images, a file that
-    is not a permutation, or 'dil' with one domain.
+    Raises UserError for sizes that do not fit, more tasks than classes, a class without train images, a task without
+    test images, a file that is not a permutation, or 'dil' with one domain.
     """
-    if kind not in ("cil", "dil"):
-        raise UserError(f"unknown scenario {kind!r}.{nearest(kind, ('cil', 'dil'))} There are: cil, dil.")
+    if kind not in KINDS:
+        raise UserError(f"unknown scenario {kind!r}.{nearest(kind, KINDS)} There are: {', '.join(KINDS)}.")
     _check_train_images(dataset)
-    if kind == "dil":
-        return _domain_incremental(dataset, tasks, class_order, fewest_domains)
-    n = len(dataset.class_names)
-    if tasks is None or not 1 <= tasks <= n:
-        raise UserError(f"--tasks {tasks}: {dataset.name} has {n} classes; choose 1 to {n} tasks.")
+    if kind != "cil":
+        return _by_domain(dataset, kind, tasks, class_order, fewest_domains)
     order = read_order(class_order, dataset.class_names, "class")
-    slices = [order[start:stop] for start, stop in task_bounds(n, tasks)]
-    task_of_class = np.empty(n, np.int64)
+    ends = np.cumsum(task_sizes(dataset, tasks, first_classes, sizes)).tolist()
+    slices = [order[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+    tasks = len(slices)
+    task_of_class = np.empty(len(order), np.int64)
     for t, classes in enumerate(slices):
         task_of_class[list(classes)] = t
     train, test = (_group(task_of_class[split.labels], tasks) for split in (dataset.train, dataset.test))
     return Scenario("cil", dataset, order, _tasks([f"task {t + 1}" for t in range(tasks)], slices, train, test))
 
 
-def _domain_incremental(dataset: Dataset, tasks: int | None, domain_order: str, fewest: int) -> Scenario:
-    n = len(dataset.domain_names)
+def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str, fewest: int) -> Scenario:
+    n, what = len(dataset.domain_names), "domain" if kind == "dil" else "data set"
     if n < fewest:
-        raise UserError(f"{dataset.name} has one domain only; use --scenario cil, or data with a folder per domain.")
+        raise UserError(f"{dataset.name} has one {what} only; use --scenario cil, or data with a folder per domain.")
     if tasks not in (None, n):
         raise UserError(
-            f"--tasks {tasks}: a domain-incremental run has one task per domain, and {dataset.name} has {n} domains "
+            f"--tasks {tasks}: there is one task per {what}, and {dataset.name} has {n} {what}s "
             f"({', '.join(dataset.domain_names)}); leave --tasks out."
         )
-    order = read_order(domain_order, dataset.domain_names, "domain")
-    classes = tuple(range(len(dataset.class_names)))
+    order = read_order(domain_order, dataset.domain_names, what)
     train, test = (_group(split.domains, n) for split in (dataset.train, dataset.test))
     train, test = ([groups[d] for d in order] for groups in (train, test))
-    sequence = _tasks([dataset.domain_names[d] for d in order], [classes] * n, train, test)
-    return Scenario("dil", dataset, classes, sequence, order)
+    classes = [tuple(range(len(dataset.class_names)))] * n
+    if kind == "datasets":
+        classes = [tuple(np.unique(dataset.train.labels[rows]).tolist()) for rows in train]
+        for d, own, rows in zip(order, classes, test, strict=True):
+            if missing := sorted(set(dataset.test.labels[rows].tolist()) - set(own)):
+                raise UserError(
+                    f"{dataset.domain_names[d]}: no train image of class "
+                    f"{some([dataset.class_names[c] for c in missing])}. Every class needs at least one."
+                )
+    sequence = _tasks([dataset.domain_names[d] for d in order], classes, train, test)
+    return Scenario(kind, dataset, tuple(dict.fromkeys(c for own in classes for c in own)), sequence, order)
 
 
 def _tasks(
@@ -151,11 +190,53 @@ def _tasks(
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 
 
-def task_bounds(classes: int, tasks: int) -> list[tuple[int, int]]:
-    """(start, stop) per task in the class order: sizes differ by at most one, larger first, every class covered."""
+def task_sizes(
+    dataset: Dataset, tasks: int | None, first: int | None = None, sizes: Sequence[int] | None = None
+) -> list[int]:
+    """Number of classes of every task of a class-incremental run.
+
+    tasks: their number; sizes differ by at most one, larger ones first. first: classes of the first task; the rest is
+    split over tasks - 1 tasks like that, or without `tasks` into tasks of LATER_CLASSES ("B50-Inc10"). sizes: explicit;
+    the last one repeats until no class is left, and the last task takes the remainder (PILOT, `utils/data_manager.py`).
+
+    Raises UserError naming the flag that does not fit the number of classes.
+    """
+    n, name = len(dataset.class_names), dataset.name
+    if sizes is not None:
+        flag, start, later = f"--task-sizes {' '.join(map(str, sizes))}", list(sizes), sizes[-1]
+    elif first is not None and tasks is None:
+        flag, start, later = f"--first-classes {first}", [first], LATER_CLASSES
+    elif first is not None and tasks is not None:
+        if not 1 < tasks <= n - first + 1:
+            raise UserError(
+                f"--first-classes {first} --tasks {tasks}: {name} has {n} classes; there must be a second task, and a "
+                "class for every task."
+            )
+        return [first, *evenly(n - first, tasks - 1)]
+    elif tasks is None or not 1 <= tasks <= n:
+        raise UserError(f"--tasks {tasks}: {name} has {n} classes; choose 1 to {n} tasks.")
+    else:
+        return evenly(n, tasks)
+    left = n - sum(start)
+    if left < 0 or (sizes is None and not left):
+        raise UserError(f"{flag}: {name} has {n} classes" + (f", not {sum(start)}." if left else ", none for task 2."))
+    found = start + [later] * (left // later) + [left % later] * (left % later > 0)
+    if tasks not in (None, len(found)):
+        raise UserError(f"--tasks {tasks}: {flag} gives {len(found)} tasks of {name}; leave --tasks out.")
+    return found
+
+
+def evenly(classes: int, tasks: int) -> list[int]:
+    """Sizes that differ by at most one, larger ones first."""
     size, larger = divmod(classes, tasks)
-    starts = [t * size + min(t, larger) for t in range(tasks + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return [size + (t < larger) for t in range(tasks)]
+
+
+def uneven_sizes(scenario: Scenario) -> list[int] | None:
+    """The number of classes of every task, or None if the number of tasks says it all."""
+    sizes = [len(task.classes) for task in scenario.tasks]
+    even = scenario.kind != "cil" or sizes == evenly(sum(sizes), len(sizes))
+    return None if even else sizes
 
 
 def read_order(spec: str, names: Sequence[str], what: str) -> tuple[int, ...]:

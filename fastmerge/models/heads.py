@@ -153,11 +153,13 @@ def build_head(
     backbone: Backbone,
     encoder: TextEncoder | None,
     class_names: Sequence[str],
-    templates: Sequence[str],
+    templates: Sequence[str] | Sequence[Sequence[str]],
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Head:
-    """Build a `text`, `linear` or `prototype` head on the CPU. `device`, `progress`: see `text_weights`.
+    """Build a `text`, `linear` or `prototype` head on the CPU.
+
+    templates: of all classes, or those of each. `device`, `progress`: see `text_weights`.
 
     Raises:
         UserError: the kind is unknown, or a text head is asked of a backbone without a text tower.
@@ -171,5 +173,12 @@ def build_head(
     if encoder is None:
         raise UserError(f"--head text: model {backbone.name} has no text tower; use --head prototype or --head linear")
     key = f"{backbone.name} {encoder.weights_sha256}"
-    weight = text_weights(encoder, class_names, templates, key, device=device, progress=progress)
+    rows: dict[tuple[str, ...], list[int]] = {}  # templates -> the classes that have them
+    for c in range(len(class_names)):
+        own = templates if isinstance(templates[0], str) else templates[c]
+        rows.setdefault(tuple(map(str, own)), []).append(c)
+    weight = torch.zeros(len(class_names), backbone.feature_dim)
+    for prompts, classes in rows.items():
+        names = [class_names[c] for c in classes]
+        weight[classes] = text_weights(encoder, names, prompts, key, device=device, progress=progress)
     return TextHead(weight, encoder.logit_scale)
