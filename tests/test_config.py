@@ -305,5 +305,5 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
     }
     assert left == {
         "data.data_root", "data.split_file", "data.flip", "model.mean", "model.std", "model.head", "trm.layer_b",
-        "fisher.images",
+        "fisher.images", "training.precision",
     }  # fmt: skip
