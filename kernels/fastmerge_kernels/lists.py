@@ -31,8 +31,18 @@ def _overlaps(out: Tensor, models: Sequence[Tensor], **others: Tensor | None) ->
 
 
 @register(
+    "numbers(float[] values, Tensor like) -> Tensor",
+    fake=lambda values, like: like.new_empty(len(values), dtype=torch.float32),
+)
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """fp32 [len(values)] on the device of `like`, without waiting for it. An op, so that a compiled function can call it."""
+    return backend("lists", like).numbers(values, like)
+
+
+@register(
     "weighted_sum(Tensor[] models, Tensor weights, Tensor? initial, SymInt[] segments, "
-    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()",
+    capturable=False,
 )
 def _weighted_sum(
     models: Sequence[Tensor],
@@ -91,16 +101,19 @@ def _dare(
     backend("lists", out).dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite)
 
 
-def model_weights(weights: Sequence[float] | Tensor | None, count: int, segments: int, device: torch.device) -> Tensor:
-    """fp32 [count, segments] on the device from T numbers, a tensor [T] or [T, segments], or None (1 / T each)."""
+def model_weights(weights: Sequence[float] | Tensor | None, count: int, segments: int, like: Tensor) -> Tensor:
+    """fp32 [count, segments] on the device of `like` from T numbers, a tensor [T] or [T, segments], or None (1 / T each)."""
     if weights is None:
         weights = [1.0 / count] * count
-    weights = torch.as_tensor(weights, dtype=torch.float32, device=device).detach()
-    if weights.dim() not in (1, 2) or weights.shape[0] != count:
-        raise ValueError(f"weights: expected {count}, one per model, got shape {list(weights.shape)}")
-    if weights.dim() == 2 and weights.shape[1] != segments:
-        raise ValueError(f"weights: expected shape [{count}, {segments}], got {list(weights.shape)}")
-    return (weights if weights.dim() == 2 else weights[:, None].expand(count, segments)).contiguous()
+    if isinstance(weights, Tensor):
+        given = weights.detach().to(like.device, torch.float32)
+    else:
+        given = numbers([float(w) for w in weights], like)
+    if given.dim() not in (1, 2) or given.shape[0] != count:
+        raise ValueError(f"weights: expected {count}, one per model, got shape {list(given.shape)}")
+    if given.dim() == 2 and given.shape[1] != segments:
+        raise ValueError(f"weights: expected shape [{count}, {segments}], got {list(given.shape)}")
+    return (given if given.dim() == 2 else given[:, None].expand(count, segments)).contiguous()
 
 
 @torch.no_grad()
@@ -122,7 +135,7 @@ def weighted_sum(
     models = check_models(models, initial=initial, out=out)
     check_counter(nonfinite, models[0].device)
     bounds = boundaries(segments, models[0].numel())
-    weights = model_weights(weights, len(models), len(bounds) - 1, models[0].device)
+    weights = model_weights(weights, len(models), len(bounds) - 1, models[0])
     out = torch.empty_like(models[0]) if out is None else out
     _weighted_sum(models, weights, initial, list(bounds), out, nonfinite)
     return out
@@ -171,12 +184,12 @@ def fisher_average(
     named = {f"fishers[{k}]": fisher for k, fisher in enumerate(fishers)}
     check_vectors("models[0]", **{"models[0]": models[0]}, **named)
     check_counter(nonfinite, models[0].device)
-    numbers = [1.0] * len(models) if weights is None else [float(w) for w in weights]
-    if not all(0 < w < float("inf") for w in numbers):
-        raise ValueError(f"weights: expected positive numbers, got {numbers}")
+    given = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if not all(0 < w < float("inf") for w in given):
+        raise ValueError(f"weights: expected positive numbers, got {given}")
     if check:
         check_nonnegative(**named)
-    shares = model_weights([w / sum(numbers) for w in numbers], len(models), 1, models[0].device)
+    shares = model_weights([w / sum(given) for w in given], len(models), 1, models[0])
     out = torch.empty_like(models[0]) if out is None else out
     _fisher(models, fishers, shares, out, nonfinite)
     return out
@@ -207,7 +220,7 @@ def dare_merge(
     key_words(seed, subsequence + len(models) - 1)
     check_span(offset, models[0].numel())
     check_counter(nonfinite, models[0].device)
-    weights = model_weights(weights, len(models), 1, models[0].device)
+    weights = model_weights(weights, len(models), 1, models[0])
     out = torch.empty_like(models[0]) if out is None else out
     _dare(models, weights, float(p), initial, seed, subsequence, offset, out, nonfinite)
     return out

@@ -20,12 +20,16 @@ DEVICES = ("cpu", "cuda")
 _library = torch.library.Library("fastmerge", "DEF")
 
 
-def register(schema: str, *, fake: Callable | None = None, devices: Sequence[str] = DEVICES) -> Callable[..., Callable]:
+def register(
+    schema: str, *, fake: Callable | None = None, devices: Sequence[str] = DEVICES, capturable: bool = True
+) -> Callable[..., Callable]:
     """Decorator that makes a function the op `fastmerge::name` and returns the op.
 
     schema: torch's notation, `name(Tensor x, Tensor(a!) out) -> ()`; `(a!)` marks an argument that the op writes. fake:
     function of the same arguments that returns empty results of the right shape; an op that returns nothing needs none.
-    devices: where the op runs, of `DEVICES`; elsewhere the call raises NotImplementedError that names the op.
+    devices: where the op runs, of `DEVICES`; elsewhere the call raises NotImplementedError that names the op. capturable:
+    False for ops whose first call with new segments copies tables to the device and keeps them: a CUDA graph captures later
+    calls, but torch.compile must keep them out of its graphs, whose memory is reused (tag `cudagraph_unsafe`).
 
     `Library` is used because `custom_op` imports torch._dynamo at its first call, which takes seconds. `custom_op` would
     raise the version counters of written tensors; here the wrapper does.
@@ -35,7 +39,7 @@ def register(schema: str, *, fake: Callable | None = None, devices: Sequence[str
     name = schema.partition("(")[0]
 
     def decorate(function: Callable) -> Callable:
-        _library.define(schema)
+        _library.define(schema, tags=() if capturable else (torch.Tag.cudagraph_unsafe,))
         op = getattr(torch.ops.fastmerge, name).default
         written = [
             k for k, argument in enumerate(op._schema.arguments) if argument.alias_info and argument.alias_info.is_write

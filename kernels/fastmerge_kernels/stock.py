@@ -29,6 +29,7 @@ from .segments import boundaries
 @register(
     "segment_norms(Tensor x, Tensor? initial, SymInt[] segments) -> Tensor",
     fake=lambda x, initial, segments: x.new_empty(len(segments) - 1, dtype=torch.float64),
+    capturable=False,
 )
 def _norms(x: Tensor, initial: Tensor | None, segments: Sequence[int]) -> Tensor:
     return backend("stock", x).norms(x, initial, tuple(segments))
@@ -36,7 +37,8 @@ def _norms(x: Tensor, initial: Tensor | None, segments: Sequence[int]) -> Tensor
 
 @register(
     "stock_update_(Tensor theta, Tensor? initial, Tensor norms, SymInt[] segments, Tensor(a!) total, "
-    "Tensor(b!) units) -> ()"
+    "Tensor(b!) units) -> ()",
+    capturable=False,
 )
 def _update(
     theta: Tensor, initial: Tensor | None, norms: Tensor, segments: Sequence[int], total: Tensor, units: Tensor
@@ -50,6 +52,7 @@ def _update(
 @register(
     "stock_squares(Tensor[] models, Tensor initial, SymInt[] segments) -> Tensor",
     fake=lambda models, *args: args[0].new_empty(2, len(args[1]) - 1, dtype=torch.float64),
+    capturable=False,
 )
 def _squares(models: Sequence[Tensor], initial: Tensor, segments: Sequence[int]) -> Tensor:
     return backend("stock", initial).squares(models, initial, tuple(segments))
@@ -57,7 +60,8 @@ def _squares(models: Sequence[Tensor], initial: Tensor, segments: Sequence[int])
 
 @register(
     "stock_finalize(Tensor total, Tensor initial, Tensor factors, SymInt[] segments, Tensor(a!) out, "
-    "Tensor(b!)? nonfinite) -> ()"
+    "Tensor(b!)? nonfinite) -> ()",
+    capturable=False,
 )
 def _finalize(
     total: Tensor, initial: Tensor, factors: Tensor, segments: Sequence[int], out: Tensor, nonfinite: Tensor | None

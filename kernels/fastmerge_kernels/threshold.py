@@ -1,21 +1,22 @@
 """The k-th largest magnitude of a vector, per segment: exact, no sort, no copy, sums of shards.
 
-    magnitude_threshold   (threshold, cut) per segment: which entries are the k largest                    8 bytes/parameter
-    magnitude_histogram   counts of some bits of |x - initial|, given the bits above them                  8
+    magnitude_threshold   (threshold, cut) per segment: which entries are the k largest     8 bytes/parameter, on a GPU 16
+    magnitude_histogram   counts of some bits of |x - initial|, given the bits above them   8
     magnitude_digit       the bin of a histogram that holds the k-th largest, and its rank in there
 
 A non-negative float's 31 bits order like its value, so histograms of them, from the upper bits down, find the k-th largest
 exactly, and histograms of shards add up:
 
     prefix, known, rank = None, 0, torch.tensor([k])
-    for bits in (8, 8, 8, 7):
+    for bits in (11, 10, 10):
         counts = magnitude_histogram(shard, prefix=prefix, known=known, bits=bits)      # all_reduce(counts) here
         digit, rank = magnitude_digit(counts, rank)
         prefix, known = digit if prefix is None else prefix << bits | digit, known + bits
     threshold = prefix.view(torch.float32)
 
-On a GPU `magnitude_threshold` does just that: four passes with 256 bins that stay on the chip (two passes would need 65,536
-bins in global memory, one atomic per entry). On a CPU one pass counts what lies above a bracket around the k-th largest and
+On a GPU `magnitude_threshold` reads the vector twice: once for the upper 11 bits, once to collect the entries that have those
+of the k-th largest, a few percent, into n / 8 slots of 4 bytes; where they do not fit, as among many equal values, it reads
+that part again. On a CPU one pass counts what lies above a bracket around the k-th largest and
 collects what lies in it; the bracket comes from a sample, and where it fails, as among many equal values, two histograms
 decide. The result is the same.
 
@@ -42,6 +43,7 @@ NOTHING = 0x7FFFFFFF  # bits above every NaN: the threshold that keeps nothing
     "magnitude_histogram(Tensor x, Tensor? initial, Tensor? prefix, SymInt known, SymInt bits, "
     "SymInt[] segments) -> Tensor",
     fake=lambda x, i, p, known, bits, segments: x.new_empty(len(segments) - 1, 1 << bits, dtype=torch.int64),
+    capturable=False,
 )
 def _histogram(
     x: Tensor, initial: Tensor | None, prefix: Tensor | None, known: int, bits: int, segments: Sequence[int]
@@ -57,6 +59,7 @@ def _fake_threshold(x, initial, counts, segments, exact):
     "magnitude_threshold(Tensor x, Tensor? initial, SymInt[] counts, SymInt[] segments, "
     "bool exact) -> (Tensor, Tensor)",
     fake=_fake_threshold,
+    capturable=False,
 )
 def _threshold(
     x: Tensor, initial: Tensor | None, counts: Sequence[int], segments: Sequence[int], exact: bool

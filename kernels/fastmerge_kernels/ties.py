@@ -3,7 +3,7 @@
     ties_merge       trim, elect, average the models of a list; thresholds included             8 T + 4 (T + 2) bytes/param
     ties_update_     of the kept entries of delta = theta - initial:                            40
                      P += w delta, C+ += c where delta > 0;  N += w delta, C- += c where delta < 0
-    ties_finalize    initial + scale * (P / C+ if elected positive else N / C-), 0 / 0 = 0      24
+    ties_finalize    initial + scale * (P / C+ if elected positive else N / C-), 0 / 0 = 0      24, zero='majority' 32
 
 Which entries are kept says `magnitude_threshold`. The stream needs four accumulators, whatever the number of tasks; the list
 needs none, and gives the same bits. A NaN counts as larger than infinity: it is kept, makes P NaN, and so arrives in the
@@ -37,6 +37,7 @@ from .checks import (
     check_vectors,
     scalar,
 )
+from .lists import numbers
 from .registry import backend, register
 from .segments import boundaries
 from .threshold import magnitude_threshold
@@ -51,7 +52,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 @register(
     "ties_update_(Tensor theta, Tensor? initial, Tensor threshold, Tensor cut, SymInt[] segments, "
     "float weight, float unit, Tensor(a!) positive, Tensor(b!) negative, Tensor(c!) positive_count, "
-    "Tensor(d!) negative_count, Tensor(e!)? mass) -> ()"
+    "Tensor(d!) negative_count, Tensor(e!)? mass) -> ()",
+    capturable=False,
 )
 def _update(
     theta: Tensor,
@@ -89,6 +91,15 @@ def _update(
 
 
 @register(
+    "ties_signs(Tensor positive, Tensor negative, Tensor? mass) -> Tensor",
+    fake=lambda positive, *args: positive.new_empty(1, dtype=torch.int64),
+)
+def _signs(positive: Tensor, negative: Tensor, mass: Tensor | None) -> Tensor:
+    """int64 [1] on the device: how many entries have positive mass, minus how many have negative mass."""
+    return backend("ties", positive).signs(positive, negative, mass)
+
+
+@register(
     "ties_finalize(Tensor positive, Tensor negative, Tensor positive_count, Tensor negative_count, "
     "Tensor? mass, Tensor? initial, float zero_sign, Tensor? zero_sign_tensor, float scale, "
     "Tensor? scale_tensor, Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
@@ -116,7 +127,8 @@ def _finalize(
 @register(
     "ties_merge(Tensor[] models, Tensor initial, Tensor threshold, Tensor cut, SymInt[] segments, "
     "Tensor weights, Tensor units, bool unweighted, str zero, float scale, Tensor? scale_tensor, "
-    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()"
+    "Tensor(a!) out, Tensor(b!)? nonfinite) -> ()",
+    capturable=False,
 )
 def _merge(
     models: Sequence[Tensor],
@@ -215,15 +227,7 @@ def ties_finalize(
     check_choice("zero", zero, ("positive", "negative", "majority"))
     sign: Tensor | float = -1.0 if zero == "negative" else 1.0
     if zero == "majority":
-        step = 1 << 20  # in blocks: no model-sized temporary
-        blocks = range(0, positive.numel(), step)
-        signs = [
-            ((positive[a : a + step] + negative[a : a + step]) if mass is None else mass[a : a + step])
-            .sign()
-            .sum(dtype=torch.float32)
-            for a in blocks
-        ]
-        sign = torch.stack(signs).sum() if signs else 1.0
+        sign = _signs(positive, negative, mass).double()
     out = torch.empty_like(positive) if out is None else out
     _finalize(*state.values(), mass, initial, *scalar("zero", sign), *scalar("scale", scale), out, nonfinite)
     return out
@@ -254,14 +258,14 @@ def ties_merge(
     check_fraction("density", density)
     check_choice("convention", convention, tuple(CONVENTIONS))
     rule, bounds = CONVENTIONS[convention], boundaries(segments, initial.numel())
-    numbers = [1.0] * len(models) if weights is None else [float(w) for w in weights]
-    if len(numbers) != len(models) or not all(0 < w < float("inf") for w in numbers):
-        raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {numbers}")
+    given = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if len(given) != len(models) or not all(0 < w < float("inf") for w in given):
+        raise ValueError(f"weights: expected {len(models)} positive numbers, one per model, got {given}")
     smallest = rule["smallest"] if density else 0
     counts = [min(b - a, max(smallest, int(density * (b - a)))) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     trims = [magnitude_threshold(m, counts, initial=initial, segments=bounds, keep=keep) for m in models]
     threshold, cut = (torch.stack(part) for part in zip(*trims, strict=True))
-    shares = torch.tensor(numbers, dtype=torch.float32).to(initial.device)
+    shares = numbers(given, initial)
     units = shares if rule["count"] == "weights" else torch.ones_like(shares)
     out = torch.empty_like(initial, dtype=torch.float32) if out is None else out
     election = (shares, units, rule["elect"] == "unweighted", rule["zero"])

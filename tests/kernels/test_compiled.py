@@ -21,11 +21,15 @@ import fastmerge_kernels  # noqa: E402
 
 SMALL = {
     "add_rows",
+    "digit_kernel",
+    "lowest_kernel",
     "plane_kernel",
     "project_kernel",
     "stock_sums_kernel",
+    "table_kernel",
+    "tie_count_kernel",
     "tie_place_kernel",
-}  # one program per segment, or one in all
+}  # one program per segment, or one in all; or they read a few candidates of each chunk
 
 WIDEST = (
     "lerp_kernel",
@@ -90,6 +94,41 @@ def test_the_committed_table_has_every_kernel():
     listed = set(re.findall(r"^\| (\w+)", table, re.M)) - {"kernel"}
     names = {kernel.__name__ for kernel, _, _ in launches(torch.float32)} - {"plane_kernel", "project_kernel"}
     assert listed == names, f"python bench/compiled_table.py > bench/results/compiled.md: {listed ^ names}"
+
+
+@pytest.mark.parametrize("n, shift", [(100_003, 0), (100_016, 5), (100_003, 77)])
+def test_the_middle_of_an_unaligned_vector_is_read_wide(n, shift):
+    """A shard that begins `shift` entries into an aligned vector, and any length: all but 15 entries at either end."""
+    from compiling import recorded_launches
+    from fastmerge_kernels.gpu import elementwise, lists, sampling, trm
+
+    a, b, c, out = (torch.zeros(n + shift)[shift:] for _ in range(4))
+    half, bad, direction = (0.5, None), torch.zeros(1, dtype=torch.int64), torch.ones(3, dtype=torch.float64)
+    position, ones = (5, 6, "anchored", 0.6, 512 + shift), torch.ones(2, 1)
+    calls = (
+        lambda: elementwise.launch("lerp", (a, b, out), [half], bad),
+        lambda: elementwise.pam_coefficient(a, b, c, out, out),
+        lambda: sampling.random_mix([a, b, c], 5, 6, 512 + shift, out, bad),
+        lambda: sampling.random_replace(a, 0.5, 5, 6, 512 + shift, out, bad),
+        lambda: sampling.dare_delta(a, b, 0.5, 5, 6, 512 + shift, out, bad),
+        lambda: lists.magmax([b, c], a, half, out, bad),
+        lambda: lists.fisher([b, c], [a, b], ones, out, bad),
+        lambda: lists.dare([b, c], ones, 0.5, a, 5, 6, 512 + shift, out, bad),
+        lambda: trm.direction(a, b, *position),
+        lambda: trm.gradient(a, b, 0.5, b, c, direction, *position),
+        lambda: trm.merge(a, b, None, half, half, direction, *position, out, bad),
+    )
+    for call in calls:
+        with recorded_launches() as recorded:
+            call()
+        lengths = []
+        for _, arguments, _ in recorded:
+            vectors = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.numel() == arguments.get("n")]
+            if vectors:
+                aligned = all(x.data_ptr() % 16 == 0 for x in vectors) and arguments["n"] % 16 == 0
+                lengths.append((arguments["n"], aligned and arguments.get("shift", 0) % 16 == 0))
+        assert sum(length for length, _ in lengths) == n
+        assert sum(length for length, wide in lengths if wide) >= n - 30
 
 
 def test_offsets_are_64_bit():

@@ -50,6 +50,9 @@ def calls(device):
     yield ops.magnitude_histogram, (a, None, torch.full((2,), 127, dtype=torch.int32, device=device), 8, 8, bounds)
     yield ops.magnitude_threshold, (a, b, [3, 100], bounds, True)
     yield ops.ties_update_, (a, b, one, cut, [0, 1100], 1.0, 1.0, *state)
+    yield ops.ties_signs, (a, b, None)
+    yield ops.ties_signs, (a, b, c)
+    yield ops.numbers, ([0.5, 2.0, -1.0], a)
     yield ops.ties_finalize, (a, b, c.abs(), g.abs(), None, None, 1.0, None, 0.5, None, torch.empty_like(a), bad)
     limits, cuts = torch.ones(2, 2, dtype=torch.int32, device=device), torch.full((2, 2), 9, device=device)
     pair, ones = [b, c], torch.ones(2, device=device)
@@ -92,6 +95,12 @@ def test_every_op_is_checked():
         if name.startswith("fastmerge::")
     }
     assert registered == {op.__name__ for op, _ in calls("cpu")}
+
+
+def test_ops_with_segments_stay_out_of_cuda_graphs():
+    for op, _ in calls("cpu"):
+        segments = any(argument.name == "segments" for argument in op.default._schema.arguments)
+        assert (torch.Tag.cudagraph_unsafe in op.default.tags) == segments, op
 
 
 def trm_step(a, b, c, g, alpha, seed):

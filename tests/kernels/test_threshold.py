@@ -58,6 +58,18 @@ def test_threshold_per_segment(device):
         assert torch.equal(kept(d, t, c - a).cpu(), reference.keep_largest(d.abs().cpu(), k, "exactly"))
 
 
+def test_many_equal_values_in_several_chunks(device):
+    """On a GPU a chunk of 4096 has slots for 512 entries near the threshold; here most chunks have more of them."""
+    n = 9000
+    x = (3 * torch.randn(n, generator=torch.Generator().manual_seed(4))).round().to(device)
+    x[4096:4400] = torch.randn(304, generator=torch.Generator().manual_seed(5)).to(device)
+    x[8192:] += 0.001
+    for bounds, counts in (([0, n], [n // 3]), ([0, 5000, n], [2, 3999])):
+        thresholds, cuts = fk.magnitude_threshold(x, counts, segments=bounds, keep="exactly")
+        for k, (a, b), t, c in zip(counts, itertools.pairwise(bounds), thresholds, cuts, strict=True):
+            assert torch.equal(kept(x[a:b], t, c - a).cpu(), reference.keep_largest(x[a:b].abs().cpu(), k, "exactly"))
+
+
 @pytest.mark.skipif(INTERPRET, reason="tests the brackets of the numba loops")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ masked store, which costs four times as much on some processors.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ..philox import threshold
 from ..segments import chunk_rows
@@ -23,6 +24,10 @@ _ZERO = np.float32(0.0)
 def finish(bad, nonfinite):
     if nonfinite is not None:
         nonfinite.fill_(bad)
+
+
+def numbers(values, like):
+    return torch.tensor(values, dtype=torch.float32)
 
 
 @loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from ..segments import chunk_rows
 from ..threshold import NOTHING
@@ -67,6 +68,27 @@ def update(theta, initial, threshold, cut, bounds, weight, unit, *state):
     theta, initial, *state = arrays(theta, initial, *state)
     numbers = (threshold.numpy(), cut.numpy(), np.float32(weight), np.float32(unit))
     run(_update, len(chunks), chunks, theta, initial, *numbers, *state, grain=1)
+
+
+@loop
+def _signs(start, stop, positive, negative, mass):
+    scratch, total = np.empty((2, BLOCK), np.float32), 0
+    for first in range(start, stop, BLOCK):
+        count, signs = min(BLOCK, stop - first), np.int32(0)
+        if mass is None:
+            p, q = fetch(positive, first, count, scratch[0]), fetch(negative, first, count, scratch[1])
+            for j in range(count):
+                signs = np.int32(signs + np.int32(p[j] + q[j] > _ZERO) - np.int32(p[j] + q[j] < _ZERO))
+        else:
+            s = fetch(mass, first, count, scratch[0])
+            for j in range(count):
+                signs = np.int32(signs + np.int32(s[j] > _ZERO) - np.int32(s[j] < _ZERO))
+        total += signs
+    return total
+
+
+def signs(positive, negative, mass):
+    return torch.tensor([run(_signs, positive.numel(), *arrays(positive, negative, mass))])
 
 
 @loop

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import BLOCK, OPTIONS, cleared, load, on, scalar, scalar_arguments, store, total
+from .launch import BLOCK, OPTIONS, cleared, load, on, pieces, scalar, scalar_arguments, store, total
 
 
 @triton.jit
@@ -99,7 +99,9 @@ def launch(name, vectors, numbers, nonfinite):
     if n:
         pairs = [argument for number in numbers for argument in scalar_arguments(number, vectors[0])]
         with on(vectors[0]):
-            KERNELS[name][(triton.cdiv(n, BLOCK),)](*vectors, n, *pairs, nonfinite, BLOCK=BLOCK, **OPTIONS)
+            for start, stop, parts in pieces(*vectors):
+                grid = (triton.cdiv(stop - start, BLOCK),)
+                KERNELS[name][grid](*parts, stop - start, *pairs, nonfinite, BLOCK=BLOCK, **OPTIONS)
 
 
 @triton.jit
@@ -118,8 +120,10 @@ def pam_sums_kernel(total, moment, merged, theta, initial, rows, n, BLOCK: tl.co
 
 
 def pam_coefficient(*vectors):
-    n, steps = vectors[0].numel(), 8
-    rows = torch.empty(max(1, triton.cdiv(n, BLOCK * steps)), 2, dtype=torch.float64, device=vectors[0].device)
+    steps, parts = 8, pieces(*vectors)
+    programs = [max(1, triton.cdiv(stop - start, BLOCK * steps)) for start, stop, _ in parts]
+    rows = torch.empty(sum(programs), 2, dtype=torch.float64, device=vectors[0].device)
     with on(vectors[0]):
-        pam_sums_kernel[(rows.shape[0],)](*vectors, rows, n, BLOCK=BLOCK, STEPS=steps, **OPTIONS)
+        for (start, stop, part), count, row in zip(parts, programs, rows.split(programs), strict=True):
+            pam_sums_kernel[(count,)](*part, row, stop - start, BLOCK=BLOCK, STEPS=steps, **OPTIONS)
         return total(rows)

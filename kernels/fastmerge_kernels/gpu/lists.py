@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from ..philox import threshold
 from ..segments import chunk_rows_on
-from .launch import BLOCK, OPTIONS, cleared, int32, load, on, scalar, scalar_arguments, store
+from .launch import BLOCK, OPTIONS, cleared, int32, load, on, pieces, scalar, scalar_arguments, store, table
 from .philox import counters, key, lanes, positions, tiles, words
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def listed(models):
-    """(addresses and dtype codes int64 [2, T] on the device, first model, T, all of one dtype, all aligned) for `model`."""
-    rows = [[x.data_ptr() for x in models], [_CODES[x.dtype] for x in models]]
-    addresses = torch.tensor(rows, dtype=torch.int64).to(models[0].device)
+    """For `model`: (addresses int64 [T] on the device, with the dtypes' codes [2 T] unless all are the same; first model; T;
+    whether all have one dtype; whether all are aligned)."""
     same = all(x.dtype == models[0].dtype for x in models)
+    words = [x.data_ptr() for x in models] + ([] if same else [_CODES[x.dtype] for x in models])
+    addresses = table(np.array(words, np.int64), models[0].device)
     return addresses, models[0], len(models), same, all(x.data_ptr() % 16 == 0 for x in models)
+
+
+def numbers(values, like):
+    return table(np.array(values, np.float32), like.device)
 
 
 @triton.jit
@@ -100,14 +106,16 @@ def magmax_merge_kernel(
 
 
 def magmax(models, initial, scale, out, nonfinite):
-    n, nonfinite = out.numel(), cleared(nonfinite)
-    addresses, like, count, same, aligned = listed(models)
-    if n:
+    nonfinite = cleared(nonfinite)
+    if out.numel():
+        number = scalar_arguments(scale, out)
         with on(out):
-            magmax_merge_kernel[(triton.cdiv(n, BLOCK),)](
-                addresses, like, count, initial, out, n, *scalar_arguments(scale, out), nonfinite,
-                SAME=same, ALIGNED=aligned, BLOCK=BLOCK, **OPTIONS,
-            )  # fmt: skip
+            for start, stop, (target, base, *parts) in pieces(out, initial, *models):
+                addresses, like, count, same, aligned = listed(parts)
+                magmax_merge_kernel[(triton.cdiv(stop - start, BLOCK),)](
+                    addresses, like, count, base, target, stop - start, *number, nonfinite,
+                    SAME=same, ALIGNED=aligned, BLOCK=BLOCK, **OPTIONS,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -130,15 +138,16 @@ def fisher_average_kernel(
 
 
 def fisher(models, fishers, weights, out, nonfinite):
-    n, nonfinite = out.numel(), cleared(nonfinite)
-    addresses, like, count, same, aligned = listed(models)
-    others, like_fisher, _, same_fishers, aligned_fishers = listed(fishers)
-    if n:
+    nonfinite = cleared(nonfinite)
+    if out.numel():
         with on(out):
-            fisher_average_kernel[(triton.cdiv(n, BLOCK),)](
-                addresses, like, others, like_fisher, count, weights, out, n, nonfinite,
-                SAME=same and same_fishers, ALIGNED=aligned and aligned_fishers, BLOCK=BLOCK, **OPTIONS,
-            )  # fmt: skip
+            for start, stop, (target, *parts) in pieces(out, *models, *fishers):
+                addresses, like, count, same, aligned = listed(parts[: len(models)])
+                others, like_fisher, _, same_fishers, aligned_fishers = listed(parts[len(models) :])
+                fisher_average_kernel[(triton.cdiv(stop - start, BLOCK),)](
+                    addresses, like, others, like_fisher, count, weights, target, stop - start, nonfinite,
+                    SAME=same and same_fishers, ALIGNED=aligned and aligned_fishers, BLOCK=BLOCK, **OPTIONS,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -176,15 +185,16 @@ def dare_merge_kernel(
 
 
 def dare(models, weights, p, initial, seed, subsequence, offset, out, nonfinite):
-    n, size, nonfinite = out.numel(), lanes(*models, initial, out), cleared(nonfinite)
-    if n == 0:
+    size, nonfinite = lanes(*models, initial, out), cleared(nonfinite)
+    if out.numel() == 0:
         return
-    first, shift, spans = tiles(offset, n)
-    addresses, like, count, same, aligned = listed(models)
-    keys = torch.tensor([key(seed, subsequence + t) for t in range(count)], dtype=torch.int32).to(out.device)
+    keys = table(np.array([key(seed, subsequence + t) for t in range(len(models))], np.int32), out.device)
+    shares, drop = weights * (1 / (1 - p)), int32(threshold(p))
     with on(out):
-        dare_merge_kernel[(triton.cdiv(spans * 128, size),)](
-            addresses, like, count, weights * (1 / (1 - p)), keys, initial, out, n, int32(threshold(p)), first, shift,
-            nonfinite,
-            SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS,
-        )  # fmt: skip
+        for start, stop, (target, base, *parts) in pieces(out, initial, *models, offset=offset):
+            first, shift, tile_count = tiles(offset + start, stop - start)
+            addresses, like, count, same, aligned = listed(parts)
+            dare_merge_kernel[(triton.cdiv(tile_count * 128, size),)](
+                addresses, like, count, shares, keys, base, target, stop - start, drop, first, shift, nonfinite,
+                SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS,
+            )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..philox import threshold
-from .launch import OPTIONS, cleared, int32, load, on, store
+from .launch import OPTIONS, cleared, int32, load, on, pieces, store
 from .lists import listed, model
 from .philox import counters, key, lanes, positions, tiles, words
 
@@ -49,28 +49,30 @@ def dare_kernel(theta, initial, out, n, scale, drop, first_tile, shift, k0, k1, 
 
 
 def random_mix(models, seed, subsequence, offset, out, nonfinite):
-    n, size, nonfinite = out.numel(), lanes(*models, out), cleared(nonfinite)
-    if n == 0:
+    size, nonfinite = lanes(*models, out), cleared(nonfinite)
+    if out.numel() == 0:
         return
-    first, shift, spans = tiles(offset, n)
-    addresses, like, count, same, aligned = listed(models)
-    position = (first, shift, *key(seed, subsequence))
     with on(out):
-        random_mix_kernel[(triton.cdiv(spans * 128, size),)](
-            addresses, like, out, n, count, *position, nonfinite, SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS
-        )
+        for start, stop, (target, *parts) in pieces(out, *models, offset=offset):
+            first, shift, tile_count = tiles(offset + start, stop - start)
+            addresses, like, count, same, aligned = listed(parts)
+            random_mix_kernel[(triton.cdiv(tile_count * 128, size),)](
+                addresses, like, target, stop - start, count, first, shift, *key(seed, subsequence), nonfinite,
+                SAME=same, ALIGNED=aligned, LANES=size, **OPTIONS,
+            )  # fmt: skip
 
 
 def dare_delta(theta, initial, p, seed, subsequence, offset, out, nonfinite):
-    n, size, nonfinite = out.numel(), lanes(theta, initial, out), cleared(nonfinite)
-    if n == 0:
+    size, nonfinite = lanes(theta, initial, out), cleared(nonfinite)
+    if out.numel() == 0:
         return
-    first, shift, count = tiles(offset, n)
-    numbers = (1 / (1 - p), int32(threshold(p)), first, shift, *key(seed, subsequence))
+    numbers, words = (1 / (1 - p), int32(threshold(p))), key(seed, subsequence)
     with on(out):
-        dare_kernel[(triton.cdiv(count * 128, size),)](
-            theta, initial, out, n, *numbers, nonfinite, LANES=size, **OPTIONS
-        )
+        for start, stop, vectors in pieces(theta, initial, out, offset=offset):
+            first, shift, count = tiles(offset + start, stop - start)
+            dare_kernel[(triton.cdiv(count * 128, size),)](
+                *vectors, stop - start, *numbers, first, shift, *words, nonfinite, LANES=size, **OPTIONS
+            )
 
 
 @triton.jit(do_not_specialize=["first_tile", "k0", "k1", "s0", "s1", "limit"])
@@ -89,11 +91,13 @@ def random_replace_kernel(theta, kept, n, limit, first_tile, shift, k0, k1, s0, 
 
 
 def random_replace(theta, p, seed, subsequence, offset, kept, nonfinite):
-    n, size, nonfinite = kept.numel(), lanes(theta, kept), cleared(nonfinite)
-    if n == 0:
+    size, nonfinite = lanes(theta, kept), cleared(nonfinite)
+    if kept.numel() == 0:
         return
-    first, shift, count = tiles(offset, n)
     with on(kept):
-        random_replace_kernel[(triton.cdiv(count * 128, size),)](
-            theta, kept, n, threshold(p), first, shift, *key(seed, subsequence), nonfinite, LANES=size, **OPTIONS
-        )
+        for start, stop, vectors in pieces(theta, kept, offset=offset):
+            first, shift, count = tiles(offset + start, stop - start)
+            numbers = (stop - start, threshold(p), first, shift, *key(seed, subsequence))
+            random_replace_kernel[(triton.cdiv(count * 128, size),)](
+                *vectors, *numbers, nonfinite, LANES=size, **OPTIONS
+            )

@@ -49,6 +49,30 @@ def update(theta, initial, threshold, cut, bounds, weight, unit, *state):
 
 
 @triton.jit
+def ties_signs_kernel(positive, negative, mass, signs, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.int32)
+    for step in range(STEPS):
+        i = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < n
+        if mass is None:
+            sums = load(positive, i, inside) + load(negative, i, inside)
+        else:
+            sums = load(mass, i, inside)
+        total += (sums > 0.0).to(tl.int32) - (sums < 0.0).to(tl.int32)
+    tl.atomic_add(signs, tl.sum(total, 0).to(tl.int64), sem="relaxed")  # integers: the order does not matter
+
+
+def signs(positive, negative, mass):
+    n, steps, out = positive.numel(), 8, torch.zeros(1, dtype=torch.int64, device=positive.device)
+    if n:
+        with on(positive):
+            ties_signs_kernel[(triton.cdiv(n, BLOCK * steps),)](
+                positive, negative, mass, out, n, BLOCK=BLOCK, STEPS=steps, **OPTIONS
+            )
+    return out
+
+
+@triton.jit
 def ties_finalize_kernel(
     positive, negative, more, less, mass, initial, out, n, zero, zero_pointer, scale, scale_pointer, nonfinite,
     BLOCK: tl.constexpr,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..philox import threshold
-from .launch import OPTIONS, cleared, int32, load, on, scalar, scalar_arguments, store, total
+from .launch import OPTIONS, cleared, int32, load, on, pieces, scalar, scalar_arguments, store, total
 from .philox import counters, key, lanes, normals, positions, tiles, words
 
 SPANS = 8  # spans of LANES counters that one program of a reduction adds up; 1 in vectors too short to fill a GPU
@@ -132,17 +132,19 @@ def _mask(replace, ratio):
 
 
 def _sums(gradient, gradient2, scale2, previous, current, seed, subsequence, replace, ratio, offset):
-    n, size = previous.numel(), lanes(gradient, gradient2, previous, current)
-    first, shift, count = tiles(offset, n)
     last, masked = _mask("none" if replace == "literal" else replace, ratio)
-    spans = SPANS if count >= 4096 else 1
-    programs = triton.cdiv(count * 128, size * spans)
-    rows = torch.empty(programs, ROW, dtype=torch.float64, device=previous.device)
-    position = (n, first, shift, *key(seed, subsequence), last)
-    sums_kernel[(programs,)](
-        previous, current, gradient, gradient2, scale2, rows, *position,
-        MASKED=masked, LANES=size, SPANS=spans, num_warps=WARPS, **OPTIONS,
-    )  # fmt: skip
+    size, words, launches = lanes(gradient, gradient2, previous, current), key(seed, subsequence), []
+    for start, stop, vectors in pieces(previous, current, gradient, gradient2, offset=offset):
+        first, shift, count = tiles(offset + start, stop - start)
+        spans = SPANS if count >= 4096 else 1
+        launches.append((triton.cdiv(count * 128, size * spans), spans, vectors, (stop - start, first, shift)))
+    programs = [launch[0] for launch in launches]
+    rows = torch.empty(sum(programs), ROW, dtype=torch.float64, device=previous.device)
+    for (count, spans, (a, b, g, g2), place), row in zip(launches, rows.split(programs), strict=True):
+        sums_kernel[(count,)](
+            a, b, g, g2, scale2, row, *place, *words, last,
+            MASKED=masked, LANES=size, SPANS=spans, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
     return total(rows)
 
 
@@ -165,17 +167,18 @@ def gradient(gradient, gradient2, scale2, previous, current, direction, *positio
 def merge(
     previous, current, initial, alpha, beta, direction, seed, subsequence, replace, ratio, offset, out, nonfinite
 ):
-    n, size, nonfinite = previous.numel(), lanes(previous, current, initial, out), cleared(nonfinite)
-    if n == 0:
+    size, nonfinite = lanes(previous, current, initial, out), cleared(nonfinite)
+    if previous.numel() == 0:
         return
-    first, shift, count = tiles(offset, n)
     last, masked = _mask(replace, ratio)
+    numbers = (*scalar_arguments(alpha, previous), *scalar_arguments(beta, previous))
+    words, half = key(seed, subsequence), int32(threshold(ratio / 2))
     plane = torch.empty(2, dtype=torch.float32, device=previous.device)
     with on(previous):
         plane_kernel[(1,)](direction, plane, num_warps=1, **OPTIONS)
-        merge_kernel[(triton.cdiv(count * 128, size),)](
-            previous, current, initial, out, n, *scalar_arguments(alpha, previous), *scalar_arguments(beta, previous),
-            plane, nonfinite,
-            first, shift, *key(seed, subsequence), last, int32(threshold(ratio / 2)),
-            MASKED=masked, LANES=size, num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
+        for start, stop, vectors in pieces(previous, current, initial, out, offset=offset):
+            first, shift, count = tiles(offset + start, stop - start)
+            merge_kernel[(triton.cdiv(count * 128, size),)](
+                *vectors, stop - start, *numbers, plane, nonfinite, first, shift, *words, last, half,
+                MASKED=masked, LANES=size, num_warps=WARPS, **OPTIONS,
+            )  # fmt: skip
