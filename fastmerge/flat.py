@@ -28,7 +28,7 @@ class FlatModel:
         module: the module itself; its trainable parameters become views of `theta`.
         theta: `[n]` parameter, `dtype`; the only parameter to optimise. `theta.grad` is `gradient`.
         gradient: `[n]`, same dtype; `backward()` adds to it. Clear it with `zero_grad()`, never set it to None.
-        names, shapes, sizes: per tensor, in buffer order (sorted names).
+        names, parameters, shapes, sizes: per tensor, in buffer order (sorted names).
         offsets: `len(names) + 1` element offsets; tensor i is `theta[offsets[i] : offsets[i] + sizes[i]]`.
 
     Tied parameters are stored once, under their first sorted name. Frozen parameters (`requires_grad=False`) and
@@ -50,15 +50,15 @@ class FlatModel:
             if not p.is_floating_point():
                 raise ValueError(f"parameter {name!r} is {p.dtype}: only floating-point parameters can be trained")
         self.names = [n for n, _ in trainable]
-        self._parameters = [p for _, p in trainable]
-        self.shapes = [p.shape for p in self._parameters]
-        self.sizes = [p.numel() for p in self._parameters]
+        self.parameters = [p for _, p in trainable]
+        self.shapes = [p.shape for p in self.parameters]
+        self.sizes = [p.numel() for p in self.parameters]
         self.offsets = [0]
         for size in self.sizes:
             self.offsets.append(_round_up(self.offsets[-1] + size, ALIGN))
         self.numel = max(_round_up(self.offsets[-1], TAIL), TAIL)
-        buffer = torch.zeros(self.numel, dtype=dtype, device=self._parameters[0].device)
-        for view, p in zip(self.views(buffer), self._parameters, strict=True):
+        buffer = torch.zeros(self.numel, dtype=dtype, device=self.parameters[0].device)
+        for view, p in zip(self.views(buffer), self.parameters, strict=True):
             view.copy_(p.detach())
         self._bind(buffer)
 
@@ -71,7 +71,7 @@ class FlatModel:
         self.theta = nn.Parameter(buffer, requires_grad=True)
         self.gradient = torch.zeros_like(buffer)
         self.theta.grad = self.gradient
-        for p, value, grad in zip(self._parameters, self.views(buffer), self.views(self.gradient), strict=True):
+        for p, value, grad in zip(self.parameters, self.views(buffer), self.views(self.gradient), strict=True):
             p.grad = None  # p.data cannot be set while a gradient has another device or dtype
             p.data = value
             p.grad = grad
@@ -79,7 +79,7 @@ class FlatModel:
     def to(self, device: torch.device | str) -> FlatModel:
         """Move everything and keep the views; gradients are set to zero. Use this instead of `module.to(...)`."""
         buffer = self.theta.detach().to(device)
-        for p in self._parameters:
+        for p in self.parameters:
             p.grad = None
         self.module.to(device)
         self._bind(buffer)
@@ -88,7 +88,7 @@ class FlatModel:
     def check_views(self) -> None:
         """Raise RuntimeError if a parameter or gradient is not a view of the buffers (e.g. after `module.to(...)`)."""
         for kind, flat in (("parameter", self.theta), ("gradient of", self.gradient)):
-            for name, p, view in zip(self.names, self._parameters, self.views(flat.detach()), strict=True):
+            for name, p, view in zip(self.names, self.parameters, self.views(flat.detach()), strict=True):
                 tensor = p if kind == "parameter" else p.grad
                 if tensor is None or tensor.data_ptr() != view.data_ptr() or tensor.shape != view.shape:
                     raise RuntimeError(

@@ -314,9 +314,7 @@ def test_defaults_that_the_data_and_the_model_decide():
 
     def layers(*flags):
         learner = setup.learner(0, config=parse(list(flags)))
-        search = Search(TRM(learner), task, images, learner.theta.clone())
-        search.step(0)
-        return search.weights.tolist()
+        return Search(TRM(learner), task, images, learner.theta.clone()).objective.weights.tolist()
 
     assert layers() == layers("--trm.layer-b", str(learner.backbone.layers // 2)) != layers("--trm.layer-b", "1")
     assert FisherPass(learner, task, images).total == len(images)

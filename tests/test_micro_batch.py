@@ -86,4 +86,5 @@ def test_the_search_on_a_vit(flags):
     (terms, slopes), (its_terms, its_slopes) = found
     for key in terms:
         torch.testing.assert_close(its_terms[key], terms[key], rtol=1e-4, atol=1e-6, msg=key)
-    torch.testing.assert_close(its_slopes, slopes, rtol=1e-3, atol=1e-3 * float(slopes.abs().max()))
+    rtol = 0.03 if "difference" in flags else 1e-3  # its step is chosen on other images
+    torch.testing.assert_close(its_slopes, slopes, rtol=rtol, atol=1e-3 * float(slopes.abs().max()))

@@ -5,15 +5,11 @@
 Training phase: fine-tune the merged model theta_{t-1} to theta_t. Merging phase: search alpha and beta of
 
     theta(alpha, beta) = theta_{t-1} + alpha d + beta P,  d = theta_t - theta_{t-1},  P a random unit vector _|_ d  (eq. 3-5)
-    L_tra = L_task + lambda1 L_pre + lambda2 L_curv,       L_curv = -||grad L_task||^2                            (eq. 6-14)
+    L_tra = lambda0 L_task + lambda1 L_pre + lambda2 L_curv,       L_curv = -||grad L_task||^2                    (eq. 6-14)
 
-on task t's images. No autograd graph runs through the merge: with g' = grad(L_task + lambda1 L_pre), g = grad L_task and
-h = Hessian(L_task) g, all with respect to theta,
-
-    dL_tra/dalpha = <g' - 2 lambda2 h, d>,   dL_tra/dbeta = <g' - 2 lambda2 h, P>
-
-Both are exact. One fused pass computes them; it makes d, P and the mask in registers from theta_{t-1}, theta_t and a
-seed.
+on task t's images (lambda0 is 1 in the paper, 0 in some rows of its Table 3). No autograd graph runs through the merge:
+with G = grad L_tra with respect to theta (trm_objective.py), dL_tra/dalpha = <G, d> and dL_tra/dbeta = <G, P>. One fused
+pass computes both products; it makes d, P and the mask in registers from theta_{t-1}, theta_t and a seed.
 
 Random replacement (end of the method section). Read literally, a fraction replace_ratio of theta_init's entries comes
 from theta_{t-1} or theta_t, and the task vectors are added to the result. A replaced entry then gets its task vector
@@ -32,18 +28,16 @@ from typing import Any
 
 import fastmerge_kernels as fk
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, jvp
 
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.errors import UserError
 from fastmerge.methods.method import Method, Tensors
-from fastmerge.models.attention import differentiable_attention
+from fastmerge.methods.trm_objective import Objective
 from fastmerge.models.backbone import Backbone
-from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors, positions
+from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors
 
 
 class TRM(Method):
@@ -61,12 +55,13 @@ class TRM(Method):
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
-        return config.training.merge_epochs
+        trm = config.trm
+        return config.training.merge_epochs if trm.lambda0 or trm.lambda1 or trm.lambda2 else 0
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
         super().check(config, backbone)
-        if config.trm.lambda1 and config.training.merge_epochs:
+        if config.trm.lambda1 and cls.merge_epochs(config):
             backbone.check_class_tokens()
             if config.trm.layer_b is not None and config.trm.layer_b > backbone.layers:
                 raise UserError(
@@ -99,11 +94,6 @@ def layer_weights(layers: int, b: int) -> Tensor:
     return q / q.sum()
 
 
-def consistency(tokens: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """L_pre of eq. 7, mean over the batch. tokens, teacher: `[L, b, width]`; weights: `[L]`."""
-    return ((tokens - teacher).square().sum(2) * weights[:, None]).sum(0).mean()
-
-
 class Search(Phase):
     """The merging phase: alpha and beta by gradient descent on eq. 14 (eq. 15). previous: theta_{t-1}, `[n]`."""
 
@@ -113,9 +103,14 @@ class Search(Phase):
     def __init__(self, method: TRM, task: Task, images: TaskImages, previous: Tensor):
         self.method, self.task, self.images = method, task, images
         self.learner, self.settings = method.learner, method.settings
-        self.batches = Batches(self.learner, task, images, self.name, self.learner.config.training.merge_epochs)
+        # without any term there is nothing to search: the merge is the one at the start
+        self.batches = Batches(self.learner, task, images, self.name, method.merge_epochs(self.learner.config))
         self.steps = self.batches.steps
-        self.classes = torch.tensor(task.classes, device=self.learner.device)
+        classes, omega = torch.tensor(task.classes, device=self.learner.device), None
+        if self.settings.lambda1:
+            layers = self.learner.backbone.layers
+            omega = layer_weights(layers, self.settings.layer_b or layers // 2).to(self.learner.theta)
+        self.objective = Objective(self.learner, classes, omega)
         self.previous, self.current = previous, self.learner.theta.clone()  # theta_{t-1}, theta_t
         start = torch.tensor([self.settings.alpha, self.settings.beta], dtype=torch.float64, device=self.learner.device)
         self.coefficients = torch.nn.Parameter(start)  # alpha, beta
@@ -146,7 +141,7 @@ class Search(Phase):
             **self.random, initial=self.method.initial, out=self.learner.theta,
         )  # fmt: skip
 
-    # -- the objective ---------------------------------------------------------------------------------------------
+    # -- the search ------------------------------------------------------------------------------------------------
 
     def teach(self) -> Tensor:
         """Class tokens (cls(theta_t) + cls(theta_{t-1})) / 2 of every image: `[L, n, width]` fp32, kept for the search."""
@@ -161,23 +156,6 @@ class Search(Phase):
                     tokens[:, rows] += 0.5 * backbone.class_tokens(self.learner.plain(pixels))[1]
         return tokens
 
-    def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
-
-    def curvature_gradient(self, images: Tensor, labels: Tensor, g: Tensor) -> Tensor:
-        """h = Hessian(L_task) g at the present theta; the gradient of ||g||^2 is 2h. `g`, result: `[n]`."""
-        flat, theta = self.learner.flat, self.learner.theta
-
-        def loss(theta: Tensor) -> Tensor:
-            return self.task_loss(functional_call(flat.module, flat.as_dict(theta), (images,)), labels)
-
-        if self.settings.curvature == "exact":
-            with differentiable_attention():
-                return jvp(grad(loss), (theta,), (g,))[1]
-        # s g has 1e-3 of theta's norm, where fp32 rounding and the cubic term are both small (tests bound the error)
-        s = 1e-3 * theta.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
-        return (grad(loss)(theta + s * g) - grad(loss)(theta - s * g)) / (2 * s)
-
     def step(self, i: int) -> dict[str, Tensor]:
         settings = self.settings
         if settings.direction == "epoch" and i and i % self.batches.per_epoch == 0:
@@ -185,58 +163,22 @@ class Search(Phase):
         self.aim(i)
         if self.teacher is None and settings.lambda1:
             self.teacher = self.teach()
-            self.weights = layer_weights(len(self.teacher), settings.layer_b or len(self.teacher) // 2).to(self.teacher)
         rows = self.batches.rows(i)
         pixels, labels = self.images.batch(rows)
         images = self.learner.plain(pixels)
         self.place()
-
-        g, total, l_task, l_pre = self.gradients(images, labels, rows)
-        energy = g.square().sum()
-        loss = l_task - settings.lambda2 * energy
-        if l_pre is not None:
-            loss += settings.lambda1 * l_pre
-        h = None
-        if settings.lambda2:
-            for part, share in self.learner.parts(len(images)):
-                value = self.curvature_gradient(images[part], labels[part], g)
-                h = (value if share == 1 else value.mul_(share)) if h is None else h.add_(value, alpha=share)
-        slopes = fk.subspace_gradient(
-            total, self.previous, self.current, self.direction,
-            **self.random, gradient2=h, scale2=-2 * settings.lambda2,
-        )  # fmt: skip
+        if self.objective.relative_step is None:
+            self.objective.choose_step(images, labels, self.slopes)
+        teacher = None if self.teacher is None else self.teacher[:, rows.to(self.teacher.device, non_blocking=True)]
+        gradient, terms = self.objective.gradient(images, labels, teacher)
         alpha, beta = self.coefficients.detach().clone()
-        self.coefficients.grad = slopes[:2].to(self.coefficients.dtype)
+        self.coefficients.grad = self.slopes(gradient).to(self.coefficients.dtype)
         self.optimiser.step()
-        terms = {"loss": loss, "L_task": l_task, "gradient_energy": energy, "alpha": alpha, "beta": beta}
-        return terms | ({} if l_pre is None else {"L_pre": l_pre})
+        return terms | {"alpha": alpha, "beta": beta}
 
-    def gradients(self, images: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of L_task and of L_task + lambda1 L_pre at the present theta, both `[n]`, and the two losses (no L_pre
-        without a teacher)."""
-        flat, backbone, lambda1 = self.learner.flat, self.learner.backbone, self.settings.lambda1
-        parts = self.learner.parts(len(images))
-        g = total = torch.zeros(0)
-        l_task, l_pre = flat.gradient.new_zeros(()), flat.gradient.new_zeros(())
-        for number, (part, share) in enumerate(parts):
-            flat.zero_grad()
-            if self.teacher is None:
-                task = self.task_loss(backbone(images[part]), labels[part]) * share
-                task.backward()
-            else:
-                features, tokens = backbone.class_tokens(images[part])
-                pre = consistency(tokens, self.teacher[:, rows[part].to(tokens.device)], self.weights) * share
-                task = self.task_loss(features, labels[part]) * share
-                task.backward(retain_graph=True)
-                l_pre += pre.detach()
-            l_task += task.detach()
-            g = flat.gradient.clone() if number == 0 else g.add_(flat.gradient)
-            if self.teacher is not None:
-                (lambda1 * pre).backward()  # accumulates: flat.gradient is that of both
-            if len(parts) == 1:
-                return g, flat.gradient, l_task, None if self.teacher is None else l_pre
-            total = flat.gradient.clone() if number == 0 else total.add_(flat.gradient)
-        return g, total, l_task, None if self.teacher is None else l_pre
+    def slopes(self, gradient: Tensor) -> Tensor:
+        """`[2]`: the products of a gradient `[n]` with d and P."""
+        return fk.subspace_gradient(gradient, self.previous, self.current, self.direction, **self.random)[:2]
 
     def finish(self) -> None:
         """theta_t <- theta(alpha, beta)."""
@@ -246,9 +188,13 @@ class Search(Phase):
 
     def tensors(self) -> dict[str, Tensor]:
         own = {"current": self.current, "coefficients": self.coefficients.detach()}
+        if self.objective.relative_step is not None:
+            own["curvature_step"] = torch.tensor(self.objective.relative_step, dtype=torch.float64)
         return own | optimiser_tensors(self.optimiser)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.current.copy_(tensors["current"])
         self.coefficients.data.copy_(tensors["coefficients"])
+        if "curvature_step" in tensors:
+            self.objective.relative_step = float(tensors["curvature_step"])
         load_optimiser(self.optimiser, tensors)
