@@ -201,6 +201,7 @@ def run(config: Any) -> int:
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
             matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]
             starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
+            starting["templates"] = list(scenario.dataset.templates)
             del learner
         for number, run in enumerate(runs):
             record = records[number]

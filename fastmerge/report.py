@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from fastmerge.data.prompts import CONTINUAL_CLIP
 from fastmerge.flags import DEFAULT_TASKS
 from fastmerge.results import METRICS
 
@@ -79,14 +80,19 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
 
 
-def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, float | None] | None) -> list[list[str]]:
-    """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more)."""
+def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> list[list[str]]:
+    """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more).
+
+    The starting model used zero-shot under Continual-CLIP's prompt is that method (arXiv 2210.03114), and named so.
+    """
     columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
     rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
     if zero_shot:
         shown = {"final_accuracy", "aaa"}
         values = [number([zero_shot[key] if key in shown else None]) for key in columns.values()]
-        rows.append(["zero-shot", "", *values, *[""] * 5])
+        continual_clip = tuple(zero_shot.get("templates") or ()) in CONTINUAL_CLIP
+        name = "zero-shot (Continual-CLIP)" if continual_clip else "zero-shot"
+        rows.append([name, "", *values, *[""] * 5])
     for method, seeds in methods.items():
         results = list(seeds.values())
         rows.append(
