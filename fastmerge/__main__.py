@@ -205,6 +205,7 @@ def run(config: Any) -> int:
                 _, within = accuracies_within(learner, tests, rows[-1], own)
                 matrix = [within] * len(within)
                 starting["also"] = {OWN: metrics(matrix, counts) | {"accuracy_matrix": matrix}}
+            starting["templates"] = list(scenario.dataset.templates)
             del learner
         for number, run in enumerate(runs):
             record = records[number]

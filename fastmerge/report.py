@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastmerge import presets
+from fastmerge.data.prompts import CONTINUAL_CLIP
 from fastmerge.flags import DEFAULT_TASKS
 from fastmerge.results import METRICS
 
@@ -86,6 +87,7 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
     """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more).
 
     If tasks are data sets, the mean over tasks has a column too: it is what the papers on merging report.
+    The starting model used zero-shot under Continual-CLIP's prompt is that method (arXiv 2210.03114), and named so.
     """
     columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
     if any("own classes" in result.get("also", {}) for seeds in methods.values() for result in seeds.values()):
@@ -93,7 +95,9 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
     rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
     if zero_shot:
         shown = {"final_accuracy", "final_accuracy_macro", "aaa"}
-        for name, result in {"zero-shot": zero_shot, **zero_shot.get("also", {})}.items():
+        continual_clip = tuple(zero_shot.get("templates") or ()) in CONTINUAL_CLIP
+        own = "zero-shot (Continual-CLIP)" if continual_clip else "zero-shot"
+        for name, result in {own: zero_shot, **zero_shot.get("also", {})}.items():
             values = [number([result[key] if key in shown else None]) for key in columns.values()]
             rows.append([name if result is zero_shot else f"zero-shot, {name}", "", *values, *[""] * 5])
     for method, seeds in methods.items():

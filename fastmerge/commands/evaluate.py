@@ -177,7 +177,7 @@ def write(out: Path, found: dict[str, Any], names: list[str]) -> list[str]:
 
 def writer(rows: list[tuple]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(rows)
 
     return write

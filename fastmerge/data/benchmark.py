@@ -19,7 +19,7 @@ from fastmerge.data import class_names, prompts
 from fastmerge.data.dataset import Dataset, Origin
 from fastmerge.data.files import data_root
 from fastmerge.data.folder import assemble
-from fastmerge.data.split import by_hash, by_list, digest
+from fastmerge.data.split import Parts, by_hash, by_list, digest
 from fastmerge.data.split_file import read as read_split_file
 from fastmerge.data.tree import ClassFolder, archives, looked_for
 from fastmerge.errors import UserError
@@ -38,7 +38,8 @@ class Place:
 class Images(NamedTuple):
     """What a reader finds. test: None where the layout divides nothing. split: what divides it, in words.
 
-    kind: 'official' or 'folders'. order: the classes in the order of official labels, if that is not the code-point order.
+    kind: 'official', 'folders', 'hash' (our own rule) or the form of a split file.
+    order: the classes in the order of official labels, if that is not the code-point order.
     """
 
     train: list[ClassFolder]
@@ -114,33 +115,18 @@ class Benchmark:
         root = data_root(self.name, root)
         found, others = self.find(root)
         place = Place(found.base, self.domains, test_part if split_file is None else None)
-        images = found.layout.read(place)
-        images = self._known(images, place)
-        kind, order, notes = images.kind, images.order, place.notes
+        images, notes = found.layout.read(place), place.notes
         if split_file is not None:
-            listed = read_split_file(split_file, test_part)
-            (train, test), by_label = by_list(listed, [*images.train, *(images.test or [])], found.base)
-            kind, order, notes = listed.form, by_label or order, [*listed.notes]
-            divided = f"{listed.form} of --split-file {split_file}"
-            if by_label and by_label != images.order and list(by_label) != sorted(by_label):
-                notes.append("the natural order of the classes is that of the labels in the split file")
-        elif images.test is None:
-            train, test = by_hash(images.train)
-            kind = "hash"
-            divided = (
-                f"our own, 20 % of every class by a hash of the file names, digest {digest(test)} (none is published "
-                "with these files; --split-file takes a list)"
-            )
+            notes.clear()  # they are about the split of the layout
+            images = _listed(self._known(images, notes), split_file, test_part, place)
         else:
-            train, test, divided = images.train, images.test, images.split
+            images = _divided(self._known(images, notes))
+        train, test = self._by_domain((images.train, images.test or []), notes)
         if not test:
             raise UserError(
                 f"{found.base}: no class has two images, so none is left for testing. Add images, or give --split-file."
             )
-        train, test = (self._by_domain(part, notes) for part in (train, test))
         present = {f.name for f in (*train, *test)}
-        names = self.names(present)
-        n_train, n_test = (sum(len(f.images) for f in part) for part in (train, test))
         if others:
             notes.append(
                 f"also found, and not used: {', '.join(f'{o.layout.name} in {o.base}' for o in others)}; --data-root with "
@@ -148,6 +134,7 @@ class Benchmark:
             )
         if self.domains and self.domain_of is None:
             notes += _gaps(train, present, self.domains)
+        counts = (sum(len(f.images) for f in train), sum(len(f.images) for f in test))
         return assemble(
             self.name,
             found.base,
@@ -157,10 +144,12 @@ class Benchmark:
             flip=True,
             templates=prompts.templates(self.templates),
             notes=notes,
-            class_names=names,
-            order=order,
+            class_names=self.names(present),
+            order=images.order,
             origin=Origin(
-                f"{found.layout.name}, in {found.base}", divided, self.comparable(len(present), n_train, n_test, kind)
+                f"{found.layout.name}, in {found.base}",
+                images.split,
+                self.comparable(len(present), *counts, images.kind),
             ),
         )
 
@@ -176,7 +165,11 @@ class Benchmark:
         for layout in self.layouts:
             for place in ("", *layout.places):
                 base = folders.resolve(root, place)
-                missing = [need for need in layout.needs if base is None or not folders.has(base, need)]
+                missing = [
+                    " or ".join(need.split("|")[:2])
+                    for need in layout.needs
+                    if base is None or not folders.has(base, need)
+                ]
                 if base is not None and not missing:
                     if not any(_nested(base, f.base) for f in found):
                         found.append(Found(layout, base))
@@ -226,11 +219,11 @@ class Benchmark:
     def _layouts(self) -> str:
         return "Supported layouts:" + "".join(f"\n  {layout.shape} ({layout.name})" for layout in self.layouts)
 
-    def _known(self, images: Images, place: Place) -> Images:
+    def _known(self, images: Images, notes: list[str]) -> Images:
         """Check the folder names against the data set's own, and give domains their usual names."""
         every = [*images.train, *(images.test or [])]
         if self.synsets is not None and (strange := sorted({f.name for f in every} - self.synsets())):
-            place.notes.append(
+            notes.append(
                 f"{len(strange)} class folders are not among the {self.classes} classes of {self.title}: "
                 f"{', '.join(strange[:5])}"
             )
@@ -241,19 +234,46 @@ class Benchmark:
 
         return images._replace(train=named(images.train), test=None if images.test is None else named(images.test))
 
-    def _by_domain(self, part: list[ClassFolder], notes: list[str]) -> list[ClassFolder]:
-        """`part` with the images of a folder sorted into domains by their file names, if all of them have one."""
-        if self.domain_of is None:
-            return part
-        found: dict[tuple[str, int], list[str]] = {}
-        for i, folder in enumerate(part):
-            for image in folder.images:
-                domain = self.domain_of(image)
-                if domain is None:
-                    notes.append(f"{folder.path}/{image} is not named after a domain, so there are no domains")
-                    return part
-                found.setdefault((domain, i), []).append(image)
-        return [part[i]._replace(domain=domain, images=images) for (domain, i), images in sorted(found.items())]
+    def _by_domain(self, parts: Parts, notes: list[str]) -> Parts:
+        """`parts` with the images of a folder sorted into domains by their file names, if all images are named so."""
+        domain_of = self.domain_of
+        if domain_of is None:
+            return parts
+        for folder in (*parts[0], *parts[1]):
+            if other := next((image for image in folder.images if domain_of(image) is None), None):
+                notes.append(f"{folder.path}/{other} is not named after a domain, so there are no domains")
+                return parts
+
+        def divided(part: list[ClassFolder]) -> list[ClassFolder]:
+            found: dict[tuple[str, int], list[str]] = {}
+            for i, folder in enumerate(part):
+                for image in folder.images:
+                    found.setdefault((domain_of(image) or "", i), []).append(image)
+            return [part[i]._replace(domain=domain, images=images) for (domain, i), images in sorted(found.items())]
+
+        return divided(parts[0]), divided(parts[1])
+
+
+def _listed(images: Images, file: str, test_part: str | None, place: Place) -> Images:
+    """`images` divided by a split file, whose labels, if it has some, give the order of the classes."""
+    listed = read_split_file(file, test_part)
+    (train, test), order = by_list(listed, [*images.train, *(images.test or [])], place.base)
+    place.notes += listed.notes
+    if order and order != images.order and list(order) != sorted(order):
+        place.notes.append("the natural order of the classes is that of the labels in the split file")
+    return Images(train, test, listed.form, f"{listed.form} of --split-file {file}", order or images.order)
+
+
+def _divided(images: Images) -> Images:
+    """`images`, divided by our own rule where the layout divides nothing."""
+    if images.test is not None:
+        return images
+    train, test = by_hash(images.train)
+    split = (
+        f"our own, 20 % of every class by a hash of the file names, digest {digest(test)} (none is published with these "
+        "files; --split-file takes a list)"
+    )
+    return Images(train, test, "hash", split, images.order)
 
 
 def usual_domain(name: str, domains: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import data_root
+from fastmerge.data.tree import archives
 from fastmerge.errors import UserError
 
 _KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
@@ -55,7 +56,7 @@ def _load(name: str, source: type[CIFAR10], root: str | None, download: bool) ->
     if folder is None and not download:
         raise UserError(
             f"data set {name!r} not found: looked for the files {', '.join(files)} in {usual} and in {root}. "
-            "Pass --download to fetch it, or --data-root DIR, the folder that contains it."
+            f"Pass --download to fetch it, or --data-root DIR, the folder that contains it.{archives([root])}"
         )
     # torchvision joins root, base_folder and file name, so a parent and a folder name select any folder.
     parent, own = os.path.split(os.path.abspath(folder or usual))

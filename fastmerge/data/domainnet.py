@@ -12,6 +12,7 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 SHORT = ("clip", "info", "paint", "quick")  # DomainBed's names of the first four
 TELL = ("infograph", "quickdraw", "info", "quick")  # the other domains are in other data sets too
 PLACES = ("domainnet", "domain_net")
+LISTS = "|".join(f"{folder}/{domain}_{{0}}.txt" for folder in ("image_list", "splits") for domain in DOMAINS)
 DOMAINNET = Benchmark(
     "domainnet",
     "DomainNet",
@@ -26,12 +27,12 @@ DOMAINNET = Benchmark(
             tells=either(DOMAINS, "{}_train.txt"),
         ),
         Layout(
-            "Transfer-Learning-Library's",
-            "domainnet/{<domain>/<class>/<image>, image_list/<domain>_train.txt, image_list/<domain>_test.txt}",
+            "lists in a folder (Transfer-Learning-Library, Dassl)",
+            "domainnet/{<domain>/<class>/<image>, {image_list,splits}/<domain>_train.txt, .../<domain>_test.txt}",
             PLACES,
-            (either(DOMAINS), either(DOMAINS, "image_list/{}_train.txt"), either(DOMAINS, "image_list/{}_test.txt")),
-            lists("image_list"),
-            tells=either(DOMAINS, "image_list/{}_train.txt"),
+            (either(DOMAINS), LISTS.format("train"), LISTS.format("test")),
+            lists("image_list", "splits"),
+            tells=LISTS.format("train"),
         ),
         Layout(
             "MagMax's and CMM's conversion",

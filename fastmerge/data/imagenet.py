@@ -13,7 +13,7 @@ import os
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.files import data_root, listing
 from fastmerge.data.folder import assemble
-from fastmerge.data.tree import class_folders, find_parts, looked_for
+from fastmerge.data.tree import archives, class_folders, find_parts, looked_for
 from fastmerge.data.wordnet import class_names
 from fastmerge.errors import UserError
 
@@ -80,4 +80,5 @@ def _find(root: str) -> tuple[str, tuple[str, str]]:
             looked.append(f"{folder} (no such folder)")
         elif parts := find_parts(folder, looked, [], tests=("val",), layouts=LAYOUT):
             return folder, parts
-    raise UserError(f"data set 'imagenet1k' not found. {looked_for(looked)}\n{LAYOUT}")
+    packed = archives([root, *(os.path.join(root, base) for base in BASES)])
+    raise UserError(f"data set 'imagenet1k' not found. {looked_for(looked)}\n{LAYOUT}{packed}")

@@ -300,7 +300,10 @@ def _warnings(dataset: Dataset) -> list[str]:
     names, found = dataset.class_names, []
     counts = np.bincount(dataset.test.labels, minlength=len(names))
     if few := [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < FEW_TEST_IMAGES)]:
-        found.append(f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images: {some(few)}")
+        found.append(
+            f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images, so the mean over images (micro) and the mean "
+            f"over tasks (macro) can differ: {some(few)}"
+        )
     if double := [name for name, count in Counter(names).items() if count > 1]:
         found.append(
             f"{len(double)} names belong to several classes each, which a text head cannot tell apart: {some(double)}"

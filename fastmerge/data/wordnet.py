@@ -20,6 +20,7 @@ def subset(name: str) -> list[str]:
     return _list(f"{name}_synsets.txt")
 
 
+@cache
 def lemmas() -> dict[str, list[str]]:
     """wnid -> the words of WordNet for it."""
     pairs = (line.split("\t") for line in _list("imagenet_synset_to_lemma.txt"))

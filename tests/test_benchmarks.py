@@ -1,0 +1,363 @@
+"""Published data sets: every layout of every one. Oracle: the names that the tests plant.
+
+pytest tests/test_benchmarks.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from image_trees import write_tree
+from published_trees import (
+    BIRDS,
+    MODELS,
+    RENDITIONS,
+    TREES,
+    WNIDS,
+    both,
+    cars,
+    cub,
+    domainnet,
+    everything,
+    images,
+    pacs,
+    plant,
+)
+
+from fastmerge.data import DATASETS, load_dataset, wordnet
+from fastmerge.data.recognise import BENCHMARKS
+from fastmerge.data.scenario import build_scenario
+from fastmerge.errors import UserError
+
+LAYOUTS = [(benchmark.name, layout.name) for benchmark in BENCHMARKS for layout in benchmark.layouts]
+SLOWLY_MADE = {("cars", "official")}  # needs .mat files; tested below
+
+
+def error_of(*args, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        load_dataset(*args, **options)
+    return str(caught.value)
+
+
+def listed(data):
+    """(file, class name, domain) of the train and of the test images."""
+    return [
+        sorted(
+            (image, data.class_names[label], data.domain_names[domain])
+            for image, label, domain in zip(split.ids, split.labels, split.domains, strict=True)
+        )
+        for split in (data.train, data.test)
+    ]
+
+
+def test_every_data_set_is_in_the_table_and_every_layout_has_a_tree():
+    assert {b.name for b in BENCHMARKS} <= set(DATASETS)
+    assert set(TREES) | SLOWLY_MADE == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name, layout", TREES, ids=str)
+def test_layout(tmp_path, name, layout):
+    tree, class_names, domains, train, test = TREES[name, layout]
+    plant(tmp_path, tree)
+    before = everything(tmp_path)
+    data = load_dataset(name, tmp_path)
+    assert everything(tmp_path) == before
+    assert (data.name, data.class_names, data.domain_names) == (name, class_names, domains)
+    assert (len(data.train), len(data.test)) == (train, test)
+    assert data.origin.layout.startswith(f"{layout}, in {tmp_path}")
+    assert all((tmp_path / data.origin.layout.partition(", in ")[2] / image).is_file() for image in data.train.ids)
+    assert not {*data.train.ids} & {*data.test.ids} and data.flip
+    for image, class_name, domain in sum(listed(data), []):  # every label is that of the file's own path
+        path = image.lower().replace("_", " ")
+        if len(domains) > 1 and name != "imagenet-r":
+            assert domain.lower().replace("_", " ")[:4] in path
+        if name not in ("imagenet-r", "imagenet-a", "tiny-imagenet") and "cars_" not in image:
+            assert class_name.lower().replace("/", "-").replace("_", " ") in path
+    root = tmp_path / data.origin.layout.partition(", in ")[2]
+    again = load_dataset(name, root)  # the folder itself as the root, from which ids are relative
+    assert listed(again) == listed(data)
+
+
+@pytest.mark.parametrize("known", BENCHMARKS, ids=lambda b: b.name)
+def test_nothing_found_says_where_it_looked_and_what_is_nearest(tmp_path, known):
+    message = error_of(known.name, tmp_path)
+    for layout in known.layouts:
+        assert layout.shape in message and layout.name in message
+        assert all(f"{tmp_path}/{place}" in message for place in layout.places)
+    (tmp_path / known.layouts[0].places[0]).mkdir(parents=True)
+    assert f"Nearest: {known.layouts[0].name} in {tmp_path}" in error_of(known.name, tmp_path)
+
+
+def test_archives_are_named_with_the_command_that_unpacks_them(tmp_path):
+    (tmp_path / "images of cub.tgz").touch()
+    (tmp_path / "cars.zip").touch()
+    for name in ("cub200", "folder", "imagenet1k", "cifar100"):
+        message = error_of(name, tmp_path)
+        assert f"tar -xf '{tmp_path}/images of cub.tgz' -C {tmp_path}" in message
+        assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in message
+
+
+def test_cub_needs_its_lists_to_agree(tmp_path):
+    plant(tmp_path, cub())
+    labels = tmp_path / "CUB_200_2011/image_class_labels.txt"
+    labels.write_text(labels.read_text().replace("2 1\n", "2 2\n"))
+    assert "images.txt, image 2: 001.Black_footed_Albatross has label 2 here, but 1 before" in error_of(
+        "cub200", tmp_path
+    )
+    labels.write_text("1 1\n")
+    assert "image 2: expected a class in image_class_labels.txt" in error_of("cub200", tmp_path)
+    (tmp_path / "CUB_200_2011/train_test_split.txt").unlink()
+    assert "which lacks train_test_split.txt" in error_of("cub200", tmp_path)
+
+
+def test_counts_tell_the_official_cub_from_the_other_split():
+    cub200 = next(b for b in BENCHMARKS if b.name == "cub200")
+    assert "CMM" in cub200.comparable(200, 5994, 5794, "official").partition("not with")[0]
+    assert "P&M" in cub200.comparable(200, 9430, 2358, "folders").partition("not with")[0]
+    assert cub200.comparable(200, 5994, 5793, "official").startswith("no published result")
+    assert "100 of 200 classes" in cub200.comparable(100, 5994, 5794, "official")
+
+
+@pytest.mark.parametrize("known", BENCHMARKS, ids=lambda b: b.name)
+def test_published_counts_are_said_only_for_the_split_they_belong_to(known):
+    for p in known.published:
+        kinds = p.kinds or ("official", "folders")
+        assert all(known.comparable(known.classes, p.train, p.test, k) for k in kinds)
+        assert known.comparable(known.classes, p.train, p.test, kinds[0]) == p.who
+        if p.kinds:
+            assert known.comparable(known.classes, p.train, p.test, "hash").startswith("no published")
+
+
+def test_official_cars(tmp_path):
+    data = load_dataset("cars", cars(tmp_path))
+    assert data.class_names == MODELS and "official" in data.origin.layout and len(data.templates) == 8
+    train = {image: name for image, name, _ in listed(data)[0]}
+    assert train["cars_train/00003.jpg"] == "Ram C/V Cargo Van Minivan 2012" and len(train) == len(data.test) == 6
+    (tmp_path / "stanford_cars/cars_test/00002.jpg").unlink()
+    assert "cars_test/00002.jpg does not exist" in error_of("cars", tmp_path)
+    (tmp_path / "stanford_cars/devkit/cars_meta.mat").write_bytes(b"no mat")
+    assert "cars_meta.mat cannot be read" in error_of("cars", tmp_path)
+
+
+@pytest.mark.parametrize("slash", ["-", "_", " ", "", "/"])
+def test_the_car_with_a_slash_in_its_name(tmp_path, slash):
+    plant(tmp_path, both("{part}/{}", [f"Ram C{slash}V Cargo Van Minivan 2012", MODELS[0]]))
+    data = load_dataset("cars", tmp_path)
+    assert data.class_names == (MODELS[0], MODELS[2])
+
+
+def test_a_domain_that_lacks_a_class_shifts_no_label(tmp_path):
+    data = load_dataset("domainnet", plant(tmp_path, domainnet()))
+    assert any("quickdraw has no training image of 1 classes: airplane" in note for note in data.notes)
+    assert data.class_names[data.train.labels[data.train.domains == 3].min()] == "The Eiffel Tower"
+    assert data.keys == ("airplane", "The_Eiffel_Tower", "train")  # the order of the lists' labels
+    scenario = build_scenario(data, "dil", None, "natural")
+    assert [len(task.train) for task in scenario.tasks] == [6, 6, 6, 4, 6, 6]
+
+
+def test_domains_that_are_not_on_disk_are_left_out_of_the_lists(tmp_path):
+    tree = {path: text for path, text in domainnet().items() if not path.startswith("domainnet/real/")}
+    data = load_dataset("domainnet", plant(tmp_path, tree))
+    assert "real" not in data.domain_names and any(note.startswith("only 5 of the 6 domains") for note in data.notes)
+
+
+def test_the_fifteen_renditions_are_the_domains(tmp_path):
+    data = load_dataset("imagenet-r", plant(tmp_path, both("imagenet-r/{part}/{}", WNIDS, names=RENDITIONS)))
+    assert all(domain in image for image, _, domain in listed(data)[0])
+    assert [task.name for task in build_scenario(data, "dil", None, "natural").tasks] == list(data.domain_names)
+    plant(tmp_path, {f"imagenet-r/train/{WNIDS[0]}/photo_1.jpg": None})
+    data = load_dataset("imagenet-r", tmp_path)
+    assert data.domain_names == ("imagenet-r",) and any("photo_1.jpg is not named after" in n for n in data.notes)
+
+
+def test_all_folders_of_the_readme_become_wnids(tmp_path):
+    """MagMax's conversion renames all 200 folders after the README; where it is gone, WordNet's own words do."""
+    wnids = wordnet.subset("imagenet_r")
+    names = {wnid: f"name_{i}" for i, wnid in enumerate(wnids)}
+    plant(tmp_path / "a", both("imagenet-r/{part}/{}", names.values(), names=["art_0.jpg"]))
+    assert any("neither wnids nor names" in n for n in load_dataset("imagenet-r", tmp_path / "a").notes)
+    readme = "ImageNet-R(endition)\n\n" + "".join(f"{wnid} {name}\n" for wnid, name in names.items())
+    plant(tmp_path / "a", {"imagenet-r/README.txt": readme})
+    assert load_dataset("imagenet-r", tmp_path / "a").keys == tuple(wnids)
+    lemmas = wordnet.lemmas()
+    words = {wnid: lemmas[wnid][0].replace(" ", "_") for wnid in wnids if wnid != "n03495258"}  # there are two harps
+    plant(tmp_path / "b", both("imagenet-r/{part}/{}", words.values(), names=["art_0.jpg"]))
+    assert load_dataset("imagenet-r", tmp_path / "b").keys == tuple(words)
+
+
+def test_own_split_depends_on_names_only_and_is_stratified(tmp_path):
+    classes = {w: [f"misc_{k}.jpg" for k in range(n)] for w, n in zip(WNIDS, (10, 5, 1), strict=True)}
+    for w, names in classes.items():
+        plant(tmp_path / "here", images(f"imagenet-r/{w}", names=names))
+        plant(tmp_path / "there/imagenet-rendition", images(f"imagenet-r/{w}", names=reversed(names)))
+    here, there = (load_dataset("imagenet-r", tmp_path / place) for place in ("here", "there"))
+    assert listed(here) == listed(there) and np.bincount(here.test.labels).tolist() == [2, 1]
+    digest = here.origin.split.partition("digest ")[2][:12]
+    assert len(digest) == 12 and digest in there.origin.split
+    assert digest in build_scenario(here, "cil", 1).manifest()["origin"]["split"]
+    plant(tmp_path / "here", images(f"imagenet-r/{WNIDS[0]}", names=[f"misc_{k}.jpg" for k in range(10, 20)]))
+    more = load_dataset("imagenet-r", tmp_path / "here")
+    assert digest not in more.origin.split and "no published result" in more.origin.comparable
+
+
+def test_own_split_of_domains_is_by_domain_and_class(tmp_path):
+    tree = images(
+        *(f"{d}/images/{c}" for d in ("amazon", "dslr") for c in ("bike", "mug")), names=[f"{k}.jpg" for k in range(10)]
+    )
+    data = load_dataset("office31", plant(tmp_path, tree))
+    assert np.bincount(data.test.labels * 2 + data.test.domains).tolist() == [2, 2, 2, 2]
+
+
+CHOSEN = {"train": [f"{w}/{r}" for w in WNIDS for r in RENDITIONS[:3]], "test": [f"{w}/{RENDITIONS[3]}" for w in WNIDS]}
+
+
+def write_list(folder, form: str):
+    """`CHOSEN` in one of the published forms; returns what is given as --split-file."""
+    folder.mkdir()
+    if form == "JSON":
+        (folder / "s.json").write_text(json.dumps(CHOSEN))
+        return folder / "s.json"
+    if form == "lines":
+        (folder / "s.txt").write_text("".join(f"{part} {path}\n" for part, paths in CHOSEN.items() for path in paths))
+        return folder / "s.txt"
+    if form == "text with sections":  # RAPF, with its stray line
+        text = "train\n" + "\n".join(CHOSEN["train"]) + "\nn02437616/test_img_R.py\ntest\n" + "\n".join(CHOSEN["test"])
+        (folder / "imgr_train_test_split.txt").write_text(text)
+        return folder / "imgr_train_test_split.txt"
+    if form == "CoOp JSON":
+        both = {part: [[p, WNIDS.index(p[:9]), p[:9]] for p in paths] for part, paths in CHOSEN.items()}
+        (folder / "split_zhou.json").write_text(json.dumps(both | {"val": [["n01443537/videogame_12.jpg", 0, "x"]]}))
+        return folder / "split_zhou.json"
+    for part, paths in CHOSEN.items():
+        prefixed = [f"data/imagenet-r/{'test' if k % 2 else 'train'}/{path}" for k, path in enumerate(paths)]
+        labels = [2 - WNIDS.index(path[:9]) for path in paths]  # another order than that of the wnids
+        if form == "YAML lists":  # CODA-Prompt; the prefix says another part than the list
+            lines = ["data:", *(f"- {p}" for p in prefixed), "targets:", *(f"- {k}" for k in labels)]
+            (folder / f"imagenet-r_{part}.yaml").write_text("\n".join(lines))
+        else:
+            (folder / f"imagenet-r_{part}.txt").write_text(
+                "".join(f"{p} {k}\n" for p, k in zip(prefixed, labels, strict=True))
+            )
+    return folder / f"imagenet-r_train.{'yaml' if form == 'YAML lists' else 'txt'}"
+
+
+FORMS = ("JSON", "lines", "text with sections", "CoOp JSON", "YAML lists", "path label lists")
+
+
+@pytest.mark.parametrize("copy", ["official", "LAMDA zip", "MagMax's and CMM's conversion"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_published_list_divides_any_copy(tmp_path, form, copy):
+    """CoOp's, CODA-Prompt's, RAPF's ... list on a copy whose folders, parts and prefix differ from the list's."""
+    tree = TREES["imagenet-r", copy][0]
+    if copy != "official":  # no image may be in two parts
+        tree = {path: None for path in tree if ("train" in path) == (RENDITIONS.index(path.rpartition("/")[2]) != 1)}
+    plant(tmp_path / "data", tree)
+    data = load_dataset("imagenet-r", tmp_path / "data", split_file=str(write_list(tmp_path / "list", form)))
+    names = {w: name for w, name in wordnet.class_names().items() if w in WNIDS}
+    found = [{(name, image.rpartition("/")[2]) for image, name, _ in part} for part in listed(data)]
+    assert found == [{(names[p[:9]], p[10:]) for p in CHOSEN[part]} for part in ("train", "test")]
+    turned = form in ("YAML lists", "path label lists")  # the natural order is that of the list's labels
+    assert data.keys == (WNIDS[::-1] if turned else WNIDS)
+    assert (form if form != "lines" else "text") in data.origin.split
+    assert any("left out, such as n02437616/test_img_R.py" in n for n in data.notes) == (form == "text with sections")
+    assert any("of val are left out" in n for n in data.notes) == (form == "CoOp JSON")
+
+
+@pytest.mark.parametrize("name, layout", [key for key in TREES if key[0] in ("cub200", "domainnet", "pacs")], ids=str)
+def test_the_numbered_files_and_folders_of_lists_as_split_files(tmp_path, name, layout):
+    source = {"cub200": cub, "domainnet": domainnet, "pacs": pacs}[name]()
+    plant(tmp_path / "lists", {path: text for path, text in source.items() if text is not None})
+    images_of = {"cub200": "CUB_200_2011/images", "domainnet": "domainnet", "pacs": "PACS/kfold"}[name]
+    alone = {path: None for path in source if path.startswith(images_of) and path.endswith("jpg")}
+    plant(tmp_path / "data", alone)
+    lists = tmp_path / "lists" / images_of.split("/")[0]
+    data = load_dataset("folder", tmp_path / "data", split_file=str(lists))
+    official = load_dataset(name, plant(tmp_path / "official", source))
+    ends = [[[("/".join(i.split("/")[-3:]), c) for i, c, _ in part] for part in listed(d)] for d in (data, official)]
+    short = [[[(i.split("/")[-2:], c) for i, c in part] for part in d] for d in ends]
+    assert short[0] == short[1] and data.class_names == official.class_names
+
+
+def test_test_part(tmp_path):
+    plant(tmp_path, both("{part}/{}", BIRDS) | images(*(f"val/{b}" for b in BIRDS), names=["9.jpg"]))
+    assert len(load_dataset("cub200", tmp_path).test) == 6
+    assert load_dataset("cub200", tmp_path, test_part="val").test.ids == [
+        "val/001.Black_footed_Albatross/9.jpg",
+        "val/002.Laysan_Albatross/9.jpg",
+    ]
+    assert "has no such folder for testing. It has: test, val" in error_of("cub200", tmp_path, test_part="valid")
+    assert "not divided" in error_of(
+        "imagenet-r", plant(tmp_path / "r", TREES["imagenet-r", "official"][0]), test_part="val"
+    )
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"train": ["a/0.jpg"], "val": ["a/1.jpg"], "test": ["a/2.jpg"]}))
+    plant(tmp_path / "f", images("a"))
+    for part, image in (("val", "a/1.jpg"), (None, "a/2.jpg")):
+        assert load_dataset("folder", tmp_path / "f", split_file=str(file), test_part=part).test.ids == [image]
+    assert "has no such part. It has: test, val" in error_of(
+        "folder", tmp_path / "f", split_file=str(file), test_part="valid"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda y: y.replace("sketch_0.jpg", "sketch_9.jpg", 1),
+            ["data[2]", "does not exist", "a prefix does not matter"],
+        ),
+        (lambda y: y.replace("targets:\n- 2", "targets:\n- 1"), ["is n01443537", "Correct the list"]),
+        (lambda y: y.replace("targets:\n- 2\n", "targets:\n"), ["9 paths in data and 8 labels"]),
+        (lambda y: "data: [", ["is not YAML"]),
+        (lambda y: y.replace("art_1", "art_0", 1), ["data[1]", "twice"]),
+    ],
+)
+def test_damaged_lists(tmp_path, change, says):
+    plant(tmp_path / "data", TREES["imagenet-r", "official"][0])
+    file = write_list(tmp_path / "list", "YAML lists")
+    file.write_text(change(file.read_text()))
+    message = error_of("imagenet-r", tmp_path / "data", split_file=str(file))
+    assert all(part in message for part in [str(file), *says]), message
+
+
+def test_a_list_without_its_other_part(tmp_path):
+    plant(tmp_path / "data", TREES["imagenet-r", "official"][0])
+    file = write_list(tmp_path / "list", "YAML lists")
+    (tmp_path / "list/imagenet-r_test.yaml").unlink()
+    assert "no image for test" in error_of("imagenet-r", tmp_path / "data", split_file=str(file))
+    os.rename(file, tmp_path / "list/mine.yaml")
+    assert "does not say train or test" in error_of(
+        "imagenet-r", tmp_path / "data", split_file=str(tmp_path / "list/mine.yaml")
+    )
+    assert "folder without lists" in error_of("imagenet-r", tmp_path / "data", split_file=str(tmp_path))
+
+
+# How `--dataset folder` tells each layout: by an error, or, where it can read the tree, by a note
+@pytest.mark.parametrize("name, layout", TREES, ids=str)
+def test_folder_names_the_flag(tmp_path, name, layout):
+    root = plant(tmp_path, TREES[name, layout][0])
+    base = load_dataset(name, root).origin.layout.partition(", in ")[2]
+    try:
+        told = " ".join(load_dataset("folder", base).notes)
+    except UserError as error:
+        told = str(error)
+        assert f"--dataset {name} --data-root {base} reads it" in error_of("folder", root)
+    generic = ("MagMax's and CMM's conversion", "copy by class")  # `images_train_test` and the like say nothing
+    assert f"--dataset {name} reads it" in told or layout in generic
+
+
+def test_the_200_wnids_of_a_set_are_known_whatever_the_folder_is_called(tmp_path):
+    for name, synsets in (("imagenet-r", "imagenet_r"), ("imagenet-a", "imagenet_a")):
+        root = plant(tmp_path / f"set{name[-1]}", both("{part}/{}", wordnet.subset(synsets), names=["misc_0.jpg"]))
+        assert any(f"--dataset {name} reads it" in note for note in load_dataset("folder", root).notes)
+
+
+def test_images_are_read(tmp_path):
+    root = write_tree(tmp_path, *(f"{d}/images/mug" for d in ("amazon", "dslr", "webcam")), images=3, suffix=".jpg")
+    data = load_dataset("office31", root)
+    pixels, good = data.train.read(np.arange(len(data.train)), 8, torch.device("cpu"))
+    assert pixels.shape == (6, 3, 8, 8) and good.all() and len(data.train.contents()) == 64
