@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as stop:  # --help
             code = int(stop.code or 0)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if not rank() or type(error).__name__ == "RankLost":  # rank 0 found the same
+                print(f"error: {error}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             code = unexpected(error, config)
         finally:
+            leave()
             gc.unfreeze()  # `run` froze objects; without this, extension modules report leaks at exit
         if out is not None:
             out.flush()
@@ -65,6 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"error: standard output cannot be written ({out.lost.strerror}){where}", file=sys.stderr)
                 code = 2
     return code
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def leave() -> None:
+    """Leave the other processes of the command, if there are any."""
+    if "fastmerge.ranks" in sys.modules:
+        sys.modules["fastmerge.ranks"].end()
 
 
 def split_word(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -104,13 +117,14 @@ def run(config: Any) -> int:
     from fastmerge.evaluate import accuracies_within, metrics, zero_shot
     from fastmerge.identity import determinants
     from fastmerge.loop import OWN, Images, candidates, learn, own_classes
-    from fastmerge.machine import environment
+    from fastmerge.machine import choose_device, environment
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
     from fastmerge.models.saved import model_tensors, recipe
     from fastmerge.page import page
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
+    from fastmerge.ranks import begin
     from fastmerge.report import (
         below,
         comparison,
@@ -129,11 +143,13 @@ def run(config: Any) -> int:
     gc.collect()
     gc.freeze()  # imported objects stay alive; otherwise the collection before every task spends 0.3 s on them
 
-    console = Console(config.run.quiet)
+    group = begin(choose_device(config.run.device))
+    console = Console(config.run.quiet or group.rank > 0)
     for spec in config.training.method:
         read_method(spec, config)  # reports a wrong name before any data is read
-    kinds = wanted(config)
-    setup = Setup(config, console.encoding)
+    kinds = wanted(config) if group.rank == 0 else []
+    with group.first():
+        setup = Setup(config, console.encoding)
     config, scenario, cache, seeds = setup.config, setup.scenario, setup.cache, config.training.seeds
     runs = plan(config, scenario, setup.earlier)
     for run in runs:  # before anything is trained or written
@@ -167,6 +183,7 @@ def run(config: Any) -> int:
         Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label, run.scenario) for run in runs
     ]
     starting: dict[str, Any] | None = None
+    busy: list[str] = []  # runs that another process works on
 
     def write() -> Any:
         """Write the results of all finished runs of the folder, those of other commands too. Return them, their table, and
@@ -210,7 +227,12 @@ def run(config: Any) -> int:
         for number, run in enumerate(runs):
             record = records[number]
             console.next_run(number)
-            if results[number] is None:
+            claim = "finished" if results[number] is not None else folder.claim(record.folder.name)
+            if claim == "busy":
+                busy.append(record.folder.name)
+                console.skip(number)
+                console.line(f"{run.label} seed {run.seed}: another process works on it")
+            elif claim == "claimed":
                 kind = METHODS[run.method]
                 learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
                 method = kind.build(learner, trajectories[number], run.protocol)
@@ -237,9 +259,12 @@ def run(config: Any) -> int:
                 kept = method.state_dict()
                 about = recipe(learner, features, run.scenario, len(names) - 1, **about) | {"kept": sorted(kept)}
                 record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about, kept)
-                write()
+                folder.release(record.folder.name)
+                with folder.changing():
+                    write()
                 del learner, method
             else:
+                console.skip(number)
                 console.line(f"{run.label} seed {run.seed}: already finished")
     except Interrupted:
         console.close()
@@ -255,17 +280,28 @@ def run(config: Any) -> int:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
-    for trajectory in trajectories:
-        if config.training.keep_trajectory:
-            trajectory.keep()
-        trajectory.delete()
-    every, table, lines = write()
-    draw(folder.path / "plots", every, starting)
-    save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))
+    with folder.changing():
+        alone = not busy and folder.alone()
+        for trajectory in trajectories:
+            if config.training.keep_trajectory:
+                trajectory.keep()
+            if alone:
+                trajectory.delete()
+        if busy and not finished(folder.path):
+            raise UserError(
+                f"--run-dir {folder.path}: other processes work on all of these runs: {', '.join(busy)}; wait"
+            )
+        every, table, lines = write()
+        draw(folder.path / "plots", every, starting)
+        save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))
+    if group.rank:
+        return 0
     console.table(table)
     console.line(lines[0])
     for text in lines[1:]:
         warn(text)
+    if busy:
+        console.line(f"not in this table yet: {', '.join(busy)}; the process that finishes them makes the whole one")
     console.line(f"results, plots and models: {folder.path}; all on one page: {folder.path / 'report.html'}")
     return 0
 

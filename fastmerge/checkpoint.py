@@ -19,9 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmerge.errors import UserError
+from fastmerge.ranks import ranks
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], older: Path | None = None) -> int:
+    """`replace` by rank 0, while the other processes of the command wait; returns the bytes that this process wrote."""
+    size = 0 if ranks().rank else replace(path, write, older)
+    ranks().wait()
+    return size
+
+
+def replace(path: Path, write: Callable[[Path], None], older: Path | None = None) -> int:
     """Call `write(temporary)`, then rename the temporary file to `path`; returns the bytes written.
 
     older: a previous file at `path` is moved there.
@@ -52,15 +60,25 @@ def write_atomically(path: Path, write: Callable[[Path], None], older: Path | No
 
 
 def save_text(path: Path, text: str) -> int:
+    return write_atomically(path, text_writer(text))
+
+
+def text_writer(text: str) -> Callable[[Path], None]:
+    """A function that writes `text` to a file."""
+
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    return write_atomically(path, write)
+    return write
 
 
 def save_json(path: Path, values: Any) -> int:
-    """One entry per line, a list of numbers on one line: a matrix has a line per row."""
-    return save_text(path, _lines(values) + "\n")
+    return save_text(path, json_text(values))
+
+
+def json_text(values: Any) -> str:
+    """JSON with one entry per line and a list of numbers on one line: a matrix has a line per row."""
+    return _lines(values) + "\n"
 
 
 def _lines(values: Any, indent: str = "") -> str:

@@ -428,9 +428,10 @@ class TrainingSettings:
 
 @dataclass
 class RunSettings:
-    device: Literal["cpu", "cuda", "auto"] = setting(
+    device: str = setting(
         "auto",
-        "auto: cuda if there is one.",
+        "auto (cuda if there is one) | cpu | cuda | cuda:N. Processes with different devices may share a run folder: each "
+        "takes the next method and seed that no other one works on.",
     )
     run_dir: str = setting(
         "runs",

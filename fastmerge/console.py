@@ -182,6 +182,10 @@ class Console:
     def next_run(self, run: int) -> None:
         self.run = run
 
+    def skip(self, run: int) -> None:
+        """A run that this command does not make."""
+        self.work.remaining[run] = dict.fromkeys(GUESS, 0)
+
     def begin(self, state: State) -> None:
         """Start the current run at `state`."""
         self._clock = time.perf_counter()

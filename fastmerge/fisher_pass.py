@@ -72,10 +72,12 @@ class FisherPass(Phase):
                 found, value = grad_and_value(self.loss)(self.weights, images[part], targets[part])
                 gradient.add_(found, alpha=share)
                 loss += share * value
+            learner.ranks.add_(gradient, loss)
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
         else:
             for part, share in learner.parts(len(images)):
                 loss += share * self.per_image(images[part], targets[part], gradient)
+            learner.ranks.add_(gradient, loss)
             self.fisher.add_(gradient, alpha=1 / self.total)
         return {"loss": loss}
 
@@ -129,7 +131,8 @@ class FisherPass(Phase):
     @torch.no_grad()
     def drawn(self, images: Tensor, i: int) -> Tensor:
         """Draw labels `[b]` from the model's prediction, on the CPU so that the draw does not depend on the device."""
-        chances = self.learner.head(self.learner.backbone(images), self.classes).softmax(1).cpu()
+        learner = self.learner
+        chances = learner.gathered(lambda x: learner.head(learner.backbone(x), self.classes).softmax(1), images).cpu()
         generator = self.learner.generator("fisher", self.task.index, i)
         return torch.multinomial(chances, 1, generator=generator)[:, 0].to(images.device)
 

@@ -22,6 +22,7 @@ from fastmerge.evaluate import accuracies, accuracies_within, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.saved import model_tensors, recipe
+from fastmerge.ranks import ranks
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
 from fastmerge.training import PHASES, Learner, Phase
 
@@ -89,7 +90,7 @@ def learn(
 
     def tick(evaluated: int) -> None:
         console.evaluated(scenario.tasks[state.task], evaluated)
-        if StopRequest.signal is not None:
+        if ranks().any(StopRequest.signal is not None):
             save_if_due()  # evaluation does not change the state in a checkpoint
 
     for task in scenario.tasks[state.task :]:
@@ -125,6 +126,7 @@ def learn(
                     during.clear()
                 phase, saved = None, {}
                 record.flush()  # a loss that is not finite is a better message than the weights
+                learner.ranks.check_same(learner.theta)
                 check_finite(joined(learner=learner.state_dict(), method=method.state_dict()), task, name, record)
                 state.phase, state.step = number + 1, 0
                 save_if_due()

@@ -21,14 +21,27 @@ from fastmerge.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """cpu, cuda, or auto (cuda if there is one).
+    """cpu, cuda, cuda:N, or auto (cuda if there is one). Under torchrun, cuda is this process's own GPU.
 
     Raises:
-        UserError: cuda was requested but is not available.
+        UserError: another name; a GPU that does not exist.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or auto, or check the driver")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu or auto, or check the driver")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.index is not None:
+        if device.index >= count:
+            raise UserError(f"--device {name}: there are {count} CUDA devices, numbered from 0")
+        torch.cuda.set_device(device)
+    return device
 
 
 def _commit() -> str | None:

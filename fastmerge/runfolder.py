@@ -14,13 +14,15 @@ runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per tas
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,14 +30,29 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from fastmerge.checkpoint import load_tensors, save_json, save_tensors, write_atomically
+from fastmerge.checkpoint import (
+    json_text,
+    load_tensors,
+    replace,
+    save_json,
+    save_tensors,
+    text_writer,
+    write_atomically,
+)
 from fastmerge.config import Config, to_dict
 from fastmerge.errors import UserError
 from fastmerge.identity import differences, fingerprint
+from fastmerge.ranks import ranks
 from fastmerge.results import expect, read_json, read_result
 from fastmerge.training import PHASES
 
 STATE = "state.safetensors"
+LOCK = ".lock"  # of the folder: while its files change; of a method and seed: while a command works on it
+try:
+    import fcntl
+except ImportError:  # not a Unix system
+    fcntl = None  # type: ignore[assignment]
+
 FLUSH_STEPS = 20  # steps between host reads of the losses: reading every step would stall a GPU
 
 
@@ -50,8 +67,8 @@ class StopRequest:
 
 
 class RunFolder:
-    """The folder of one command. Opening it locks it, compares what determines the numbers with the files there, and
-    writes the new files. A refused command changes nothing.
+    """The folder of one command. Opening it compares what determines the numbers with the files there, and writes the new
+    files. A refused command changes nothing. Several commands may share a folder: each claims its runs.
 
     determined: see `identity.determinants`. warn(text): called for everything that the user should know.
     """
@@ -65,9 +82,11 @@ class RunFolder:
         warn: Callable[[str], None],
     ):
         self.path, self.determined, self.warn = Path(config.run.run_dir), determined, warn
+        self._claims: dict[str, TextIO] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
+            with self.changing():
+                pass
         except OSError as error:
             raise UserError(
                 f"--run-dir {self.path}: cannot write there ({error}); choose another folder with --run-dir"
@@ -75,16 +94,19 @@ class RunFolder:
         for name in ("config.json", "environment.json", "manifest.json", "results.json", "results.md"):
             expect(self.path / name)
         expect(self.path / "plots", folder=True)
-        runs = self._known_runs()
-        starts = self._starts(environment)
-        save_json(self.path / "manifest.json", manifest | {"determines": determined | {"runs": runs}})
-        save_json(self.path / "config.json", to_dict(config))
-        save_json(self.path / "environment.json", starts)
+        with self.changing():
+            runs = self._known_runs()
+            starts = self._starts(environment)
+            save_json(self.path / "manifest.json", manifest | {"determines": determined | {"runs": runs}})
+            save_json(self.path / "config.json", to_dict(config))
+            save_json(self.path / "environment.json", starts)
 
     def _learned(self, pattern: str = "*-seed*") -> bool:
-        """Whether the folders that match `pattern` contain a checkpoint, a model or a result."""
+        """Whether the folders that match `pattern` contain a checkpoint, a model or a result, or another command works on
+        one of them."""
         return any(
-            path.suffix == ".safetensors" or path.name == "result.json" for path in self.path.glob(f"{pattern}/*")
+            path.suffix == ".safetensors" or path.name == "result.json" or (path.name == LOCK and held(path))
+            for path in self.path.glob(f"{pattern}/*")
         )
 
     def _known_runs(self) -> dict[str, Any]:
@@ -127,24 +149,75 @@ class RunFolder:
                 self.warn(f"since the last start here: {', '.join(moved)}; numbers may differ in their last bits")
         return [*old, {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | environment]
 
-    def _locked(self) -> TextIO:
-        """Lock the folder until this process ends (if the system has file locks)."""
-        file = open(self.path / ".lock", "w")
-        try:
-            import fcntl
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Wait until no other command changes the files of this folder, and keep it so."""
+        if ranks().rank:  # rank 0 holds the lock for all
+            yield
+            return
+        with open(self.path / LOCK, "w") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise UserError(
-                f"--run-dir {self.path}: another fastmerge process uses it; wait, or choose another folder"
-            ) from None
-        return file
+    def claim(self, name: str) -> str:
+        """Claim the run `name` for this command until `release` or its end: 'claimed', 'finished' if it has results now, or
+        'busy' if another command works on it. All processes of this command get the same answer."""
+        answers = ("claimed", "finished", "busy")
+        answer = 0
+        if not ranks().rank:
+            with self.changing():
+                answer = self._claim(name)
+        return answers[ranks().agree(answer)]
+
+    def _claim(self, name: str) -> int:
+        folder, path = self.path / name, self.path / "manifest.json"
+        if (folder / "result.json").exists():
+            return 1
+        folder.mkdir(exist_ok=True)
+        file = open(folder / LOCK, "w")
+        if not lock(file):
+            file.close()
+            return 2
+        self._claims[name] = file
+        manifest = read_json(path, "the manifest.json of this run")
+        if name not in manifest["determines"]["runs"]:  # another command started since, and knew no file of this run
+            manifest["determines"]["runs"][name] = self.determined["runs"][name]
+            replace(path, text_writer(json_text(manifest)))
+        return 0
+
+    def release(self, name: str) -> None:
+        """End the claim of a finished run."""
+        if name in self._claims:
+            with self.changing():
+                (self.path / name / LOCK).unlink(missing_ok=True)
+                self._claims.pop(name).close()
+
+    def alone(self) -> bool:
+        """Whether no other command works here."""
+        return not any(held(path) for path in self.path.glob(f"*-seed*/{LOCK}") if path.parent.name not in self._claims)
 
     def record(self, method: str, seed: int, save_every: float) -> Record:
         name = f"{method}-seed{seed}"
         return Record(self.path / name, save_every, fingerprint(self.determined, name), self.warn)
+
+
+def lock(file: TextIO) -> bool:
+    """Lock an open file until it is closed or this process ends; False if another process has locked it. True where the
+    system has no file locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def held(path: Path) -> bool:
+    """Whether a process has locked the file."""
+    with open(path, "r+") as file:
+        return not lock(file)
 
 
 @dataclass
@@ -200,9 +273,14 @@ class Record:
             UserError: there are checkpoints, and none of them is good.
         """
         self.folder.mkdir(exist_ok=True)
+        self.rows = 0
         state, tensors = self._newest()
+        ranks().wait()  # nobody writes before all have read
         path = self.folder / "metrics.jsonl"
         try:
+            if ranks().rank:  # rank 0 writes the log
+                self._log = open(os.devnull, "r+b")
+                return state, tensors
             self._log = open(path, "r+b" if path.exists() else "w+b")
             content = self._log.read(state.log_bytes)
             kept = _whole_lines(content, state.log_bytes)
@@ -230,7 +308,8 @@ class Record:
                 continue
             for damaged, why in bad:
                 aside = damaged.with_name(damaged.name + ".damaged")
-                os.replace(damaged, aside)
+                if not ranks().rank:
+                    os.replace(damaged, aside)
                 self.warn(f"{why}. It is now {aside.name}; this run continues from the checkpoint before it")
             state.bytes_written += path.stat().st_size
             return state, tensors
@@ -308,8 +387,11 @@ class Record:
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
-        """Whether to save now: `save_every` seconds have passed or a signal arrived."""
-        return StopRequest.signal is not None or time.monotonic() - self._saved_at >= self.save_every
+        """Whether to save now: `save_every` seconds have passed or a signal arrived, in any process of the command."""
+        stop = ranks().any(StopRequest.signal is not None)
+        if stop and StopRequest.signal is None:
+            StopRequest.signal = signal.SIGTERM  # another process got it
+        return stop or ranks().any(time.monotonic() - self._saved_at >= self.save_every)
 
     def keep(self, task: int, model: dict[str, Tensor], recipe: dict[str, Any]) -> int:
         """Write the model after a task to `models/`; returns the bytes written."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
 from fastmerge.models.precision import allow_tf32
 from fastmerge.models.trainable import AllWeights, Trainable
+from fastmerge.ranks import ranks
 
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
 
@@ -86,6 +88,7 @@ class Learner:
         backbone.precision = config.training.precision or "fp32"
         allow_tf32(backbone.precision == "tf32")  # of backward passes
         self.config, self.seed, self.device = config, seed, device
+        self.ranks = ranks()
         self.flip = flip if config.data.flip is None else config.data.flip
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
@@ -114,11 +117,24 @@ class Learner:
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
     def parts(self, n: int) -> list[tuple[slice, float]]:
-        """How a step cuts a batch of n images (`--micro-batch`): slices, and the share of each in the batch. A mean over
-        the batch is the sum of the parts' means times their shares."""
+        """How a step cuts a batch of n images: slices of at most `--micro-batch`, and the share of each in the batch. A mean
+        over the batch is the sum of the parts' means times their shares; where several processes share the batch
+        (ranks.py), these are the parts of this one, and the sum is completed by `ranks.add_`."""
+        own = self.ranks.own(n)
         size = self.config.training.micro_batch or n
-        starts = range(0, n, size)
-        return [(slice(start, start + size), (min(start + size, n) - start) / n) for start in starts]
+        starts = range(own.start, own.stop, size)
+        return [(slice(a, min(a + size, own.stop)), (min(a + size, own.stop) - a) / n) for a in starts]
+
+    def gathered(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """`function(images)`, one row per image; where several processes share the batch, each computes its rows."""
+        own, n = self.ranks.own(len(images)), len(images)
+        if self.ranks.size == 1 or n < self.ranks.size:
+            return function(images)
+        mine = function(images[own])
+        rows = mine.new_zeros(n, *mine.shape[1:])
+        rows[own] = mine
+        self.ranks.add_(rows)
+        return rows
 
     def adapted(self, rank: int) -> Projections | AllWeights:
         """The weights that LoRA of this rank changes: the key and value projections; rank 0: all weights."""
@@ -139,7 +155,7 @@ class Learner:
         with torch.no_grad():
             for rows in torch.arange(len(images)).split(self.config.training.batch_size):
                 pixels, labels = images.batch(rows)
-                self.head.observe(self.backbone(self.plain(pixels)), labels)
+                self.head.observe(self.gathered(self.backbone, self.plain(pixels)), labels)
         if current is not None:
             self.theta.copy_(current)
 
@@ -249,6 +265,7 @@ class Train(Phase):
             value = self.loss(images[part], labels[part]) * share
             value.backward()
             loss += value.detach()
+        learner.ranks.add_(loss, self.gradient, *gradients(learner.head.trainable()))
         self.regularise()
         if clip := learner.config.training.clip:
             norm = torch.nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], clip)
@@ -276,6 +293,14 @@ class Train(Phase):
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.trainable.load(tensors)
         load_optimiser(self.optimiser, tensors)
+
+
+def gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    """The gradients of the parameters; a missing one becomes zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def positions(labels: Tensor, classes: Tensor) -> Tensor:

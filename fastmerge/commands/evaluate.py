@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--download", action="store_true", help="allow the download of the data set")
     parser.add_argument("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="folder of the files (default: evaluate-DATASET beside the model)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     given = parser.parse_args(argv)

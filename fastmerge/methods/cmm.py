@@ -32,7 +32,7 @@ from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.features import Features, linearised
 from fastmerge.models.linearised import Linearised, TangentSpace, check_linearisable
-from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors
+from fastmerge.training import Batches, Learner, Phase, Train, gradients, load_optimiser, optimiser_tensors
 
 
 class CMM(Method):
@@ -175,6 +175,7 @@ class MergeAndAlign(Phase):
             value = (F.l1_loss if self.settings.align_loss == "l1" else F.mse_loss)(found, wanted) * share
             value.backward()
             loss += value.detach()
+        self.learner.ranks.add_(loss, *gradients(list(self.projection.values())))
         if clip := self.learner.config.training.clip:
             torch.nn.utils.clip_grad_norm_(self.projection.values(), clip)
         self.optimiser.step()

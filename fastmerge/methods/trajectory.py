@@ -21,6 +21,7 @@ from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError
 from fastmerge.models.features import plain
 from fastmerge.models.saved import recipe
+from fastmerge.ranks import ranks
 from fastmerge.results import expect
 from fastmerge.training import Learner, Phase, Train
 
@@ -52,12 +53,12 @@ class Trajectory:
 
     def keep(self) -> None:
         """Mark the models as kept: only the user deletes them."""
-        if self.folder.exists():
+        if self.folder.exists() and not ranks().rank:
             (self.folder / "keep").touch()
 
     def delete(self) -> None:
         """Delete the models unless they are marked as kept."""
-        if not (self.folder / "keep").exists():
+        if not ranks().rank and not (self.folder / "keep").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -147,13 +147,15 @@ class Search(Phase):
         """Class tokens (cls(theta_t) + cls(theta_{t-1})) / 2 of every image: `[L, n, width]` fp32, kept for the search."""
         backbone, theta = self.learner.backbone, self.learner.theta
         tokens = torch.zeros(backbone.layers, len(self.images), backbone.width, device=theta.device, dtype=theta.dtype)
+        own = self.learner.ranks.own(len(self.images))
         with torch.no_grad():
             for weights in (self.current, self.previous):
                 theta.copy_(weights)
                 settings = self.learner.config.training
-                for rows in torch.arange(len(self.images)).split(settings.micro_batch or settings.batch_size):
+                for rows in torch.arange(len(self.images))[own].split(settings.micro_batch or settings.batch_size):
                     pixels, _ = self.images.batch(rows)
                     tokens[:, rows] += 0.5 * backbone.class_tokens(self.learner.plain(pixels))[1]
+        self.learner.ranks.add_(tokens)
         return tokens
 
     def step(self, i: int) -> dict[str, Tensor]:
@@ -172,7 +174,9 @@ class Search(Phase):
         teacher = None if self.teacher is None else self.teacher[:, rows.to(self.teacher.device, non_blocking=True)]
         gradient, terms = self.objective.gradient(images, labels, teacher)
         alpha, beta = self.coefficients.detach().clone()
-        self.coefficients.grad = self.slopes(gradient).to(self.coefficients.dtype)
+        slopes = self.slopes(gradient)
+        self.learner.ranks.add_(slopes)
+        self.coefficients.grad = slopes.to(self.coefficients.dtype)
         self.optimiser.step()
         return terms | {"alpha": alpha, "beta": beta}
 

@@ -43,6 +43,9 @@ def consistency(tokens: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     return ((tokens - teacher).square().sum(2) * weights[:, None]).sum(0).mean()
 
 
+Parts = list[tuple[slice, float]]  # of a batch, with the share of each
+
+
 class Terms(dict[str, Tensor]):
     """The terms of L_tra, summed over the parts of a batch."""
 
@@ -90,7 +93,8 @@ class Objective:
         self.relative_step: float | None = None if difference else 0.0
 
     def gradient(self, images: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """grad L_tra `[n]`, in memory that the next gradient reuses; and the terms that have a weight, 0-d.
+        """grad L_tra `[n]`, in memory that the next gradient reuses; and the terms that have a weight, 0-d. Where several
+        processes share the batch, the gradient is this one's part of the sum over all; the terms are whole.
 
         images: normalised `[b, 3, s, s]`; labels: `[b]`; teacher: class tokens `[L, b, width]`, None without L_pre.
         """
@@ -101,6 +105,11 @@ class Objective:
             total = self._exact(images, labels, teacher, terms)
         else:
             total = self._difference(images, labels, teacher, terms)
+        if teacher is not None:
+            terms.setdefault("L_pre", self.learner.theta.new_zeros(()))
+        if settings.lambda0 or settings.lambda2:
+            terms.setdefault("L_task", self.learner.theta.new_zeros(()))
+        self.learner.ranks.add_(*(terms[name] for name in ("L_task", "L_pre") if name in terms))
         weights = {"L_task": settings.lambda0, "L_pre": settings.lambda1, "gradient_energy": -settings.lambda2}
         loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return total, {"loss": loss, **terms}
@@ -108,11 +117,14 @@ class Objective:
     def choose_step(self, images: Tensor, labels: Tensor, slopes: Callable[[Tensor], Tensor]) -> None:
         """Set `relative_step` from the first CHECKED images. slopes: h `[n]` -> `[2]`, its products with d and P. The
         weights are unchanged."""
-        few = min(CHECKED, self.learner.parts(len(images))[0][0].stop)
+        parts = self.learner.parts(len(images))
+        few = self.learner.ranks.agree(min(CHECKED, parts[0][0].stop if parts else 1))
         images, labels = images[:few], labels[:few]
-        g = self._task_gradient(images, labels).clone()
+        alone = [(slice(0, few), 1.0)]  # every process takes all of them, so that all choose the same step
+        g = self._task_gradient(images, labels, alone).clone()
         exact = slopes(self._exact_product(images, labels, g))
-        errors = [(slopes(self._difference_of(images, labels, g, s)) / exact - 1).abs().max() for s in STEPS]
+        found = [slopes(self._difference_of(images, labels, g, g, s, alone)) for s in STEPS]
+        errors = [(value / exact - 1).abs().max() for value in found]
         error, best = torch.stack(errors).nan_to_num(torch.inf).min(0)
         self.relative_step = STEPS[int(best)] if error <= TOLERANCE else 0.0
 
@@ -131,7 +143,11 @@ class Objective:
 
     def _exact(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
         flat, parts = self.learner.flat, self.learner.parts(len(images))
-        whole = list(flat.views(self._task_gradient(images, labels).clone())) if len(parts) > 1 else None
+        whole = None
+        if len(parts) > 1 or self.learner.ranks.size > 1:
+            g_whole = self._task_gradient(images, labels, parts).clone()
+            self.learner.ranks.add_(g_whole)
+            whole = list(flat.views(g_whole))
         flat.zero_grad()
         for part, share in parts:
             with differentiable_attention():
@@ -139,14 +155,15 @@ class Objective:
             assert task is not None
             terms.add(share, L_task=task, L_pre=pre)
             g = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
-            along = [None if x is None else x.detach() for x in g] if whole is None else whole
+            along: Sequence[Tensor | None] = [None if x is None else x.detach() for x in g] if whole is None else whole
             # grad of first - 2 lambda2 <g, along>
             graphs, vectors = _pairs(g, along)
             vectors = [x * (-2 * self.settings.lambda2 * share) for x in vectors]
             if (first := self._first_order(task, pre)) is not None:
                 graphs, vectors = [*graphs, first], [*vectors, torch.full_like(first, share)]
             torch.autograd.backward(graphs, vectors, inputs=flat.parameters)
-        terms["gradient_energy"] = torch.nn.utils.get_total_norm([x for x in along if x is not None]).square()
+        found = [x for x in (along if whole is None else whole) if x is not None]
+        terms["gradient_energy"] = torch.nn.utils.get_total_norm(found).square()
         return flat.gradient
 
     def _difference(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
@@ -164,9 +181,13 @@ class Objective:
                     for view, value in zip(flat.views(pull), values, strict=True):
                         if value is not None:  # the last projection has no part in the class tokens
                             view += value
-        g = flat.gradient.clone()
-        h = self._difference_of(images, labels, g, self.relative_step)
-        terms["gradient_energy"] = g.norm().square()
+        g = flat.gradient.clone()  # this process's part
+        whole = g
+        if self.learner.ranks.size > 1:
+            whole = g.clone()
+            self.learner.ranks.add_(whole)
+        h = self._difference_of(images, labels, g, whole, self.relative_step, self.learner.parts(len(images)))
+        terms["gradient_energy"] = whole.norm().square()
         total = h.mul_(-2 * settings.lambda2).add_(g, alpha=settings.lambda0)
         return total if pull is None else total.add_(pull)
 
@@ -193,11 +214,11 @@ class Objective:
         terms = [weight * value for weight, value in weighted if weight and value is not None]
         return torch.stack(terms).sum() if terms else None
 
-    def _task_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        """g `[n]`, in the flat gradient."""
+    def _task_gradient(self, images: Tensor, labels: Tensor, parts: Parts) -> Tensor:
+        """g `[n]` of these parts, in the flat gradient."""
         flat = self.learner.flat
         flat.zero_grad()
-        for part, share in self.learner.parts(len(images)):
+        for part, share in parts:
             task, _ = self._losses(images[part], labels[part])
             assert task is not None
             (task * share).backward(inputs=flat.parameters)
@@ -215,12 +236,15 @@ class Objective:
         return flat.gradient
 
     @full_fp32()
-    def _difference_of(self, images: Tensor, labels: Tensor, g: Tensor, relative_step: float | None) -> Tensor:
-        """(grad L_task(theta + s g) - g) / s, in the flat gradient. relative_step: s ||g|| / ||theta||."""
+    def _difference_of(
+        self, images: Tensor, labels: Tensor, g: Tensor, along: Tensor, relative_step: float | None, parts: Parts
+    ) -> Tensor:
+        """(grad L_task(theta + s along) - g) / s over these parts, in the flat gradient. g: their gradient at theta; along:
+        that of the whole batch. relative_step: s ||along|| / ||theta||."""
         assert relative_step
         theta = self.learner.theta
-        here, s = theta.clone(), relative_step * theta.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
-        theta.addcmul_(s, g)
-        h = self._task_gradient(images, labels).sub_(g).div_(s)
+        here, s = theta.clone(), relative_step * theta.norm() / along.norm().clamp_min(torch.finfo(g.dtype).tiny)
+        theta.addcmul_(s, along)
+        h = self._task_gradient(images, labels, parts).sub_(g).div_(s)
         theta.copy_(here)
         return h
