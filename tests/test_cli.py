@@ -184,13 +184,26 @@ def test_changed_images_are_noticed(capsys, tmp_path):
 
 
 def test_two_processes_in_one_folder(capsys, tmp_path, data):
+    """A process leaves a run to the one that works on it, and makes the others; if nothing is left, that is an error."""
     import fcntl
 
-    (tmp_path / "r").mkdir()
-    with open(tmp_path / "r" / ".lock", "w") as file:
+    flags = ("--dataset", "folder", "--data-root", data, "--tasks", 2, "--run-dir", tmp_path / "r", "--no-nearest-mean")
+    assert run(*flags, "--method", "finetune") == 0
+    (tmp_path / "r" / "finetune-seed0" / "result.json").unlink()
+    folder = tmp_path / "r" / "trm-seed0"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        text = bad(capsys, "--dataset", "folder", "--data-root", data, "--tasks", 2, "--run-dir", tmp_path / "r")
-    assert "another fastmerge process" in text
+        assert "other processes work on all of these runs: trm-seed0" in bad(capsys, *flags, "--method", "trm")
+        assert run(*flags, "--method", "trm", "finetune") == 0
+        text = capsys.readouterr().out
+        assert "trm seed 0: another process works on it" in text and "not in this table yet: trm-seed0" in text
+        assert not (folder / "result.json").exists() and not (tmp_path / "r" / "finetune-seed0" / ".lock").exists()
+        assert "trm-seed0" in json.loads((tmp_path / "r" / "manifest.json").read_text())["determines"]["runs"]
+        changed = bad(capsys, *flags, "--method", "trm", "finetune", "--lr", 1)  # what determines the other run counts
+        assert "training.lr" in changed
+    assert run(*flags, "--method", "trm", "finetune", "--quiet") == 0
+    assert (folder / "result.json").exists()
 
 
 def test_full_disk_while_saving(capsys, tmp_path, data, monkeypatch):

@@ -213,7 +213,7 @@ def test_torchrun(data, tmp_path):
         for key, value in a.items():
             torch.testing.assert_close(b[key], value, rtol=1e-2, atol=2e-4, msg=f"{name} {key}")
         lines = [(tmp_path / r / name / "metrics.jsonl").read_text().count("\n") for r in ("one", "two")]
-        assert lines[0] == lines[1] > 2
+        assert lines[0] == lines[1] >= 2
 
 
 @pytest.mark.slow
@@ -231,7 +231,6 @@ def test_a_lost_process_stops_all_and_the_run_goes_on_with_another_number(data, 
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process of this command ended" in text or "SIGTERM" in text
-    flags[flags.index(400)] = 400
     process = torchrun(3, *flags)
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "continues at task" in text
