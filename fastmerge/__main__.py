@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as stop:  # --help
             code = int(stop.code or 0)
         except UserError as error:
-            if not rank() or type(error).__name__ == "RankLost":  # rank 0 found the same
-                print(f"error: {error}", file=sys.stderr)
+            print(f"{of_rank()}error: {error}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -69,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def rank() -> int:
-    """This process's number among those that torchrun started; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+def of_rank() -> str:
+    """'rank N: ' in the processes that torchrun started, but for the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def leave() -> None:

@@ -376,7 +376,8 @@ class Record:
         self.flush()
         try:
             self._log.flush()
-            os.fsync(self._log.fileno())
+            if not ranks().rank:
+                os.fsync(self._log.fileno())
         except OSError as error:
             raise UserError(
                 f"cannot write {self._log.name}: {error}; free space, then run the same command again"

@@ -52,6 +52,7 @@ LONG = {
     "test_peers.py",
     "test_readme.py",
     "test_registration.py",
+    "test_ranks.py",
     "test_resume.py",
     "test_sampling.py::test_dare",
     "test_saved.py",

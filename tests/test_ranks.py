@@ -218,13 +218,14 @@ def test_torchrun(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_process_stops_all_and_the_run_goes_on_with_another_number(data, tmp_path):
-    flags = [*QUICK, "--data-root", data, "--run-dir", tmp_path / "r", "--method", "finetune", "--epochs", 400]
+    flags = [*QUICK, "--data-root", data, "--run-dir", tmp_path / "r", "--method", "finetune", "--epochs", 200]
     flags += ["--save-every", 0.5]
     process = torchrun(2, *flags, start_new_session=True)
     checkpoint = tmp_path / "r" / "finetune-seed0" / "checkpoint-before.safetensors"
     for _ in range(600):
         if checkpoint.exists():
             break
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
