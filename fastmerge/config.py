@@ -377,8 +377,8 @@ class TrainingSettings:
     )
     micro_batch: int = setting(
         0,
-        "Compute the gradients of a step in parts of this many images and add them, to need less memory. The result "
-        "is the same up to rounding. 0: the whole batch at once.",
+        "Compute a step in parts of this many images and add their gradients, to need less memory. The result is the "
+        "same up to rounding. 0: on a GPU as many as its free memory holds, on a CPU the whole batch.",
         unit="images",
         at_least=0,
     )

@@ -81,7 +81,10 @@ def accuracies_within(
     correct = torch.zeros(2, len(tests), dtype=torch.int64, device=learner.device)
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits, truth = learner.head(features(learner.plain(pixels)), candidates), positions(labels, candidates)
+        logits, truth = (
+            learner.head(learner.without_gradient(features, pixels), candidates),
+            positions(labels, candidates),
+        )
         correct[0].index_add_(0, test, (logits.argmax(1) == truth).long())
         if allowed is not None:
             inside = logits.masked_fill(~allowed[test], -torch.inf)
@@ -178,7 +181,7 @@ def zero_shot(
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     inside = torch.zeros_like(hits)  # test images whose class is a candidate
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
+        logits = learner.head(learner.without_gradient(learner.backbone, pixels), everything)
         broken += unusable(logits)
         truth = positions(labels, everything)
         for t, mask in enumerate(masks):

@@ -65,16 +65,16 @@ class FisherPass(Phase):
         rows = self.batches.rows(i)[: self.total - i * size]
         pixels, labels = self.images.batch(rows)
         images = learner.plain(pixels)
-        targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(images, i)
+        targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(pixels, i)
         loss, gradient = self.fisher.new_zeros(()), torch.zeros_like(self.fisher)
         if self.settings.per == "batch":
-            for part, share in learner.parts(len(images)):
+            for part, share in learner.parts.of(len(images), "fisher"):
                 found, value = grad_and_value(self.loss)(self.weights, images[part], targets[part])
                 gradient.add_(found, alpha=share)
                 loss += share * value
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
         else:
-            for part, share in learner.parts(len(images)):
+            for part, share in learner.parts.of(len(images), "fisher"):
                 loss += share * self.per_image(images[part], targets[part], gradient)
             self.fisher.add_(gradient, alpha=1 / self.total)
         return {"loss": loss}
@@ -127,11 +127,12 @@ class FisherPass(Phase):
         return F.cross_entropy(self.learner.head(features, self.classes), targets)
 
     @torch.no_grad()
-    def drawn(self, images: Tensor, i: int) -> Tensor:
+    def drawn(self, pixels: Tensor, i: int) -> Tensor:
         """Draw labels `[b]` from the model's prediction, on the CPU so that the draw does not depend on the device."""
-        chances = self.learner.head(self.learner.backbone(images), self.classes).softmax(1).cpu()
+        features = self.learner.without_gradient(self.learner.backbone, pixels)
+        chances = self.learner.head(features, self.classes).softmax(1).cpu()
         generator = self.learner.generator("fisher", self.task.index, i)
-        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(images.device)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(pixels.device)
 
     def result(self) -> Tensor:
         """The Fisher plus the floor, `[n]` or `[m]` fp32. Call it once, after the last step."""

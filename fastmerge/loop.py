@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from fastmerge.evaluate import accuracies, accuracies_within, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.saved import model_tensors, recipe
+from fastmerge.parts import OutOfMemory
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
 from fastmerge.training import PHASES, Learner, Phase
 
@@ -70,6 +72,7 @@ def learn(
         method.load_state_dict(select(saved, "method"))
     elif start is not None:
         state = start()
+    learner.parts.sizes, learner.parts.say = state.parts, console.line
     memory = PeakMemory(learner.device)
     console.begin(state)
 
@@ -110,7 +113,11 @@ def learn(
                     if state.step:
                         phase.load(select(saved, "phase"))
                     for i in range(state.step, phase.steps):
-                        terms = phase.step(i)
+                        try:
+                            terms = learner.parts.attempt(partial(phase.step, i))
+                        except OutOfMemory:
+                            save(phase.tensors())  # step i is the next one
+                            raise
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)
                         state.step, now = i + 1, time.perf_counter()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
 from fastmerge.models.precision import allow_tf32
 from fastmerge.models.trainable import AllWeights, Trainable
+from fastmerge.parts import Parts, free_bytes, saved_bytes
 
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
 
@@ -65,6 +68,7 @@ class Learner:
     """The model that a method trains: a flat backbone and its head on one device, with the seeds of one run.
 
     Attributes:
+        parts: how many images a step computes at once.
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
         initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
@@ -87,6 +91,13 @@ class Learner:
         allow_tf32(backbone.precision == "tf32")  # of backward passes
         self.config, self.seed, self.device = config, seed, device
         self.flip = flip if config.data.flip is None else config.data.flip
+        self.parts = Parts(
+            config.training.batch_size,
+            config.training.micro_batch,
+            partial(free_bytes, device) if device.type == "cuda" else None,
+            partial(saved_bytes, self.flat, backbone.image_size),
+            self.theta.nbytes,
+        )
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property
@@ -113,12 +124,15 @@ class Learner:
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
-    def parts(self, n: int) -> list[tuple[slice, float]]:
-        """How a step cuts a batch of n images (`--micro-batch`): slices, and the share of each in the batch. A mean over
-        the batch is the sum of the parts' means times their shares."""
-        size = self.config.training.micro_batch or n
-        starts = range(0, n, size)
-        return [(slice(start, start + size), (min(start + size, n) - start) / n) for start in starts]
+    def without_gradient(self, function: Callable[[Tensor], Tensor], images: Tensor, dim: int = 0) -> Tensor:
+        """function(images) in parts that fit the memory, joined along `dim`. images: uint8 `[b, 3, s, s]`."""
+
+        @torch.no_grad()
+        def work() -> Tensor:
+            parts = self.parts.of(len(images), "evaluate")
+            return torch.cat([function(self.plain(images[part])) for part, _ in parts], dim)
+
+        return self.parts.attempt(work)
 
     def adapted(self, rank: int) -> Projections | AllWeights:
         """The weights that LoRA of this rank changes: the key and value projections; rank 0: all weights."""
@@ -136,10 +150,9 @@ class Learner:
         current = self.theta.clone() if self.initial is not None else None
         if self.initial is not None:
             self.theta.copy_(self.initial)
-        with torch.no_grad():
-            for rows in torch.arange(len(images)).split(self.config.training.batch_size):
-                pixels, labels = images.batch(rows)
-                self.head.observe(self.backbone(self.plain(pixels)), labels)
+        for rows in torch.arange(len(images)).split(self.config.training.batch_size):
+            pixels, labels = images.batch(rows)
+            self.head.observe(self.without_gradient(self.backbone, pixels), labels)
         if current is not None:
             self.theta.copy_(current)
 
@@ -192,6 +205,7 @@ class Train(Phase):
     """
 
     name = "train"
+    kind = "train"  # of steps, see `Parts`
     batches: Batches
 
     def __init__(
@@ -245,7 +259,7 @@ class Train(Phase):
         for p in learner.head.trainable():
             p.grad = None
         loss = learner.theta.new_zeros(())
-        for part, share in learner.parts(len(images)):
+        for part, share in learner.parts.of(len(images), self.kind):
             value = self.loss(images[part], labels[part]) * share
             value.backward()
             loss += value.detach()

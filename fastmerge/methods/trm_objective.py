@@ -22,15 +22,14 @@ search uses the exact product.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.precision import full_fp32
 from fastmerge.training import Learner, positions
 
 STEPS = (1e-5, 3e-6, 1e-6, 3e-7)  # s ||g|| / ||theta||
@@ -61,20 +60,6 @@ def _pairs(graph: Sequence[Tensor | None], along: Sequence[Tensor | None]) -> tu
 
 def _cut(teacher: Tensor | None, part: slice) -> Tensor | None:
     return None if teacher is None else teacher[:, part]
-
-
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """In this context a GPU computes matrix products and convolutions in fp32, without TF32."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 class Objective:
@@ -108,11 +93,12 @@ class Objective:
     def choose_step(self, images: Tensor, labels: Tensor, slopes: Callable[[Tensor], Tensor]) -> None:
         """Set `relative_step` from the first CHECKED images. slopes: h `[n]` -> `[2]`, its products with d and P. The
         weights are unchanged."""
-        few = min(CHECKED, self.learner.parts(len(images))[0][0].stop)
+        few = min(CHECKED, self.learner.parts.of(len(images), "curvature")[0][0].stop)
         images, labels = images[:few], labels[:few]
-        g = self._task_gradient(images, labels).clone()
-        exact = slopes(self._exact_product(images, labels, g))
-        errors = [(slopes(self._difference_of(images, labels, g, s)) / exact - 1).abs().max() for s in STEPS]
+        with full_fp32(self.learner.backbone):
+            g = self._task_gradient(images, labels).clone()
+            exact = slopes(self._exact_product(images, labels, g))
+            errors = [(slopes(self._difference_of(images, labels, g, s)) / exact - 1).abs().max() for s in STEPS]
         error, best = torch.stack(errors).nan_to_num(torch.inf).min(0)
         self.relative_step = STEPS[int(best)] if error <= TOLERANCE else 0.0
 
@@ -121,7 +107,7 @@ class Objective:
     def _without_curvature(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
         flat = self.learner.flat
         flat.zero_grad()
-        for part, share in self.learner.parts(len(images)):
+        for part, share in self.learner.parts.of(len(images), "search"):
             task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
             terms.add(share, L_task=task, L_pre=pre)
             first = self._first_order(task, pre)
@@ -130,10 +116,11 @@ class Objective:
         return flat.gradient
 
     def _exact(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
-        flat, parts = self.learner.flat, self.learner.parts(len(images))
-        whole = list(flat.views(self._task_gradient(images, labels).clone())) if len(parts) > 1 else None
+        flat, parts = self.learner.flat, self.learner.parts
+        several = len(parts.of(len(images), "curvature")) > 1
+        whole = list(flat.views(self._task_gradient(images, labels).clone())) if several else None
         flat.zero_grad()
-        for part, share in parts:
+        for part, share in parts.of(len(images), "curvature"):
             with differentiable_attention():
                 task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
             assert task is not None
@@ -153,8 +140,8 @@ class Objective:
         flat, settings = self.learner.flat, self.settings
         flat.zero_grad()
         pull = None if teacher is None else torch.zeros_like(flat.gradient)  # lambda1 grad L_pre
-        with full_fp32():
-            for part, share in self.learner.parts(len(images)):
+        with full_fp32(self.learner.backbone):
+            for part, share in self.learner.parts.of(len(images), "search"):
                 task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
                 assert task is not None
                 terms.add(share, L_task=task, L_pre=pre)
@@ -197,7 +184,7 @@ class Objective:
         """g `[n]`, in the flat gradient."""
         flat = self.learner.flat
         flat.zero_grad()
-        for part, share in self.learner.parts(len(images)):
+        for part, share in self.learner.parts.of(len(images), "train"):
             task, _ = self._losses(images[part], labels[part])
             assert task is not None
             (task * share).backward(inputs=flat.parameters)
@@ -214,13 +201,13 @@ class Objective:
         torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
         return flat.gradient
 
-    @full_fp32()
     def _difference_of(self, images: Tensor, labels: Tensor, g: Tensor, relative_step: float | None) -> Tensor:
         """(grad L_task(theta + s g) - g) / s, in the flat gradient. relative_step: s ||g|| / ||theta||."""
         assert relative_step
         theta = self.learner.theta
         here, s = theta.clone(), relative_step * theta.norm() / g.norm().clamp_min(torch.finfo(g.dtype).tiny)
         theta.addcmul_(s, g)
-        h = self._task_gradient(images, labels).sub_(g).div_(s)
+        with full_fp32(self.learner.backbone):
+            h = self._task_gradient(images, labels).sub_(g).div_(s)
         theta.copy_(here)
         return h
