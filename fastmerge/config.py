@@ -382,6 +382,11 @@ class TrainingSettings:
         unit="images",
         at_least=0,
     )
+    checkpoint_gradients: bool = setting(
+        False,
+        "Keep only the inputs of the transformer's blocks and run each block again in the backward pass: less memory, a "
+        "third more time, the same bits. For training, and the search without the exact curvature.",
+    )
     precision: Literal["fp32", "tf32", "bf16"] | None = setting(
         "fp32",
         "Precision of matrix products, convolutions and attention in the backbone: training, teacher, evaluation and "

@@ -23,6 +23,7 @@ from fastmerge.data.scenario import Task
 from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.lora import Projections
 from fastmerge.models.per_image import Part, SquaredGradients, add_squares, served
+from fastmerge.models.recompute import kept_activations
 from fastmerge.models.trainable import AllWeights
 from fastmerge.training import Batches, Learner, Phase, positions
 
@@ -61,6 +62,10 @@ class FisherPass(Phase):
 
     @torch.no_grad()  # torch.func.grad enables gradients for its own inputs; head rows need none
     def step(self, i: int) -> dict[str, Tensor]:
+        with kept_activations(self.learner.backbone):
+            return self._step(i)
+
+    def _step(self, i: int) -> dict[str, Tensor]:
         learner, size = self.learner, self.learner.config.training.batch_size
         rows = self.batches.rows(i)[: self.total - i * size]
         pixels, labels = self.images.batch(rows)

@@ -8,6 +8,7 @@ part of a checkpoint: a run that continues adds its parts in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastmerge.errors import UserError, first_line
 from fastmerge.flat import FlatModel
 from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.recompute import blocks_of
 
 # Peak of live tensors per image, relative to the activations saved with unfused attention (tests/test_parts.py): measured
 # on ViT-Ti/16 and ViT-S/16 in fp32, where they agree within 3 %, and rounded up. bf16 needs less.
@@ -36,11 +38,12 @@ class Parts:
     """sizes: images at once, by kind of step; kinds that are missing take the whole batch. It is in every checkpoint.
 
     batch: images of the largest batch. free: gives the device's free bytes; None: memory decides nothing. per_image:
-    gives the bytes of activations saved for an image. model: bytes of the weights. say: shows a line to the user.
+    gives the bytes of activations that a kind of step saves for an image. model: bytes of the weights. say: shows a line
+    to the user.
     """
 
     def __init__(
-        self, batch: int, micro_batch: int, free: Callable[[], int] | None, per_image: Callable[[], int], model: int
+        self, batch: int, micro_batch: int, free: Callable[[], int] | None, per_image: Callable[[str], int], model: int
     ):
         self.batch, self.micro_batch = batch, micro_batch
         self.free, self.per_image, self.model = free, per_image, model
@@ -62,7 +65,7 @@ class Parts:
         """The largest of batch, batch / 2, batch / 4, ... images that fit the free memory, at least 1."""
         assert self.free is not None
         room = SHARE * self.free() - MODELS * self.model
-        size, most = self.batch, room / (FACTOR[kind] * self.per_image())
+        size, most = self.batch, room / (FACTOR[kind] * self.per_image(kind))
         while size > max(most, 1):
             size = math.ceil(size / 2)
         return size
@@ -99,15 +102,19 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
-def saved_bytes(flat: FlatModel, size: int) -> int:
+def saved_bytes(flat: FlatModel, size: int, kind: str = "") -> int:
     """Bytes of activations per image that a forward pass with unfused attention saves for its backward pass.
 
-    They are the difference between two images and one, so casts of weights do not count. size: pixels.
+    They are the difference between two images and one, so casts of weights do not count. With gradient checkpointing, a
+    training step saves the inputs of the blocks, and at a time the activations of one block. size: pixels.
     """
-    return _saved(flat, 2, size) - _saved(flat, 1, size)
+    module, whole = flat.module, _saved(flat, 2, size, True) - _saved(flat, 1, size, True)
+    if not module.recompute or kind not in ("train", "search"):
+        return whole
+    return _saved(flat, 2, size, False) - _saved(flat, 1, size, False) + whole // len(blocks_of(module))
 
 
-def _saved(flat: FlatModel, images: int, size: int) -> int:
+def _saved(flat: FlatModel, images: int, size: int, unfused: bool) -> int:
     storages: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -115,7 +122,9 @@ def _saved(flat: FlatModel, images: int, size: int) -> int:
         return tensor
 
     x = torch.zeros(images, 3, size, size, device=flat.theta.device)
-    with torch.enable_grad(), differentiable_attention(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        flat.module(x)
+    attention = differentiable_attention() if unfused else contextlib.nullcontext()
+    with torch.enable_grad(), attention, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        features = flat.module(x)
     storages.pop(flat.theta.untyped_storage().data_ptr(), None)
+    del features
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())

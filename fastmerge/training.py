@@ -26,6 +26,7 @@ from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
 from fastmerge.models.precision import allow_tf32
+from fastmerge.models.recompute import checkpoint_blocks
 from fastmerge.models.trainable import AllWeights, Trainable
 from fastmerge.parts import Parts, free_bytes, saved_bytes
 
@@ -89,6 +90,8 @@ class Learner:
         self.backbone, self.head = backbone, head.to(device)
         backbone.precision = config.training.precision or "fp32"
         allow_tf32(backbone.precision == "tf32")  # of backward passes
+        if config.training.checkpoint_gradients and not frozen:
+            checkpoint_blocks(backbone)
         self.config, self.seed, self.device = config, seed, device
         self.flip = flip if config.data.flip is None else config.data.flip
         self.parts = Parts(

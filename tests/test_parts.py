@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 
 def parts(free, batch=100, micro_batch=0):
-    return Parts(batch, micro_batch, None if free is None else lambda: free, lambda: MIB, MIB)
+    return Parts(batch, micro_batch, None if free is None else lambda: free, lambda kind: MIB, MIB)
 
 
 def needs(images, kind):

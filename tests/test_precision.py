@@ -42,7 +42,7 @@ def tower(name, weights, *flags):
     torch.manual_seed(0)
     backbone, _ = load_backbone(name, weights)
     head = toy.TextHead(F.normalize(torch.randn(6, backbone.feature_dim), dim=1), 10.0)
-    return Learner(backbone, head, toy.learner(*flags).config, 0, CPU)
+    return Learner(backbone, head, toy.parse(["--model=tiny", "--device=cpu", *flags]), 0, CPU)
 
 
 def images_for(learner, n=4):
