@@ -214,6 +214,7 @@ def run(config: Any) -> int:
         console.start(runs, [n for n, result in enumerate(results) if result is not None])
         if setup.head.kind == "text":  # a text head knows every class, so the untrained model can be evaluated
             learner = setup.learner(seeds[0])
+            learner.parts.say = console.line
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
             matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]

@@ -377,10 +377,15 @@ class TrainingSettings:
     )
     micro_batch: int = setting(
         0,
-        "Compute the gradients of a step in parts of this many images and add them, to need less memory. The result "
-        "is the same up to rounding. 0: the whole batch at once.",
+        "Compute a step in parts of this many images and add their gradients, to need less memory. The result is the "
+        "same up to rounding. 0: on a GPU as many as its free memory holds, on a CPU the whole batch.",
         unit="images",
         at_least=0,
+    )
+    checkpoint_gradients: bool = setting(
+        False,
+        "Keep only the inputs of the transformer's blocks and run each block again in the backward pass: less memory, a "
+        "third more time, the same bits. For training, and the search without the exact curvature.",
     )
     precision: Literal["fp32", "tf32", "bf16"] | None = setting(
         "fp32",

@@ -81,17 +81,16 @@ def accuracies_within(
     correct = torch.zeros(2, len(tests), dtype=torch.int64, device=learner.device)
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        mine = learner.ranks.own(len(labels))
-        if mine.start < mine.stop:
-            which, truth = test[mine], positions(labels[mine], candidates)
-            logits = learner.head(features(learner.plain(pixels[mine])), candidates)
-            correct[0].index_add_(0, which, (logits.argmax(1) == truth).long())
-            if allowed is not None:
-                inside = logits.masked_fill(~allowed[which], -torch.inf)
-                correct[1].index_add_(0, which, (inside.argmax(1) == truth).long())
-            broken += unusable(logits)
+        logits, truth = (
+            learner.head(learner.without_gradient(features, pixels), candidates),
+            positions(labels, candidates),
+        )
+        correct[0].index_add_(0, test, (logits.argmax(1) == truth).long())
+        if allowed is not None:
+            inside = logits.masked_fill(~allowed[test], -torch.inf)
+            correct[1].index_add_(0, test, (inside.argmax(1) == truth).long())
+        broken += unusable(logits)
         tick(len(labels))
-    learner.ranks.add_(correct, broken)
     refuse(broken)
     row, within = (
         [100.0 * c / len(images) if len(images) else None for c, images in zip(counts, tests, strict=True)]
@@ -182,17 +181,12 @@ def zero_shot(
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     inside = torch.zeros_like(hits)  # test images whose class is a candidate
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        own = learner.ranks.own(len(labels))
-        if own.start == own.stop:
-            continue
-        pixels, labels, test = pixels[own], labels[own], test[own]
-        logits = learner.head(learner.backbone(learner.plain(pixels)), everything)
+        logits = learner.head(learner.without_gradient(learner.backbone, pixels), everything)
         broken += unusable(logits)
         truth = positions(labels, everything)
         for t, mask in enumerate(masks):
             hits[t].index_add_(0, test, (logits.masked_fill(~mask, -torch.inf).argmax(1) == truth).long())
             inside[t].index_add_(0, test, mask[truth].long())
-    learner.ranks.add_(hits, inside, broken)
     refuse(broken)
     return [
         [100.0 * h / len(x) if n == len(x) > 0 else None for h, n, x in zip(hs, ns, tests, strict=True)]

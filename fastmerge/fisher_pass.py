@@ -23,6 +23,7 @@ from fastmerge.data.scenario import Task
 from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.lora import Projections
 from fastmerge.models.per_image import Part, SquaredGradients, add_squares, served
+from fastmerge.models.recompute import kept_activations
 from fastmerge.models.trainable import AllWeights
 from fastmerge.training import Batches, Learner, Phase, positions
 
@@ -61,21 +62,25 @@ class FisherPass(Phase):
 
     @torch.no_grad()  # torch.func.grad enables gradients for its own inputs; head rows need none
     def step(self, i: int) -> dict[str, Tensor]:
+        with kept_activations(self.learner.backbone):
+            return self._step(i)
+
+    def _step(self, i: int) -> dict[str, Tensor]:
         learner, size = self.learner, self.learner.config.training.batch_size
         rows = self.batches.rows(i)[: self.total - i * size]
         pixels, labels = self.images.batch(rows)
         images = learner.plain(pixels)
-        targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(images, i)
+        targets = positions(labels, self.classes) if self.labels == "data" else self.drawn(pixels, i)
         loss, gradient = self.fisher.new_zeros(()), torch.zeros_like(self.fisher)
         if self.settings.per == "batch":
-            for part, share in learner.parts(len(images)):
+            for part, share in learner.parts.of(len(images), "fisher"):
                 found, value = grad_and_value(self.loss)(self.weights, images[part], targets[part])
                 gradient.add_(found, alpha=share)
                 loss += share * value
             learner.ranks.add_(gradient, loss)
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
         else:
-            for part, share in learner.parts(len(images)):
+            for part, share in learner.parts.of(len(images), "fisher"):
                 loss += share * self.per_image(images[part], targets[part], gradient)
             learner.ranks.add_(gradient, loss)
             self.fisher.add_(gradient, alpha=1 / self.total)
@@ -129,12 +134,12 @@ class FisherPass(Phase):
         return F.cross_entropy(self.learner.head(features, self.classes), targets)
 
     @torch.no_grad()
-    def drawn(self, images: Tensor, i: int) -> Tensor:
+    def drawn(self, pixels: Tensor, i: int) -> Tensor:
         """Draw labels `[b]` from the model's prediction, on the CPU so that the draw does not depend on the device."""
-        learner = self.learner
-        chances = learner.gathered(lambda x: learner.head(learner.backbone(x), self.classes).softmax(1), images).cpu()
+        features = self.learner.without_gradient(self.learner.backbone, pixels)
+        chances = self.learner.head(features, self.classes).softmax(1).cpu()
         generator = self.learner.generator("fisher", self.task.index, i)
-        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(images.device)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(pixels.device)
 
     def result(self) -> Tensor:
         """The Fisher plus the floor, `[n]` or `[m]` fp32. Call it once, after the last step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ from fastmerge.evaluate import accuracies, accuracies_within, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.saved import model_tensors, recipe
+from fastmerge.parts import OutOfMemory
 from fastmerge.ranks import ranks
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
 from fastmerge.training import PHASES, Learner, Phase
@@ -71,6 +73,7 @@ def learn(
         method.load_state_dict(select(saved, "method"))
     elif start is not None:
         state = start()
+    learner.parts.sizes, learner.parts.say = state.parts, console.line
     memory = PeakMemory(learner.device)
     console.begin(state)
 
@@ -111,7 +114,13 @@ def learn(
                     if state.step:
                         phase.load(select(saved, "phase"))
                     for i in range(state.step, phase.steps):
-                        terms = phase.step(i)
+                        try:
+                            step = partial(phase.step, i)
+                            # several processes cannot repeat a step, whose sums the others have taken part in
+                            terms = step() if learner.ranks.size > 1 else learner.parts.attempt(step)
+                        except OutOfMemory:
+                            save(phase.tensors())  # step i is the next one
+                            raise
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)
                         state.step, now = i + 1, time.perf_counter()

@@ -235,6 +235,7 @@ class State:
     bad_images: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "evaluate"), 0.0))
     bytes_written: int = 0  # to the disk, without metrics.jsonl and what is written at the end
+    parts: dict[str, int] = field(default_factory=dict)  # images at once, by kind of step (`Parts.sizes`)
     log_bytes: int = 0  # length of metrics.jsonl at this state; later lines are cut off when the run continues
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
 from fastmerge.models.precision import allow_tf32
+from fastmerge.models.recompute import checkpoint_blocks
 from fastmerge.models.trainable import AllWeights, Trainable
+from fastmerge.parts import Parts, free_bytes, saved_bytes
 from fastmerge.ranks import ranks
 
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
@@ -67,6 +70,7 @@ class Learner:
     """The model that a method trains: a flat backbone and its head on one device, with the seeds of one run.
 
     Attributes:
+        parts: how many images a step computes at once.
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
         initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
@@ -87,9 +91,19 @@ class Learner:
         self.backbone, self.head = backbone, head.to(device)
         backbone.precision = config.training.precision or "fp32"
         allow_tf32(backbone.precision == "tf32")  # of backward passes
+        if config.training.checkpoint_gradients and not frozen:
+            checkpoint_blocks(backbone)
         self.config, self.seed, self.device = config, seed, device
         self.ranks = ranks()
         self.flip = flip if config.data.flip is None else config.data.flip
+        self.parts = Parts(
+            config.training.batch_size,
+            config.training.micro_batch,
+            partial(free_bytes, device) if device.type == "cuda" else None,
+            partial(saved_bytes, self.flat, backbone.image_size),
+            self.theta.nbytes,
+            lambda n: self.ranks.own(n),
+        )
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property
@@ -116,25 +130,26 @@ class Learner:
         scale = (self.config.data.crop_scale, 1.0)
         return self.normalise(random_resized_crop(images, generator, scale=scale, flip=self.flip))
 
-    def parts(self, n: int) -> list[tuple[slice, float]]:
-        """How a step cuts a batch of n images: slices of at most `--micro-batch`, and the share of each in the batch. A mean
-        over the batch is the sum of the parts' means times their shares; where several processes share the batch
-        (ranks.py), these are the parts of this one, and the sum is completed by `ranks.add_`."""
-        own = self.ranks.own(n)
-        size = self.config.training.micro_batch or n
-        starts = range(own.start, own.stop, size)
-        return [(slice(a, min(a + size, own.stop)), (min(a + size, own.stop) - a) / n) for a in starts]
+    def without_gradient(self, function: Callable[[Tensor], Tensor], images: Tensor, dim: int = 0) -> Tensor:
+        """function(images) in parts that fit the memory, joined along `dim`, which counts the images. Where several
+        processes share a batch, each computes its own part. images: uint8 `[b, 3, s, s]`."""
+        n = len(images)
+        own = self.ranks.own(n) if n >= self.ranks.size else slice(0, n)  # of a few images every process computes all
 
-    def gathered(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """`function(images)`, one row per image; where several processes share the batch, each computes its rows."""
-        own, n = self.ranks.own(len(images)), len(images)
-        if self.ranks.size == 1 or n < self.ranks.size:
-            return function(images)
-        mine = function(images[own])
-        rows = mine.new_zeros(n, *mine.shape[1:])
-        rows[own] = mine
-        self.ranks.add_(rows)
-        return rows
+        @torch.no_grad()
+        def work() -> Tensor:
+            parts = self.parts.cut(own, n, "evaluate")
+            return torch.cat([function(self.plain(images[part])) for part, _ in parts], dim)
+
+        mine = self.parts.attempt(work)
+        if own == slice(0, n):
+            return mine
+        shape = list(mine.shape)
+        shape[dim] = n
+        found = mine.new_zeros(shape)
+        found.narrow(dim, own.start, own.stop - own.start).copy_(mine)
+        self.ranks.add_(found)
+        return found
 
     def adapted(self, rank: int) -> Projections | AllWeights:
         """The weights that LoRA of this rank changes: the key and value projections; rank 0: all weights."""
@@ -152,10 +167,9 @@ class Learner:
         current = self.theta.clone() if self.initial is not None else None
         if self.initial is not None:
             self.theta.copy_(self.initial)
-        with torch.no_grad():
-            for rows in torch.arange(len(images)).split(self.config.training.batch_size):
-                pixels, labels = images.batch(rows)
-                self.head.observe(self.gathered(self.backbone, self.plain(pixels)), labels)
+        for rows in torch.arange(len(images)).split(self.config.training.batch_size):
+            pixels, labels = images.batch(rows)
+            self.head.observe(self.without_gradient(self.backbone, pixels), labels)
         if current is not None:
             self.theta.copy_(current)
 
@@ -208,6 +222,7 @@ class Train(Phase):
     """
 
     name = "train"
+    kind = "train"  # of steps, see `Parts`
     batches: Batches
 
     def __init__(
@@ -261,7 +276,7 @@ class Train(Phase):
         for p in learner.head.trainable():
             p.grad = None
         loss = learner.theta.new_zeros(())
-        for part, share in learner.parts(len(images)):
+        for part, share in learner.parts.of(len(images), self.kind):
             value = self.loss(images[part], labels[part]) * share
             value.backward()
             loss += value.detach()

@@ -1,6 +1,5 @@
-"""`--micro-batch`: a step in parts has the gradients of the whole batch up to rounding, in every phase of every method."""
-
-import dataclasses
+"""`--micro-batch`, or too little memory: a step in parts has the gradients of the whole batch up to rounding, in every
+phase of every method."""
 
 import pytest
 import torch
@@ -14,8 +13,17 @@ SIZE = 3
 
 
 def in_parts(learner):
-    training = dataclasses.replace(learner.config.training, micro_batch=SIZE)
-    learner.config = dataclasses.replace(learner.config, training=training)
+    learner.parts.micro_batch = SIZE
+
+
+def short_of_memory(learner):
+    """No more than five images fit; a batch has eight."""
+
+    def refuse(module, given):
+        if len(given[0]) > 5:
+            raise torch.OutOfMemoryError("a test says so")
+
+    learner.backbone.register_forward_pre_hook(refuse)
 
 
 def first_step(phase, learner, largest):
@@ -26,7 +34,7 @@ def first_step(phase, learner, largest):
             largest.append(given[0].shape[0])
 
     hook = learner.backbone.register_forward_pre_hook(note)
-    terms = phase.step(0)
+    terms = learner.parts.attempt(lambda: phase.step(0))
     hook.remove()
     fisher = getattr(phase, "fisher", None)  # the tensor of a pass, or the pass of a merge rule
     gradients = [] if fisher is None else [getattr(fisher, "fisher", fisher)]
@@ -35,17 +43,19 @@ def first_step(phase, learner, largest):
     return terms, [gradient.detach().clone() for gradient in gradients]
 
 
-@pytest.mark.parametrize(("name", "protocol"), CASES)
-def test_every_phase_of_every_method(name, protocol, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "protocol", "how"),
+    [(*case, in_parts) for case in CASES] + [(*case, short_of_memory) for case in CASES if case[1] in (None, "strict")],
+)
+def test_every_phase_of_every_method(name, protocol, how, tmp_path):
     runs = [build(name, protocol, tmp_path) for _ in range(2)]
-    in_parts(runs[1][0])
     (first, second), largest = toy.tasks()[:2], []
     steps = 0
     for run in runs:
-        runs[1][0].config, config = runs[0][0].config, runs[1][0].config  # the first task whole for both
         one_task(*run, *first)
-        runs[1][0].config = config
-        run[0].grow_head(*second)
+    how(runs[1][0])  # after the first task
+    for learner, _ in runs:
+        learner.grow_head(*second)
     during = [method.begin(second[0]) for _, method in runs]
     for make in ("train", "merge"):
         phases = [getattr(method, make)(*second, d) for (_, method), d in zip(runs, during, strict=True)]
@@ -63,7 +73,9 @@ def test_every_phase_of_every_method(name, protocol, tmp_path):
         for phase, (learner, _) in zip(phases, runs, strict=True):
             phase.finish()
             learner.flat.theta.data.copy_(runs[0][0].theta)  # the next phase starts at the same weights
-    assert not largest or max(largest) <= SIZE
+    assert not largest or max(largest) <= (SIZE if how is in_parts else 8)
+    if how is short_of_memory:
+        assert set(runs[1][0].parts.sizes.values()) <= {4} and (runs[1][0].parts.sizes or not largest)
     assert steps or name in ("nearest-mean",)
 
 

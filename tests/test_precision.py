@@ -42,7 +42,7 @@ def tower(name, weights, *flags):
     torch.manual_seed(0)
     backbone, _ = load_backbone(name, weights)
     head = toy.TextHead(F.normalize(torch.randn(6, backbone.feature_dim), dim=1), 10.0)
-    return Learner(backbone, head, toy.learner(*flags).config, 0, CPU)
+    return Learner(backbone, head, toy.parse(["--model=tiny", "--device=cpu", *flags]), 0, CPU)
 
 
 def images_for(learner, n=4):
@@ -74,7 +74,8 @@ def test_features_tokens_gradients_and_fishers_of_a_vit(name, weights):
 
 
 def test_slopes_of_the_exact_product():
-    """`jvp` of `grad` runs in bf16. Its slope along the task vector of a trained model moves by a few per cent."""
+    """The exact product, two backward passes, runs in bf16. Its slope along the task vector of a trained model moves by a
+    few per cent."""
     setup = Setup(toy.parse(["--batch-size=32", "--epochs=1", "--merge-epochs=1", "--device=cpu"]))
     task = setup.scenario.tasks[1]
     images = setup.cache.get(setup.dataset.train, task.train[:320])

@@ -21,7 +21,7 @@ CLASSES, TASKS, IMAGES = 6, 3, 20
 
 class Backbone(nn.Module):
     name, family, weights = "toy", "toy", "random"
-    precision = "fp32"
+    precision, recompute = "fp32", False
     image_size, mean, std, feature_dim, has_class_token = 4, (0.5,) * 3, (0.5,) * 3, 5, False
 
     def __init__(self):

@@ -103,6 +103,7 @@ class TrainWithFisher(Train):
     def __init__(self, method: CMM, task: Task, images: TaskImages, during: Tensors):
         trainable = TangentSpace(method.learner.flat, method.tangent) if method.tangent else None
         super().__init__(method.learner, task, images, trainable=trainable)
+        self.kind = "tangent" if method.tangent else "train"
         self.method, self.during = method, during
 
     def finish(self) -> None:
@@ -168,7 +169,7 @@ class MergeAndAlign(Phase):
         images = self.learner.plain(pixels)
         self.optimiser.zero_grad()
         loss = self.learner.theta.new_zeros(())
-        for part, share in self.learner.parts(len(images)):
+        for part, share in self.learner.parts.of(len(images), "tangent" if self.method.tangent else "train"):
             with torch.no_grad():
                 wanted = self.features(self.during["previous"], images[part])
             found = self.features(self.learner.theta, images[part], self.projection)

@@ -147,15 +147,12 @@ class Search(Phase):
         """Class tokens (cls(theta_t) + cls(theta_{t-1})) / 2 of every image: `[L, n, width]` fp32, kept for the search."""
         backbone, theta = self.learner.backbone, self.learner.theta
         tokens = torch.zeros(backbone.layers, len(self.images), backbone.width, device=theta.device, dtype=theta.dtype)
-        own = self.learner.ranks.own(len(self.images))
-        with torch.no_grad():
-            for weights in (self.current, self.previous):
-                theta.copy_(weights)
-                settings = self.learner.config.training
-                for rows in torch.arange(len(self.images))[own].split(settings.micro_batch or settings.batch_size):
-                    pixels, _ = self.images.batch(rows)
-                    tokens[:, rows] += 0.5 * backbone.class_tokens(self.learner.plain(pixels))[1]
-        self.learner.ranks.add_(tokens)
+        for weights in (self.current, self.previous):
+            theta.copy_(weights)
+            for rows in torch.arange(len(self.images)).split(self.learner.config.training.batch_size):
+                pixels, _ = self.images.batch(rows)
+                seen = self.learner.without_gradient(lambda x: backbone.class_tokens(x)[1], pixels, dim=1)
+                tokens[:, int(rows[0]) : int(rows[-1]) + 1].add_(seen, alpha=0.5)
         return tokens
 
     def step(self, i: int) -> dict[str, Tensor]:

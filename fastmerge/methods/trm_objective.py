@@ -22,15 +22,14 @@ search uses the exact product.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.precision import full_fp32
 from fastmerge.training import Learner, positions
 
 STEPS = (1e-5, 3e-6, 1e-6, 3e-7)  # s ||g|| / ||theta||
@@ -64,20 +63,6 @@ def _pairs(graph: Sequence[Tensor | None], along: Sequence[Tensor | None]) -> tu
 
 def _cut(teacher: Tensor | None, part: slice) -> Tensor | None:
     return None if teacher is None else teacher[:, part]
-
-
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """In this context a GPU computes matrix products and convolutions in fp32, without TF32."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 class Objective:
@@ -117,14 +102,15 @@ class Objective:
     def choose_step(self, images: Tensor, labels: Tensor, slopes: Callable[[Tensor], Tensor]) -> None:
         """Set `relative_step` from the first CHECKED images. slopes: h `[n]` -> `[2]`, its products with d and P. The
         weights are unchanged."""
-        parts = self.learner.parts(len(images))
-        few = self.learner.ranks.agree(min(CHECKED, parts[0][0].stop if parts else 1))
+        first = self.learner.parts.of(len(images), "curvature")[:1]
+        few = self.learner.ranks.agree(min([CHECKED, *(part.stop - part.start for part, _ in first)]))
         images, labels = images[:few], labels[:few]
-        alone = [(slice(0, few), 1.0)]  # every process takes all of them, so that all choose the same step
-        g = self._task_gradient(images, labels, alone).clone()
-        exact = slopes(self._exact_product(images, labels, g))
-        found = [slopes(self._difference_of(images, labels, g, g, s, alone)) for s in STEPS]
-        errors = [(value / exact - 1).abs().max() for value in found]
+        alone = [(slice(0, len(images)), 1.0)]  # every process takes all of them, so that all choose the same step
+        with full_fp32(self.learner.backbone):
+            g = self._task_gradient(images, labels, alone).clone()
+            exact = slopes(self._exact_product(images, labels, g))
+            found = [slopes(self._difference_of(images, labels, g, g, s, alone)) for s in STEPS]
+            errors = [(value / exact - 1).abs().max() for value in found]
         error, best = torch.stack(errors).nan_to_num(torch.inf).min(0)
         self.relative_step = STEPS[int(best)] if error <= TOLERANCE else 0.0
 
@@ -133,7 +119,7 @@ class Objective:
     def _without_curvature(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
         flat = self.learner.flat
         flat.zero_grad()
-        for part, share in self.learner.parts(len(images)):
+        for part, share in self.learner.parts.of(len(images), "search"):
             task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
             terms.add(share, L_task=task, L_pre=pre)
             first = self._first_order(task, pre)
@@ -142,10 +128,10 @@ class Objective:
         return flat.gradient
 
     def _exact(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
-        flat, parts = self.learner.flat, self.learner.parts(len(images))
+        flat, parts = self.learner.flat, self.learner.parts.of(len(images), "curvature")
         whole = None
         if len(parts) > 1 or self.learner.ranks.size > 1:
-            g_whole = self._task_gradient(images, labels, parts).clone()
+            g_whole = self._task_gradient(images, labels, self.learner.parts.of(len(images), "train")).clone()
             self.learner.ranks.add_(g_whole)
             whole = list(flat.views(g_whole))
         flat.zero_grad()
@@ -170,8 +156,8 @@ class Objective:
         flat, settings = self.learner.flat, self.settings
         flat.zero_grad()
         pull = None if teacher is None else torch.zeros_like(flat.gradient)  # lambda1 grad L_pre
-        with full_fp32():
-            for part, share in self.learner.parts(len(images)):
+        with full_fp32(self.learner.backbone):
+            for part, share in self.learner.parts.of(len(images), "search"):
                 task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
                 assert task is not None
                 terms.add(share, L_task=task, L_pre=pre)
@@ -186,7 +172,9 @@ class Objective:
         if self.learner.ranks.size > 1:
             whole = g.clone()
             self.learner.ranks.add_(whole)
-        h = self._difference_of(images, labels, g, whole, self.relative_step, self.learner.parts(len(images)))
+        h = self._difference_of(
+            images, labels, g, whole, self.relative_step, self.learner.parts.of(len(images), "train")
+        )
         terms["gradient_energy"] = whole.norm().square()
         total = h.mul_(-2 * settings.lambda2).add_(g, alpha=settings.lambda0)
         return total if pull is None else total.add_(pull)
@@ -235,7 +223,6 @@ class Objective:
         torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
         return flat.gradient
 
-    @full_fp32()
     def _difference_of(
         self, images: Tensor, labels: Tensor, g: Tensor, along: Tensor, relative_step: float | None, parts: Parts
     ) -> Tensor:
@@ -245,6 +232,7 @@ class Objective:
         theta = self.learner.theta
         here, s = theta.clone(), relative_step * theta.norm() / along.norm().clamp_min(torch.finfo(g.dtype).tiny)
         theta.addcmul_(s, along)
-        h = self._task_gradient(images, labels, parts).sub_(g).div_(s)
+        with full_fp32(self.learner.backbone):
+            h = self._task_gradient(images, labels, parts).sub_(g).div_(s)
         theta.copy_(here)
         return h

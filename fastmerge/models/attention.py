@@ -18,3 +18,8 @@ def differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def is_differentiable() -> bool:
+    """Whether `differentiable_attention` is in force."""
+    return not torch.backends.cuda.flash_sdp_enabled()

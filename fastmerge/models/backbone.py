@@ -25,6 +25,7 @@ class Backbone(nn.Module):
     """
 
     family: str
+    recompute = False  # whether a backward pass runs the blocks again, see models/recompute.py
     precision = "fp32"  # of products inside the tower, see models/precision.py; a run sets it
     tower: Any  # a module of open_clip or timm, with undeclared attributes
 

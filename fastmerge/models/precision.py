@@ -4,8 +4,8 @@ fp32: all of fp32's 24 bits. tf32: a GPU rounds the inputs of products to 11 bit
 and results of products have 8 bits, sums inside a product have 24. Weights, the residual stream, normalisation and
 softmax, features, logits, losses, gradients and merges are fp32 in all three.
 
-`torch.autocast` does the same in a plain step, but raises in forward-over-reverse mode (`jvp` of `grad`, TRM's exact
-curvature), because it does not cast tangents. `Bf16` casts with differentiable operations, so every transform works.
+`torch.autocast` does the same in a plain step, but raises under the transforms of `torch.func` (`jvp` of `grad`), because it
+does not cast tangents. `Bf16` casts with differentiable operations, so every transform works.
 """
 
 from __future__ import annotations
@@ -92,6 +92,17 @@ def allow_tf32(on: bool) -> None:
     """The same for the whole process, so that it holds in backward passes too."""
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
+
+
+@contextlib.contextmanager
+def full_fp32(backbone: Any) -> Iterator[None]:
+    """In this context the backbone computes in fp32, without TF32 in backward passes too, whatever its precision is."""
+    before, backbone.precision = backbone.precision, "fp32"
+    try:
+        with tf32(False):
+            yield
+    finally:
+        backbone.precision = before
 
 
 def computing(precision: str, device: torch.device) -> contextlib.AbstractContextManager:

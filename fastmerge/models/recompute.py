@@ -1,0 +1,77 @@
+"""Gradient checkpointing (`--checkpoint-gradients`; Chen et al. 2016, arXiv 1604.06174): only the inputs of the
+transformer's blocks are kept for the backward pass, which runs each block once more. The numbers are the same bits.
+
+The libraries' own switches run the block again with the weights and contexts of that later time. A forward through
+`functional_call` (LoRA) or in bf16 is over by then, so the weights and the precision of the first time are kept here.
+Where attention must be differentiable twice or in forward mode (TRM's exact curvature, the tangent space), and in the
+Fisher pass, blocks are not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from fastmerge.errors import UserError
+from fastmerge.models.attention import is_differentiable
+from fastmerge.models.precision import computing
+
+
+def blocks_of(backbone: Any) -> list[nn.Module]:
+    """The transformer blocks of an open_clip tower, a timm model, or a timm trunk in an open_clip tower.
+
+    Raises:
+        UserError: the model has none.
+    """
+    for place in ("transformer.resblocks", "blocks", "trunk.blocks"):
+        found = backbone.tower
+        for name in place.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList | nn.Sequential) and len(found):
+            return list(found)
+    raise UserError(
+        f"--checkpoint-gradients: model {backbone.name} has no list of transformer blocks; choose a ViT, or --micro-batch"
+    )
+
+
+def checkpoint_blocks(backbone: Any) -> None:
+    """Run every block of `backbone` again in the backward pass, while `backbone.recompute` is set."""
+    backbone.recompute = True
+    for block in blocks_of(backbone):
+        block.forward = partial(_forward, backbone, block)  # a partial is copied together with its block
+
+
+@contextlib.contextmanager
+def kept_activations(backbone: Any) -> Iterator[None]:
+    """In this context, a forward pass keeps all activations."""
+    before, backbone.recompute = backbone.recompute, False
+    try:
+        yield
+    finally:
+        backbone.recompute = before
+
+
+def _forward(backbone: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    own = type(block).forward
+    if not backbone.recompute or not torch.is_grad_enabled() or is_differentiable():
+        return own(block, *args, **kwargs)
+    weights = dict(block.named_parameters(remove_duplicate=False))  # those of a functional_call, inside one
+    precision, device = backbone.precision, next(x.device for x in args if isinstance(x, Tensor))
+
+    def run(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        with kept_activations(backbone):
+            return functional_call(block, weights, args, kwargs)
+
+    return checkpoint(
+        run, weights, *args, **kwargs,
+        use_reentrant=False,
+        preserve_rng_state=False,  # no dropout in eval mode
+        context_fn=lambda: (contextlib.nullcontext(), computing(precision, device)),
+    )  # fmt: skip
