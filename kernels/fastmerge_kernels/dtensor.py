@@ -1,8 +1,8 @@
 """DTensors (FSDP2): the ops of `elementwise.py` work on the shards of each rank, without communication.
 
-Vectors may be replicated or sharded, `Shard(0)`, all alike. `pam_coefficient` gives a `Partial` sum; `.full_tensor()` adds up the
-ranks. `nonfinite` counts the entries of the rank's own shard. Ops with random numbers or segments take local tensors: their
-`offset=` says where a shard begins.
+Vectors may be replicated or sharded, `Shard(0)`, all alike. `pam_coefficient` gives a `Partial` sum, whose `full_tensor()`
+adds up the ranks. `nonfinite` counts the entries of the rank's own shard. Ops with random numbers or segments take local
+tensors: their `offset=` says where a shard begins.
 """
 
 from __future__ import annotations
