@@ -27,13 +27,13 @@ CUDA = torch.device("cuda", 0)
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 
 
-def moved(module: nn.Module, device: torch.device) -> nn.Module:
+def applied(module: nn.Module, change, recurse: bool = True) -> nn.Module:
+    """`Module._apply` by new parameters: fake ones cannot change their dtype or device in place."""
     for part in module.modules():
         for kept in (part._parameters, part._buffers):
             for name, x in kept.items():
-                if x is not None and x.device != device:
-                    x_there = x.detach().to(device)
-                    kept[name] = nn.Parameter(x_there, x.requires_grad) if isinstance(x, nn.Parameter) else x_there
+                if x is not None and ((y := change(x.detach())).device, y.dtype) != (x.device, x.dtype):
+                    kept[name] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
     return module
 
 
@@ -51,7 +51,7 @@ def backward(tensors, *args, **kwargs) -> None:
 def fake_cuda():
     """Context in which new tensors are fake and modules move to fake devices; yields its `Transfers`."""
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), Transfers() as transfers:
-        patch.setattr(nn.Module, "to", lambda self, device, *args, **kwargs: moved(self, torch.device(device)))
+        patch.setattr(nn.Module, "_apply", applied)
         patch.setattr(Tensor, "backward", backward)
         patch.setattr(torch.autograd, "backward", backward)
         patch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
@@ -102,7 +102,7 @@ def learner(name: str, *flags: str) -> Learner:
     config = toy.parse(["--model=tiny", "--batch-size=8", "--device=cpu", *flags])
     prototypes = METHODS[name].head == "prototype"
     head = PrototypeHead(5, toy.CLASSES) if prototypes else TextHead(torch.randn(toy.CLASSES, 5), 3.0)
-    return Learner(moved(toy.Backbone(), CUDA), head, config, 0, CUDA)
+    return Learner(toy.Backbone().to(CUDA), head, config, 0, CUDA)
 
 
 def tasks(count: int = toy.TASKS):
