@@ -28,6 +28,7 @@ LONG = {
     "test_config.py::test_defaults_that_the_data_and_the_model_decide",
     "test_data_joined.py::test_methods_on_data_sets_that_share_classes",
     "test_docs.py",
+    "test_dtensor.py",
     "test_elementwise.py::test_dtypes",
     "test_elementwise.py::test_nonfinite_values_are_counted",
     "test_elementwise.py::test_pam_coefficient",
