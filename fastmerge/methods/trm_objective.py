@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.precision import tf32
 from fastmerge.training import Learner, positions
 
 STEPS = (1e-5, 3e-6, 1e-6, 3e-7)  # s ||g|| / ||theta||
@@ -64,17 +65,14 @@ def _cut(teacher: Tensor | None, part: slice) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """In this context a GPU computes matrix products and convolutions in fp32, without TF32."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+def full_fp32(backbone: Backbone) -> Iterator[None]:
+    """In this context the backbone computes in fp32, whatever `--precision` says."""
+    before, backbone.precision = backbone.precision, "fp32"
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
+        with tf32(False):
+            yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        backbone.precision = before
 
 
 class Objective:
@@ -110,11 +108,23 @@ class Objective:
         weights are unchanged."""
         few = min(CHECKED, self.learner.parts(len(images))[0][0].stop)
         images, labels = images[:few], labels[:few]
-        g = self._task_gradient(images, labels).clone()
-        exact = slopes(self._exact_product(images, labels, g))
-        errors = [(slopes(self._difference_of(images, labels, g, s)) / exact - 1).abs().max() for s in STEPS]
+        with full_fp32(self.learner.backbone):
+            g = self._task_gradient(images, labels).clone()
+            exact = slopes(self.hessian_product(images, labels, g))
+            errors = [(slopes(self._difference_of(images, labels, g, s)) / exact - 1).abs().max() for s in STEPS]
         error, best = torch.stack(errors).nan_to_num(torch.inf).min(0)
         self.relative_step = STEPS[int(best)] if error <= TOLERANCE else 0.0
+
+    def hessian_product(self, images: Tensor, labels: Tensor, g: Tensor) -> Tensor:
+        """Hessian(L_task) g of a batch that is not cut into parts, in the flat gradient. g: any vector `[n]`."""
+        flat = self.learner.flat
+        flat.zero_grad()
+        with differentiable_attention():
+            task, _ = self._losses(images, labels)
+        assert task is not None
+        graph = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
+        torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
+        return flat.gradient
 
     # -- the three ways ----------------------------------------------------------------------------------------------
 
@@ -153,7 +163,7 @@ class Objective:
         flat, settings = self.learner.flat, self.settings
         flat.zero_grad()
         pull = None if teacher is None else torch.zeros_like(flat.gradient)  # lambda1 grad L_pre
-        with full_fp32():
+        with full_fp32(self.learner.backbone):
             for part, share in self.learner.parts(len(images)):
                 task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
                 assert task is not None
@@ -164,8 +174,8 @@ class Objective:
                     for view, value in zip(flat.views(pull), values, strict=True):
                         if value is not None:  # the last projection has no part in the class tokens
                             view += value
-        g = flat.gradient.clone()
-        h = self._difference_of(images, labels, g, self.relative_step)
+            g = flat.gradient.clone()
+            h = self._difference_of(images, labels, g, self.relative_step)
         terms["gradient_energy"] = g.norm().square()
         total = h.mul_(-2 * settings.lambda2).add_(g, alpha=settings.lambda0)
         return total if pull is None else total.add_(pull)
@@ -203,18 +213,6 @@ class Objective:
             (task * share).backward(inputs=flat.parameters)
         return flat.gradient
 
-    def _exact_product(self, images: Tensor, labels: Tensor, g: Tensor) -> Tensor:
-        """Hessian(L_task) g of one part, in the flat gradient."""
-        flat = self.learner.flat
-        flat.zero_grad()
-        with differentiable_attention():
-            task, _ = self._losses(images, labels)
-        assert task is not None
-        graph = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
-        torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
-        return flat.gradient
-
-    @full_fp32()
     def _difference_of(self, images: Tensor, labels: Tensor, g: Tensor, relative_step: float | None) -> Tensor:
         """(grad L_task(theta + s g) - g) / s, in the flat gradient. relative_step: s ||g|| / ||theta||."""
         assert relative_step
