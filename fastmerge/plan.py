@@ -84,7 +84,7 @@ def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
     if method.trains:
         other = dataclasses.replace(config.training, merge_epochs=config.training.merge_epochs + 1, init="independent")
         changed_config = dataclasses.replace(config, training=other)
-        unread = {"precision"}  # one for the command
+        unread = {"precision", "preset"}  # one for the command
         if method.merge_epochs(changed_config) == method.merge_epochs(config):
             unread.add("merge_epochs")
         if method.trajectory(changed_config, "full") != "independent":
