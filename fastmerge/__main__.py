@@ -173,14 +173,16 @@ def run(config: Any) -> int:
     if setup.random_weights:
         warn("--pretrained none: the backbone starts from random weights")
     trained = [run.scenario for run in runs if METHODS[run.method].trains]
-    for warning in (warmup_warning(scenario, config.training), single_class_warning(trained)):
+    warnings = [warmup_warning(run.scenario, run.config.training) for run in runs if METHODS[run.method].trains]
+    for warning in dict.fromkeys([*warnings, single_class_warning(trained)]):
         if warning is not None:
             warn(warning)
 
     labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)
     trajectories = [
-        Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label, run.scenario) for run in runs
+        Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label, run.scenario, run.variant)
+        for run in runs
     ]
     starting: dict[str, Any] | None = None
     busy: list[str] = []  # runs that another process works on

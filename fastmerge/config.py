@@ -316,11 +316,13 @@ class TrainingSettings:
         "override them; the header says what comes from where (presets.py).",
     )
     method: tuple[str, ...] = setting(
-        ("trm", "finetune"),
+        ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
-        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings for one "
-        "run, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false.",
+        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings of the method or "
+        "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
+        "(trm:training.lr where trm has a setting lr too).",
+        derived="trm; for glyphs also finetune",
     )
     protocol: tuple[Literal["full", "running", "strict"], ...] = setting(
         ("strict",),

@@ -237,6 +237,8 @@ def test_derived_defaults_are_what_the_help_says():
     assert [value("model", "model", *f) for f in (small, large)] == ["tiny", "ViT-B-16-quickgelu"]
     assert text("model", "pretrained") == "glyphs for tiny, openai for ViT-B-16-quickgelu"
     assert [value("model", "pretrained", *f) for f in (small, large)] == ["glyphs", "openai"]
+    assert text("training", "method") == "trm; for glyphs also finetune"
+    assert [value("training", "method", *f) for f in (small, large)] == [("trm", "finetune"), ("trm",)]
     assert text("run", "run_dir").startswith("runs/<dataset>-<scenario><tasks>-<model>, or")
     assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
     for flags, folder in (
