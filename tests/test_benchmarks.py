@@ -303,6 +303,13 @@ def test_test_part(tmp_path):
     )
 
 
+def test_a_list_that_names_the_part_tells_files_of_the_same_name_apart(tmp_path):
+    plant(tmp_path / "data", both("{part}/{}", ["a"], names=["0.jpg"]))
+    (tmp_path / "s.txt").write_text("train old/place/test/a/0.jpg\ntest old/place/train/a/0.jpg\n")
+    data = load_dataset("folder", tmp_path / "data", split_file=str(tmp_path / "s.txt"))
+    assert (data.train.ids, data.test.ids) == (["test/a/0.jpg"], ["train/a/0.jpg"])
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
