@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,17 @@ def listed(data):
 def test_every_data_set_is_in_the_table_and_every_layout_has_a_tree():
     assert {b.name for b in BENCHMARKS} <= set(DATASETS)
     assert set(TREES) | SLOWLY_MADE == set(LAYOUTS)
+
+
+def test_the_page_about_data_has_a_row_for_every_data_set_and_a_word_for_every_layout():
+    page = (Path(__file__).parent.parent / "docs" / "DATA.md").read_text()
+    rows = {row.split("|")[1].strip().strip("`"): row for row in page.splitlines() if row.startswith("| `")}
+    assert {name for key in rows for name in key.replace("`", "").split(", ")} >= set(DATASETS)
+    for known in BENCHMARKS:
+        row = rows[known.name]
+        for layout in known.layouts:
+            who = re.findall(r"LAMDA|MagMax|CMM|CoOp|official|DomainBed|Dassl", layout.name)
+            assert all(name in row for name in who), (known.name, layout.name)
 
 
 @pytest.mark.parametrize("name, layout", TREES, ids=str)
