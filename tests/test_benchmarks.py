@@ -172,6 +172,17 @@ def test_a_domain_that_lacks_a_class_shifts_no_label(tmp_path):
     assert [len(task.train) for task in scenario.tasks] == [6, 6, 6, 4, 6, 6]
 
 
+@pytest.mark.parametrize("name, layout", TREES, ids=str)
+def test_a_part_of_the_data_says_so(tmp_path, name, layout):
+    """--top-classes and --validation change what results are comparable; labels, keys and names still belong together."""
+    data = load_dataset(name, plant(tmp_path, TREES[name, layout][0]))
+    held = data.held_out(0.5)
+    assert held.origin.comparable.startswith("none, since") and data.origin.comparable in held.origin.comparable
+    top = data.most_populous(1)
+    assert top.keys == (data.keys[data.class_names.index(top.class_names[0])],)
+    assert top.origin.comparable.startswith("results on the same 1 classes only") and not top.test.labels.any()
+
+
 def test_domains_that_are_not_on_disk_are_left_out_of_the_lists(tmp_path):
     tree = {path: text for path, text in domainnet().items() if not path.startswith("domainnet/real/")}
     data = load_dataset("domainnet", plant(tmp_path, tree))
