@@ -112,6 +112,7 @@ def test_archives_are_named_with_the_command_that_unpacks_them(tmp_path):
         message = error_of(name, tmp_path)
         assert f"tar -xf '{tmp_path}/images of cub.tgz' -C {tmp_path}" in message
         assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in message
+        assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in error_of(name, tmp_path / "cars.zip")
 
 
 def test_cub_needs_its_lists_to_agree(tmp_path):

@@ -28,6 +28,7 @@ import numpy as np
 
 from fastmerge.data import class_names as names_of
 from fastmerge.data import split_file as lists
+from fastmerge.data.archives import archives
 from fastmerge.data.dataset import Dataset, Origin, Split
 from fastmerge.data.files import FileReader, data_root
 from fastmerge.data.prompts import PHOTO
@@ -35,7 +36,6 @@ from fastmerge.data.split import by_list
 from fastmerge.data.tree import (
     LAYOUTS,
     ClassFolder,
-    archives,
     class_folders,
     domain_folders,
     find_parts,
