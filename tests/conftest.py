@@ -50,6 +50,7 @@ LONG = {
     "test_method_cmm.py::test_linearised_serves_both_families",
     "test_method_pam.py::test_lora_equals_peft_on_separate_projections",
     "test_method_trm.py::test_state_goes_on_in_a_new_search",
+    "test_names_and_prompts.py::test_a_run_says_what_it_found_and_names_what_it_compares_with",
     "test_peers.py",
     "test_readme.py",
     "test_registration.py",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +61,17 @@ def test_every_data_set_is_in_the_table_and_every_layout_has_a_tree():
     assert set(TREES) | SLOWLY_MADE == set(LAYOUTS)
 
 
+def test_the_page_about_data_has_a_row_for_every_data_set_and_a_word_for_every_layout():
+    page = (Path(__file__).parent.parent / "docs" / "DATA.md").read_text()
+    rows = {row.split("|")[1].strip().strip("`"): row for row in page.splitlines() if row.startswith("| `")}
+    assert {name for key in rows for name in key.replace("`", "").split(", ")} >= set(DATASETS)
+    for known in BENCHMARKS:
+        row = rows[known.name]
+        for layout in known.layouts:
+            who = re.findall(r"LAMDA|MagMax|CMM|CoOp|official|DomainBed|Dassl", layout.name)
+            assert all(name in row for name in who), (known.name, layout.name)
+
+
 @pytest.mark.parametrize("name, layout", TREES, ids=str)
 def test_layout(tmp_path, name, layout):
     tree, class_names, domains, train, test = TREES[name, layout]
@@ -99,6 +112,7 @@ def test_archives_are_named_with_the_command_that_unpacks_them(tmp_path):
         message = error_of(name, tmp_path)
         assert f"tar -xf '{tmp_path}/images of cub.tgz' -C {tmp_path}" in message
         assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in message
+        assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in error_of(name, tmp_path / "cars.zip")
 
 
 def test_cub_needs_its_lists_to_agree(tmp_path):
@@ -157,6 +171,17 @@ def test_a_domain_that_lacks_a_class_shifts_no_label(tmp_path):
     assert data.keys == ("airplane", "The_Eiffel_Tower", "train")  # the order of the lists' labels
     scenario = build_scenario(data, "dil", None, "natural")
     assert [len(task.train) for task in scenario.tasks] == [6, 6, 6, 4, 6, 6]
+
+
+@pytest.mark.parametrize("name, layout", TREES, ids=str)
+def test_a_part_of_the_data_says_so(tmp_path, name, layout):
+    """--top-classes and --validation change what results are comparable; labels, keys and names still belong together."""
+    data = load_dataset(name, plant(tmp_path, TREES[name, layout][0]))
+    held = data.held_out(0.5)
+    assert held.origin.comparable.startswith("none, since") and data.origin.comparable in held.origin.comparable
+    top = data.most_populous(1)
+    assert top.keys == (data.keys[data.class_names.index(top.class_names[0])],)
+    assert top.origin.comparable.startswith("results on the same 1 classes only") and not top.test.labels.any()
 
 
 def test_domains_that_are_not_on_disk_are_left_out_of_the_lists(tmp_path):
@@ -301,6 +326,13 @@ def test_test_part(tmp_path):
     assert "has no such part. It has: test, val" in error_of(
         "folder", tmp_path / "f", split_file=str(file), test_part="valid"
     )
+
+
+def test_a_list_that_names_the_part_tells_files_of_the_same_name_apart(tmp_path):
+    plant(tmp_path / "data", both("{part}/{}", ["a"], names=["0.jpg"]))
+    (tmp_path / "s.txt").write_text("train old/place/test/a/0.jpg\ntest old/place/train/a/0.jpg\n")
+    data = load_dataset("folder", tmp_path / "data", split_file=str(tmp_path / "s.txt"))
+    assert (data.train.ids, data.test.ids) == (["test/a/0.jpg"], ["train/a/0.jpg"])
 
 
 @pytest.mark.parametrize(

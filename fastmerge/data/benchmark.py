@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastmerge.data import class_names, prompts
+from fastmerge.data.archives import archives
 from fastmerge.data.dataset import Dataset, Origin
 from fastmerge.data.files import data_root
 from fastmerge.data.folder import assemble
 from fastmerge.data.split import Parts, by_hash, by_list, digest
 from fastmerge.data.split_file import read as read_split_file
-from fastmerge.data.tree import ClassFolder, archives, looked_for
+from fastmerge.data.tree import ClassFolder, looked_for
 from fastmerge.errors import UserError
 
 

@@ -114,7 +114,9 @@ class _Index:
                 "relative to --data-root; a prefix does not matter. Is the list for this data set?"
             )
         if len(found) > 1:
-            found = [i for i in found if self.folders[i].path == folder] or found
+            paths = {i: self.folders[i].path for i in found}  # now with the names of parts
+            whole = {i: (p == folder, _common_end(folder.split("/"), p.split("/"))) for i, p in paths.items()}
+            found = [i for i in found if whole[i] == max(whole.values())]
         if len(found) > 1:
             same = ", ".join(f"{self.folders[i].path}/{image}" for i in found[:3])
             raise UserError(f"{where}: {path!r} can be any of {same}. Write more of the path.")
