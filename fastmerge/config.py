@@ -131,7 +131,7 @@ def check(config: Config) -> None:
         raise UserError(
             "--scenario dil: the domains of one data set are tasks; for several data sets use datasets or cil"
         )
-    if not several and scenario == "datasets":
+    if not several and scenario == "datasets" and config.run.continue_from is None:
         raise UserError(
             f"--scenario datasets: every task is another data set, but there is only {config.data.dataset[0]}; name several "
             "with --dataset, or choose cil or dil"
