@@ -162,8 +162,9 @@ class DataSettings:
     dataset: tuple[str, ...] = setting(
         ("glyphs",),
         "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10 | imagenet-r | imagenet-a | cub200 | cars | "
-        "domainnet | office31 | office-home | pacs | tiny-imagenet (docs/DATA.md). Several are joined: classes of the same "
-        "name are one class.",
+        "domainnet | office31 | office-home | pacs | tiny-imagenet | mnist | svhn | eurosat | resisc45 | sun397 | dtd | "
+        "gtsrb | huggingface | webdataset (docs/DATA.md), or a loader of yours, PACKAGE.MODULE:LOADER. Several are joined: "
+        "classes of the same name are one class.",
     )
     data_root: tuple[str, ...] | None = setting(
         None,
