@@ -256,10 +256,11 @@ class ScenarioSettings:
     )
     class_order: str = setting(
         "1993",
-        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | inverse:SEED (its inverse, mammoth) | shuffle:SEED "
-        "(Python's random.shuffle, CODA-Prompt) | a file of class names or indices, in any published form (JSON, YAML, "
-        "text), names:FILE or indices:FILE where both are possible. name-sorted: (magmax, CMM) or wnid-sorted: in front numbers the "
-        "classes that way first; alone they are orders. With dil these are domains, with datasets data sets.",
+        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | inverse:SEED (its inverse, mammoth) | "
+        "shuffle:SEED (Python's random.shuffle, CODA-Prompt) | a file of class names or indices, in any published form "
+        "(JSON, YAML, text), names:FILE or indices:FILE where both are possible. name-sorted: (magmax, CMM) or wnid-sorted: "
+        "in front numbers the classes that way first; alone they are orders. With dil these are domains, with datasets "
+        "data sets.",
         derived="1993; with --scenario dil and datasets natural",
     )
     validation: float = setting(
