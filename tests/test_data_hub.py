@@ -200,6 +200,25 @@ def sample(number, label, ending="cls"):
     return {f"s/{number:04d}.png": png(PIXELS[number]), f"s/{number:04d}.{ending}": label.encode()}
 
 
+def test_a_single_split_is_divided_within_every_class_and_domain(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    n, image = 60, {"bytes": png(PIXELS[0]), "path": None}
+    rows = {"image": [image] * n, "label": [i % 3 for i in range(n)], "domain": ["ab"[i // 30] for i in range(n)]}
+    part = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=part).save_to_disk(str(tmp_path / "d"))
+    data, again = (load_dataset("huggingface", tmp_path / "d") for _ in range(2))
+    assert data.test.ids == again.test.ids and {*data.train.ids} | {*data.test.ids} == {
+        f"train/{i:07d}" for i in range(n)
+    }
+    assert len(data.train) == 48 and "20 % of every class by a hash of the row numbers" in data.notes[0]
+    for split, each in ((data.train, 8), (data.test, 2)):
+        numbers = [int(image[-7:]) for image in split.ids]
+        assert split.labels.tolist() == [i % 3 for i in numbers] and split.domains.tolist() == [
+            i // 30 for i in numbers
+        ]
+        assert np.bincount(split.labels * 2 + split.domains).tolist() == [each] * 6
+
+
 def test_web_dataset_shards(tmp_path):
     shard(tmp_path / "train" / "0.tar", *(sample(i, str(LABELS[i])) for i in range(4)))
     shard(tmp_path / "train" / "1.tar", *(sample(i, str(LABELS[i])) for i in (4, 5)))

@@ -4,8 +4,9 @@
 
 DIR holds `dataset_dict.json` and a folder per split (`DatasetDict.save_to_disk`), or parquet files named after their split,
 `train-00000-of-00001.parquet`, in DIR, `DIR/data` or another folder in it. Parquet is converted once into the cache of
-`datasets` (HF_HOME). Splits: train; and test, else validation or the like. Columns: the one of images; the class label,
-called `label` or the only one of this type; and `domain`, if there is one.
+`datasets` (HF_HOME). Splits: train; and test, else validation or the like; a single split `train` is divided by our own
+rule (split.py). Columns: the one of images; the class label, called `label` or the only one of this type; and `domain`,
+if there is one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import glob
 import io
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import ImageReader, data_root, decode, files_hash
-from fastmerge.data.tree import TESTS
+from fastmerge.data.split import by_hash, digest
+from fastmerge.data.tree import TESTS, ClassFolder
 from fastmerge.errors import UserError
 
 LAYOUT = (
@@ -50,29 +53,33 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
     except Exception as error:  # pyarrow and datasets raise several kinds for damaged files
         raise UserError(f"data set 'huggingface': cannot read {root}: {error}. {LAYOUT}") from error
     tests = [test_part] if test_part else [name for name in SPLITS[1:] if name in parts]
-    if "train" not in parts or not tests or tests[0] not in parts:
+    if "train" not in parts or (tests and tests[0] not in parts):
         raise UserError(
             f"data set 'huggingface': {root} has the splits {', '.join(parts)}; expected train, and "
-            f"{test_part or ' or '.join(TESTS)}. Make them with datasets' train_test_split and save_to_disk."
+            f"{test_part or ' or '.join(TESTS)}. {LAYOUT}"
         )
-    train, test = parts["train"], parts[tests[0]]
+    used = ["train", *tests[:1]]
+    train = parts["train"]
     image, label = _image(datasets, train), _label(datasets, train)
-    names, labels = _index([train[label], test[label]], getattr(train.features[label], "names", None))
-    domains: tuple[tuple[str, ...], list[np.ndarray]] = ((), [np.zeros(len(part), np.int64) for part in (train, test)])
-    if "domain" in train.column_names:
-        domains = _index([train["domain"], test["domain"]], getattr(train.features["domain"], "names", None))
+    names, labels = _index([parts[u][label] for u in used], getattr(train.features[label], "names", None))
     name = os.path.basename(os.path.abspath(root))
-    notes = [f"{tests[0]} is used for testing"] if tests[0] != "test" else []
+    domain_names: tuple[str, ...] = (name,)
+    domains = [np.zeros_like(own) for own in labels]
+    if "domain" in train.column_names:
+        known = getattr(train.features["domain"], "names", None)
+        domain_names, domains = _index([parts[u]["domain"] for u in used], known)
     splits = [
-        _split(datasets, what, part, image, its_label, its_domain, files, skip_bad_images)
-        for what, part, its_label, its_domain in zip(
-            ("train", tests[0]), (train, test), labels, domains[1], strict=True
-        )
+        _split(datasets, u, parts[u], image, own, where, files, skip_bad_images)
+        for u, own, where in zip(used, labels, domains, strict=True)
     ]
+    notes = [f"{tests[0]} is used for testing"] if tests and tests[0] != "test" else []
+    if not tests:
+        splits, note = _divided(splits[0], names, domain_names)
+        notes.append(note)
     return Dataset(
         name,
-        class_names=tuple(str(n).replace("_", " ") for n in names),
-        domain_names=domains[0] or (name,),
+        class_names=tuple(n.replace("_", " ") for n in names),
+        domain_names=domain_names,
         train=splits[0],
         test=splits[1],
         templates=("a photo of a {}.",),
@@ -80,6 +87,23 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
         notes=tuple(notes),
         keys=names,
     )
+
+
+def _divided(split: Split, names: Sequence[str], domains: Sequence[str]) -> tuple[list[Split], str]:
+    """Train and test by our own rule (split.py), on the numbers of the rows; and a note that says so."""
+    rows = {image: i for i, image in enumerate(split.ids)}
+    groups: dict[tuple[int, int], list[str]] = {}
+    for image, domain, label in zip(split.ids, split.domains.tolist(), split.labels.tolist(), strict=True):
+        groups.setdefault((domain, label), []).append(image)
+    parts = by_hash([ClassFolder(domains[d], names[c], "", images) for (d, c), images in sorted(groups.items())])
+    indices = [np.array(sorted(rows[image] for f in part for image in f.images), np.int64) for part in parts]
+    if not len(indices[1]):
+        raise UserError("data set 'huggingface': no class has two images, so none is left for testing.")
+    note = (
+        "there is no split for testing: 20 % of every class by a hash of the row numbers are for testing, digest "
+        + digest(parts[1])
+    )
+    return [split.subset(own) for own in indices], note
 
 
 def _read(datasets: Any, root: str) -> tuple[dict[str, Any], list[str]]:
