@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from fastmerge.data.dataset import Dataset
     from fastmerge.models.saved import Model
 
 __version__ = "0.1.0"
@@ -17,3 +19,10 @@ def load(path: str | Path) -> Model:
     from fastmerge.models.saved import load
 
     return load(path)
+
+
+def register_dataset(name: str, loader: Callable[..., Dataset]) -> None:
+    """Make `loader` known as `--dataset name`; see `fastmerge.data.register_dataset`."""
+    from fastmerge.data import register_dataset
+
+    register_dataset(name, loader)

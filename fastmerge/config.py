@@ -131,7 +131,7 @@ def check(config: Config) -> None:
         raise UserError(
             "--scenario dil: the domains of one data set are tasks; for several data sets use datasets or cil"
         )
-    if not several and scenario == "datasets":
+    if not several and scenario == "datasets" and config.run.continue_from is None:
         raise UserError(
             f"--scenario datasets: every task is another data set, but there is only {config.data.dataset[0]}; name several "
             "with --dataset, or choose cil or dil"
@@ -162,8 +162,9 @@ class DataSettings:
     dataset: tuple[str, ...] = setting(
         ("glyphs",),
         "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10 | imagenet-r | imagenet-a | cub200 | cars | "
-        "domainnet | office31 | office-home | pacs | tiny-imagenet (docs/DATA.md). Several are joined: classes of the same "
-        "name are one class.",
+        "domainnet | office31 | office-home | pacs | tiny-imagenet | mnist | svhn | eurosat | resisc45 | sun397 | dtd | "
+        "gtsrb | huggingface | webdataset (docs/DATA.md), or a loader of yours, PACKAGE.MODULE:LOADER. Several are joined: "
+        "classes of the same name are one class.",
     )
     data_root: tuple[str, ...] | None = setting(
         None,
@@ -255,9 +256,11 @@ class ScenarioSettings:
     )
     class_order: str = setting(
         "1993",
-        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | a file of class names or indices, "
-        "in any published form (JSON, YAML, text), names:FILE or indices:FILE where both are possible "
-        "(dil: domains; datasets: data sets).",
+        "natural | 1993 (numpy's permutation of that seed, PyCIL/PILOT) | inverse:SEED (its inverse, mammoth) | "
+        "shuffle:SEED (Python's random.shuffle, CODA-Prompt) | a file of class names or indices, in any published form "
+        "(JSON, YAML, text), names:FILE or indices:FILE where both are possible. name-sorted: (magmax, CMM) or wnid-sorted: "
+        "in front numbers the classes that way first; alone they are orders. With dil these are domains, with datasets "
+        "data sets.",
         derived="1993; with --scenario dil and datasets natural",
     )
     validation: float = setting(

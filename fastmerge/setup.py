@@ -39,6 +39,7 @@ def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
     dataset = load_datasets(
         config.data.dataset,
         config.data.data_root,
+        one_domain=config.scenario.scenario == "datasets",
         download=config.data.download,
         skip_bad_images=config.data.skip_bad_images,
         split_file=config.data.split_file,

@@ -26,6 +26,7 @@ LONG = {
     "test_compiled.py",
     "test_continue.py",
     "test_config.py::test_defaults_that_the_data_and_the_model_decide",
+    "test_data_joined.py::test_a_data_set_is_added_to_a_finished_sequence",
     "test_data_joined.py::test_methods_on_data_sets_that_share_classes",
     "test_docs.py",
     "test_dtensor.py",

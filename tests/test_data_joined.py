@@ -197,3 +197,22 @@ def test_methods_on_data_sets_that_share_classes(methods, tmp_path, capsys, monk
     assert list(found["per_task"]) == ["a", "b"]
     per_task = results["methods"]["finetune"]["0"]["accuracy_matrix"][-1]
     assert list(found["per_task"].values()) == pytest.approx(per_task)
+
+
+def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch):
+    """Oracle: one run over all three data sets."""
+    monkeypatch.setattr("fastmerge.plots.draw", lambda *_: [])
+    for name, classes in (("a", 2), ("b", 3), ("c", 4)):
+        image_folder(tmp_path / name, classes=classes, train=4, test=2)
+    run = "--model tiny --method finetune --no-nearest-mean --epochs 1 --batch-size 8 --quiet --run-dir".split()
+    command = ["--dataset", "folder", "folder", "--data-root", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main([*command, *run, str(tmp_path / "two")]) == 0
+    longer = ["--continue-from", str(tmp_path / "two"), "--dataset", "folder", "--data-root", str(tmp_path / "c")]
+    assert main([*longer, "--no-nearest-mean", "--quiet", "--run-dir", str(tmp_path / "then")]) == 0
+    command = ["--dataset", *["folder"] * 3, "--data-root", *(str(tmp_path / name) for name in "abc")]
+    assert main([*command, *run, str(tmp_path / "three")]) == 0
+    then, three = (
+        json.loads((tmp_path / name / "finetune-seed0" / "result.json").read_text()) for name in ("then", "three")
+    )
+    assert then["accuracy_matrix"] == three["accuracy_matrix"]
+    assert then["also"]["own classes"]["accuracy_matrix"] == three["also"]["own classes"]["accuracy_matrix"]

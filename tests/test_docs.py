@@ -1,4 +1,4 @@
-"""The commands of docs/RUNS.md, in order, in an empty folder."""
+"""The commands of docs/RUNS.md, in order, in an empty folder; those of docs/SCENARIOS.md are read."""
 
 import re
 import shlex
@@ -7,7 +7,12 @@ from pathlib import Path
 from image_trees import image_folder
 
 from fastmerge.__main__ import main
+from fastmerge.data import DATASETS, load_dataset
+from fastmerge.data.scenario import KINDS, NUMBERINGS, task_sizes
+from fastmerge.flags import parse
+from fastmerge.presets import PRESETS
 
+SUITE = ("eurosat", "resisc45", "sun397", "dtd", "gtsrb")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,3 +40,31 @@ def test_the_page_about_runs(tmp_path, monkeypatch, capsys):
     }
     assert named | {f"finetune-seed0/models/task-{t}.safetensors" for t in (1, 2)} <= files
     assert not any("checkpoint" in name for name in files)
+
+
+def test_the_page_about_tasks(monkeypatch):
+    """Its commands are valid, its code runs, and it names what there is."""
+    page = (ROOT / "docs" / "SCENARIOS.md").read_text()
+    monkeypatch.setattr("fastmerge.data.DATASETS", dict(DATASETS))
+    commands = 0
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
+        if language == "python":
+            exec(block, {})
+            assert len(load_dataset("noise").train) == 30
+            continue
+        for line in block.splitlines():
+            python, m, name, *flags = shlex.split(line, comments=True)
+            assert (python, m, name) == ("python", "-m", "fastmerge")
+            config = parse(flags)
+            assert all(":" in name or name in DATASETS for name in config.data.dataset)
+            commands += 1
+    assert commands == 13
+    sizes = dict(re.findall(r"fastmerge (--\S[^#]*?) +# ([\d +x]+?) ?[(:]", page))
+    assert len(sizes) == 3
+    for flags, said in sizes.items():
+        s = parse(flags.split()).scenario
+        found = task_sizes(load_dataset("glyphs"), s.tasks, s.first_classes, s.task_sizes)
+        terms = [term.split(" x ") for term in said.strip().split(" + ")]
+        assert found == [int(term[-1]) for term in terms for _ in range(int(term[0]) if len(term) == 2 else 1)], flags
+    for word in (*KINDS, *PRESETS, *NUMBERINGS[1:], "mnist", "svhn", *SUITE):
+        assert f"`{word}" in page or f"--preset {word} " in page, word

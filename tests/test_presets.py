@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastmerge.config import Config, check, declarations, to_dict
+from fastmerge.data import DATASETS
 from fastmerge.errors import UserError
 from fastmerge.flags import as_flags, parse
 from fastmerge.presets import PRESETS, USED, about
@@ -17,6 +18,7 @@ def test_every_preset_gives_a_valid_config_for_every_data_set(name, dataset):
     config = parse(["--preset", name, "--dataset", dataset])
     check(config)
     assert config.training.preset == name and config.training.method == (name,)
+    assert set(USED[name]) <= set(DATASETS)
     text = about(config)
     assert not any("overridden" in line for line in text)
     assert any("does not use" in line for line in text) == (dataset not in USED[name])

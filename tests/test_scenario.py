@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 
 import numpy as np
 import pytest
@@ -194,6 +195,75 @@ def test_order_files(tmp_path, text):
     assert read_order(str(tmp_path / "order.txt"), ("ant", "bee", "sea lion"), "class") == (2, 0, 1)
 
 
+NAMED = ("sea lion", "Ant", "sealion", "bee", "sea-lion")  # natural order of five folders
+
+
+def test_numberings_and_what_permutes_them(tmp_path):
+    """Oracle: the tools' own words, sorted() of the folders' names, and the generators they call."""
+    folders = [name.replace(" ", "_") for name in NAMED]
+    by_name = [folders.index(folder) for folder in sorted(folders)]
+    assert [NAMED[i] for i in by_name] == ["Ant", "bee", "sea-lion", "sea lion", "sealion"]
+    assert read_order("name-sorted", NAMED, "class") == tuple(by_name)
+    pilot = np.random.RandomState(1993).permutation(5).tolist()
+    assert read_order("natural:1993", NAMED, "class") == read_order("1993", NAMED, "class") == tuple(pilot)
+    assert read_order("name-sorted:1993", NAMED, "class") == tuple(by_name[i] for i in pilot)
+    (tmp_path / "order.json").write_text("[3, 1, 4, 0, 2]")  # as in magmax: indices into the sorted names
+    path = str(tmp_path / "order.json")
+    assert read_order(f"name-sorted:{path}", NAMED, "class") == tuple(by_name[i] for i in (3, 1, 4, 0, 2))
+    assert read_order(f"name-sorted:indices:{path}", NAMED, "class") == read_order(
+        f"name-sorted:{path}", NAMED, "class"
+    )
+    (tmp_path / "names").write_text("bee\nAnt\nsealion\nsea-lion\nsea_lion\n")  # names do not depend on numbers
+    expected = read_order(str(tmp_path / "names"), NAMED, "class")
+    assert read_order(f"name-sorted:{tmp_path / 'names'}", NAMED, "class") == expected == (3, 1, 2, 4, 0)
+    random.seed(3)
+    coda = list(range(5))
+    random.shuffle(coda)
+    assert read_order("shuffle:3", NAMED, "class") == tuple(coda)
+    order = np.random.RandomState(7).permutation(5)
+    mapped = [int(order[c]) for c in range(5)]  # mammoth: class c is learned at place order[c]
+    assert read_order("inverse:7", NAMED, "class") == tuple(sorted(range(5), key=mapped.__getitem__))
+
+
+def test_wnid_sorted():
+    keys = ("n03", "n01", "n02")
+    keys = tuple(f"{key}000000" for key in keys)
+    assert read_order("wnid-sorted", ("x", "y", "z"), "class", keys) == (1, 2, 0)
+    fish = ("great white shark", "goldfish", "tench")  # folders with names: n01484850, n01443537, n01440764
+    assert (
+        read_order("wnid-sorted", fish, "class", ("a", "b", "c"))
+        == read_order("wnid-sorted", fish, "class")
+        == (2, 1, 0)
+    )
+    pilot = np.random.RandomState(1993).permutation(3)
+    assert read_order("wnid-sorted:1993", fish, "class") == tuple(int(2 - i) for i in pilot)
+    with pytest.raises(UserError, match="--class-order wnid-sorted: the WordNet id of class mermaid is unknown"):
+        read_order("wnid-sorted", (*fish, "mermaid"), "class")
+    with pytest.raises(UserError, match="the WordNet id of domain tench is unknown"):
+        read_order("wnid-sorted", ("tench",), "domain")
+
+
+@pytest.mark.parametrize(
+    "spec, says",
+    [
+        ("name-sorted:", "expected a seed or a file after the colon, or no colon"),
+        ("name-sort", "expected natural, name-sorted, wnid-sorted, .* Did you mean: name-sorted"),
+        ("name-sorted:none", "--class-order name-sorted:none: expected"),
+        ("shuffle:-1", "a seed must be between 0 and 2"),
+        ("shuffle:x", "or an existing file"),
+    ],
+)
+def test_orders_that_are_none(spec, says):
+    with pytest.raises(UserError, match=says):
+        read_order(spec, NAMED, "class")
+
+
+def test_a_class_order_uses_the_folders_of_the_data(tmp_path):
+    data = dataset(classes=3, names=("x", "y", "z"))
+    data = Dataset(**{**vars(data), "keys": ("n00000003", "n00000001", "n00000002")})
+    assert build_scenario(data, "cil", 3, "wnid-sorted").class_order == (1, 2, 0)
+
+
 def test_names_win_over_integers(tmp_path):
     (tmp_path / "order").write_text("10 2 1")
     assert read_order(str(tmp_path / "order"), ("1", "10", "2"), "class") == (1, 2, 0)
@@ -263,7 +333,7 @@ def test_ambiguous_name_in_an_order_file(tmp_path):
         (("cil", 11, "natural"), "has 10 classes; choose 1 to 10 tasks"),
         (("cil", 0, "natural"), "choose 1 to 10 tasks"),
         (("cil", None, "natural"), "choose 1 to 10 tasks"),
-        (("cil", 2, "natura"), "nor an existing file. Did you mean: natural"),
+        (("cil", 2, "natura"), "or an existing file. Did you mean: natural"),
         (("cil", 2, "-1"), "between 0 and 2"),
         (("cli", 2, "natural"), "unknown scenario 'cli'. Did you mean: cil"),
         (("datasets", None, "natural"), "one data set only; use --scenario cil"),

@@ -78,6 +78,7 @@ def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
     dataset = load_datasets(
         given.dataset or its,
         given.data_root or (roots if same else None),
+        one_domain=same and config["scenario"]["scenario"] == "datasets",
         download=given.download,
         skip_bad_images=given.skip_bad_images,
         split_file=given.split_file or (run["split_file"] if same and not given.data_root else None),

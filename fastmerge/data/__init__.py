@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from fastmerge.data import prompts
 from fastmerge.data.class_names import from_file
 from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.own import called, check_loader, imported, make_dataset
 from fastmerge.errors import UserError, nearest
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "make_dataset", "register_dataset"]
 
-# name -> "module:loader"; a loader takes the root and declares the options of load_dataset that it accepts.
-DATASETS: dict[str, str] = {
+# name -> "module:loader", or a loader (own.py). A loader takes the root first, and declares the options of load_dataset
+# that it accepts.
+DATASETS: dict[str, str | Callable[..., Dataset]] = {
     "glyphs": "fastmerge.data.glyphs:load",
     "folder": "fastmerge.data.folder:load",
     "imagenet1k": "fastmerge.data.imagenet:load",
@@ -30,7 +33,31 @@ DATASETS: dict[str, str] = {
     "office-home": "fastmerge.data.office:OFFICE_HOME.load",
     "pacs": "fastmerge.data.pacs:PACS.load",
     "tiny-imagenet": "fastmerge.data.tiny_imagenet:TINY_IMAGENET.load",
+    "mnist": "fastmerge.data.digits:load_mnist",
+    "svhn": "fastmerge.data.digits:load_svhn",
+    "eurosat": "fastmerge.data.aerial:load_eurosat",
+    "resisc45": "fastmerge.data.aerial:RESISC45.load",
+    "sun397": "fastmerge.data.sun:load",
+    "dtd": "fastmerge.data.dtd:load",
+    "gtsrb": "fastmerge.data.gtsrb:load",
+    "huggingface": "fastmerge.data.huggingface:load",
+    "webdataset": "fastmerge.data.webdataset:load",
 }
+
+
+def register_dataset(name: str, loader: Callable[..., Dataset]) -> None:
+    """Make `loader` known as `--dataset name` in this process.
+
+    loader(root, **options) returns a `Dataset` (`make_dataset` makes one); root is what `--data-root` gives, or None.
+    Parameters called download, skip_bad_images, split_file or test_part get the values of these flags. A loader may be
+    registered again; raises UserError for a name of fastmerge's own, a name with a colon or blanks, or no callable.
+    """
+    if isinstance(DATASETS.get(name), str):
+        raise UserError(f"register_dataset: {name!r} is a data set of fastmerge; choose another name.")
+    if not name or ":" in name or name.split() != [name]:
+        raise UserError(f"register_dataset: {name!r} is no name; expected one word without a colon.")
+    check_loader(name, loader)
+    DATASETS[name] = loader
 
 
 def load_dataset(
@@ -51,15 +78,15 @@ def load_dataset(
     loader, such as `split_file` of `folder`; None means not given. Raises UserError for an unknown name, an option that
     this data set does not have, and missing or damaged data.
     """
-    known = options_of(name)
-    loader = pkgutil.resolve_name(DATASETS[name])
+    loader, known = loader_of(name), options_of(name)
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - known):
         takes = f"it takes: {', '.join(sorted(known))}" if known else "it takes none"
         raise UserError(f"data set {name!r} has no option {', '.join(unknown)}; {takes}. Leave the option out.")
     # Not every data set can be downloaded or have bad files; these two flags belong to the run, not to one data set.
     given |= {k: v for k, v in (("download", download), ("skip_bad_images", skip_bad_images)) if k in known}
-    dataset = loader(root, **given)
+    own = name not in DATASETS or callable(DATASETS[name])
+    dataset = called(name, loader, root, given) if own else loader(root, **given)
     if class_names is not None:
         dataset = replace(dataset, class_names=from_file(class_names, dataset.class_names, dataset.keys))
     if template is not None:
@@ -69,6 +96,18 @@ def load_dataset(
 
 def options_of(name: str) -> set[str]:
     """The options that the loader of the data set takes. Raises UserError for an unknown name."""
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}.")
-    return set(inspect.signature(pkgutil.resolve_name(DATASETS[name])).parameters) - {"root"}
+    return set(list(inspect.signature(loader_of(name)).parameters)[1:])
+
+
+def loader_of(name: str) -> Callable[..., Any]:
+    """The loader of a data set by name, or of `package.module:loader`. Raises UserError if there is none."""
+    entry = DATASETS.get(name)
+    if callable(entry):
+        return entry
+    if entry is not None:
+        return pkgutil.resolve_name(entry)
+    if ":" in name:
+        return imported(name)
+    raise UserError(
+        f"unknown data set {name!r}.{nearest(name, DATASETS)} There are: {', '.join(DATASETS)}; or package.module:loader."
+    )

@@ -85,7 +85,8 @@ class Benchmark:
     """name: as in `--dataset`. title: as its authors call it. classes: how many it has. templates: for a text head.
 
     domains: its domains, or empty. domain_of: the domain of an image by the name of its file. names: class names of the
-    folders. otherwise: what to say of counts that nobody published. synsets: wnids that the class folders must be of.
+    folders. otherwise: what to say of counts that nobody published. synsets: wnids that the class folders must be of. flip:
+    whether a mirrored image keeps its class.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Benchmark:
     domain_of: Callable[[str], str | None] | None = None
     names: Callable[[Iterable[str]], dict[str, str]] = class_names.from_folders
     synsets: Callable[[], frozenset[str]] | None = None
+    flip: bool = True
 
     def load(
         self,
@@ -142,7 +144,7 @@ class Benchmark:
             train,
             test,
             skip_bad=skip_bad_images,
-            flip=True,
+            flip=self.flip,
             templates=prompts.templates(self.templates),
             notes=notes,
             class_names=self.names(present),

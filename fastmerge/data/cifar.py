@@ -81,10 +81,10 @@ def _split(part: str, data: CIFAR10) -> Split:
     labels = np.array(data.targets, np.int64)
     pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # [n, 3, 32, 32] uint8
     ids = [f"{part}/{i:05d}" for i in range(len(labels))]
-    return Split(labels, np.zeros_like(labels), ids, _PixelReader(pixels))
+    return Split(labels, np.zeros_like(labels), ids, PixelReader(pixels))
 
 
-class _PixelReader:
+class PixelReader:
     """`Split.read` for images that are in memory."""
 
     def __init__(self, pixels: Tensor) -> None:

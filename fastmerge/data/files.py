@@ -12,9 +12,10 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -69,8 +70,8 @@ def listing(folder: str) -> tuple[list[str], list[str]]:
     return sorted(images), sorted(folders)
 
 
-def decode(path: str, size: int) -> np.ndarray:
-    """The image at `path` as uint8 [size, size, 3]. Raises what Pillow raises."""
+def decode(path: str | BinaryIO, size: int) -> np.ndarray:
+    """The image at `path` (or in an open file) as uint8 [size, size, 3]. Raises what Pillow raises."""
     with Image.open(path) as file:
         file.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
         return square(file, size)
@@ -109,11 +110,16 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores, thread_name_prefix="decode")
 
 
-class FileReader:
-    """`Split.read` for the files `root/ids[i]`, decoded in parallel (Pillow releases the interpreter lock)."""
+class ImageReader:
+    """`Split.read` for images that are decoded one by one, in parallel (Pillow releases the interpreter lock).
 
-    def __init__(self, root: str, ids: Sequence[str], skip_bad: bool) -> None:
-        self.root, self.ids, self.skip_bad = root, ids, skip_bad
+    decode_one(i, size): image i as uint8 [size, size, 3]. name(i): what it is called in an error.
+    """
+
+    def __init__(
+        self, decode_one: Callable[[int, int], np.ndarray], name: Callable[[int], str], skip_bad: bool = False
+    ) -> None:
+        self.decode_one, self.name, self.skip_bad = decode_one, name, skip_bad
 
     def __call__(self, indices: np.ndarray, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         images = host_pixels((len(indices), 3, size, size))
@@ -121,14 +127,14 @@ class FileReader:
         good = np.ones(len(indices), bool)
 
         def read(position: int) -> None:
-            path = os.path.join(self.root, self.ids[indices[position]])
+            index = int(indices[position])
             try:
-                pixels[position] = decode(path, size).transpose(2, 0, 1)
+                pixels[position] = self.decode_one(index, size).transpose(2, 0, 1)
             except Exception as error:  # Pillow's decoders raise almost any exception for a damaged file
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot read image {path}: {error}. Run the same command with --skip-bad-images to continue "
-                        "without it. With the file repaired or removed it is another data set, which needs another "
+                        f"cannot read image {self.name(index)}: {error}. Run the same command with --skip-bad-images to "
+                        "continue without it. With the file repaired or removed it is another data set, which needs another "
                         "--run-dir if anything was learned in this one."
                     ) from error
                 good[position] = False
@@ -136,16 +142,32 @@ class FileReader:
         list(_pool().map(read, range(len(indices))))  # raises the error of the first bad image in order
         return images.to(device), torch.from_numpy(good)
 
+
+class FileReader(ImageReader):
+    """`Split.read` for the files `root/ids[i]`."""
+
+    def __init__(self, root: str, ids: Sequence[str], skip_bad: bool) -> None:
+        self.root, self.ids = root, ids
+
+        def path(index: int) -> str:
+            return os.path.join(root, ids[index])
+
+        super().__init__(lambda index, size: decode(path(index), size), path, skip_bad)
+
     def contents(self) -> str:
-        """sha256 over the bytes of all files; where they have more than HASHED_BYTES together, over their sizes."""
-        paths = [os.path.join(self.root, name) for name in self.ids]
-        groups = [paths[i : i + 256] for i in range(0, len(paths), 256)]
-        sizes = [size for group in _pool().map(lambda g: [_size(path) for path in g], groups) for size in group]
-        digest = hashlib.sha256(repr(sizes).encode())
-        if sum(sizes) <= HASHED_BYTES:
-            for group in _pool().map(lambda g: [_digest(path) for path in g], groups):
-                digest.update(b"".join(group))
-        return digest.hexdigest()
+        """The hash of all files; see `files_hash`."""
+        return files_hash([os.path.join(self.root, name) for name in self.ids])
+
+
+def files_hash(paths: Sequence[str]) -> str:
+    """sha256 over the bytes of all files; where they have more than HASHED_BYTES together, over their sizes."""
+    groups = [paths[i : i + 256] for i in range(0, len(paths), 256)]
+    sizes = [size for group in _pool().map(lambda g: [_size(path) for path in g], groups) for size in group]
+    digest = hashlib.sha256(repr(sizes).encode())
+    if sum(sizes) <= HASHED_BYTES:
+        for group in _pool().map(lambda g: [_digest(path) for path in g], groups):
+            digest.update(b"".join(group))
+    return digest.hexdigest()
 
 
 def _size(path: str) -> int:

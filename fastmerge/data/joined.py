@@ -25,12 +25,14 @@ from fastmerge.errors import UserError
 CPU = torch.device("cpu")
 
 
-def load_datasets(names: Sequence[str], roots: Sequence[str] | None, *, download: bool, **options: Any) -> Dataset:
+def load_datasets(
+    names: Sequence[str], roots: Sequence[str] | None, *, download: bool, one_domain: bool = False, **options: Any
+) -> Dataset:
     """Load the data sets `names`, and join them if there are several.
 
-    roots: a folder for each, or one for all. options: see `load_dataset`; of several data sets each gets those that it
-    takes. Raises UserError for another number of roots, the same data twice, or an option that fits none or several
-    where it names a file.
+    roots: a folder for each, or one for all. one_domain: a single data set is one domain, too. options: see
+    `load_dataset`; of several data sets each gets those that it takes. Raises UserError for another number of roots, the
+    same data twice, or an option that fits none or several where it names a file.
     """
     if not roots:
         places: list[str | None] = [None] * len(names)
@@ -44,7 +46,8 @@ def load_datasets(names: Sequence[str], roots: Sequence[str] | None, *, download
             "contains them all, or one for each in the same order"
         )
     if len(names) == 1:
-        return load_dataset(names[0], places[0], download=download, **options)
+        dataset = load_dataset(names[0], places[0], download=download, **options)
+        return _one_domain(dataset, dataset.name) if one_domain else dataset
     same = Counter(
         (name, root and os.path.realpath(os.path.expanduser(root))) for name, root in zip(names, places, strict=True)
     )
@@ -81,11 +84,7 @@ def load_datasets(names: Sequence[str], roots: Sequence[str] | None, *, download
 def join(parts: Sequence[Dataset]) -> Dataset:
     """One data set with the classes of all `parts`, in their order, and a domain for each part."""
     called = _names(parts)
-    single = [
-        replace(part, domain_names=(name,), train=_one_domain(part.train), test=_one_domain(part.test))
-        for name, part in zip(called, parts, strict=True)
-    ]
-    return union(single).dataset
+    return union([_one_domain(part, name) for part, name in zip(parts, called, strict=True)]).dataset
 
 
 class Union(NamedTuple):
@@ -122,7 +121,10 @@ def union(parts: Sequence[Dataset]) -> Union:
         domains.append(np.arange(len(domain_names), len(domain_names) + len(part.domain_names)))
         for name in part.domain_names:
             domain_names.append(unused(name, domain_names))
-    notes = [f"{name}: {note}" for name, part in zip(called, parts, strict=True) for note in part.notes]
+    notes = []
+    for name, part in zip(called, parts, strict=True):
+        origin = (f"{part.origin.layout}; split: {part.origin.split}",) if part.origin else ()
+        notes += [f"{name}: {note}" for note in (*origin, *part.notes)]
     if shared:
         shared = list(dict.fromkeys(shared))
         notes.append(f"{len(shared)} classes are in several data sets and count as one each: {some(shared)}")
@@ -161,8 +163,9 @@ def unused(name: str, taken: Sequence[str]) -> str:
     return candidate
 
 
-def _one_domain(split: Split) -> Split:
-    return replace(split, domains=np.zeros_like(split.domains))
+def _one_domain(dataset: Dataset, name: str) -> Dataset:
+    train, test = (replace(part, domains=np.zeros_like(part.domains)) for part in (dataset.train, dataset.test))
+    return replace(dataset, domain_names=(name,), train=train, test=test)
 
 
 def _joined(

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from fastmerge.data.aerial import EUROSAT, RESISC45
 from fastmerge.data.cars import CARS
 from fastmerge.data.cub import CUB
 from fastmerge.data.domainnet import DOMAINNET
+from fastmerge.data.dtd import DTD
+from fastmerge.data.gtsrb import GTSRB
 from fastmerge.data.imagenet_a import IMAGENET_A
 from fastmerge.data.imagenet_r import IMAGENET_R
 from fastmerge.data.office import OFFICE31, OFFICE_HOME
 from fastmerge.data.pacs import PACS
+from fastmerge.data.sun import SUN397
 from fastmerge.data.tiny_imagenet import TINY_IMAGENET
 from fastmerge.data.tree import WNID, ClassFolder
 
-BENCHMARKS = (IMAGENET_R, IMAGENET_A, CUB, CARS, DOMAINNET, OFFICE31, OFFICE_HOME, PACS, TINY_IMAGENET)
+BENCHMARKS = (
+    *(IMAGENET_R, IMAGENET_A, CUB, CARS, DOMAINNET, OFFICE31, OFFICE_HOME, PACS, TINY_IMAGENET),
+    *(EUROSAT, RESISC45, SUN397, DTD, GTSRB),
+)
 
 
 def advice(root: str, folders: Iterable[ClassFolder] = ()) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from fastmerge.config import LATER_CLASSES
-from fastmerge.data import order_file
+from fastmerge.data import order_file, wordnet
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.joined import union, unused
 from fastmerge.data.order_file import some
+from fastmerge.data.tree import WNID
 from fastmerge.errors import UserError, nearest
 
 KINDS = ("cil", "dil", "datasets")
@@ -129,9 +131,7 @@ def build_scenario(
 ) -> Scenario:
     """`dataset` as a sequence of tasks.
 
-    class_order: 'natural'; an integer s for `numpy.random.RandomState(s).permutation` (1993 gives the order of iCaRL,
-    PyCIL and PILOT); or a file that lists all classes by index or name (order_file.py); `names:FILE` and
-    `indices:FILE` where they could be both. With 'dil' it orders the domains.
+    class_order: see `read_order`. With 'dil' and 'datasets' it orders the domains.
     tasks, first_classes, sizes: see `task_sizes`. 'dil': the number of domains or None; sizes are not used.
     fewest_domains: 1 where the tasks follow those of another run.
 
@@ -143,7 +143,7 @@ def build_scenario(
     _check_train_images(dataset)
     if kind != "cil":
         return _by_domain(dataset, kind, tasks, class_order, fewest_domains)
-    order = read_order(class_order, dataset.class_names, "class")
+    order = read_order(class_order, dataset.class_names, "class", dataset.keys)
     ends = np.cumsum(task_sizes(dataset, tasks, first_classes, sizes)).tolist()
     slices = [order[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
     tasks = len(slices)
@@ -239,23 +239,73 @@ def uneven_sizes(scenario: Scenario) -> list[int] | None:
     return None if even else sizes
 
 
-def read_order(spec: str, names: Sequence[str], what: str) -> tuple[int, ...]:
-    """The order of `names` that `spec` gives; see build_scenario. what: 'class' or 'domain', for messages."""
+NUMBERINGS = ("natural", "name-sorted", "wnid-sorted")
+SEEDED = ("shuffle", "inverse")
+
+
+def read_order(spec: str, names: Sequence[str], what: str, keys: Sequence[str] = ()) -> tuple[int, ...]:
+    """The order of `names` that `spec` gives, as natural indices. what: 'class', 'domain' or 'data set', for messages.
+
+    spec: [NUMBERING:]ORDER. NUMBERING says which class is number 0, since tools number classes differently and the same
+    permutation then gives other tasks: 'natural'; 'name-sorted' (by code point, a blank as `_`: magmax, CMM); 'wnid-sorted'
+    (L2P, InfLoRA, PILOT). ORDER: nothing, for the numbering itself; SEED, for `numpy.random.RandomState(SEED).permutation`
+    (iCaRL, PyCIL, PILOT: 1993); 'inverse:SEED', its inverse (mammoth's --permute_classes); 'shuffle:SEED', Python's
+    `random.seed(SEED); random.shuffle` (CODA-Prompt, LibContinual); or a file (order_file.py), 'names:FILE' or
+    'indices:FILE' where it could be both.
+
+    keys: what identifies the classes on disk; 'wnid-sorted' needs them to be WordNet ids, or names of ImageNet-1K.
+    """
+    numbering, rest = "natural", spec
+    if not os.path.isfile(os.path.expanduser(spec)):
+        first, colon, after = spec.partition(":")
+        if first in NUMBERINGS:
+            numbering, rest = first, after
+            if colon and not after:
+                raise UserError(f"--class-order {spec}: expected a seed or a file after the colon, or no colon.")
+    place = _numbering(numbering, spec, names, what, keys)
+    numbered = _permutation(rest, spec, [names[i] for i in place], what) if rest else range(len(names))
+    return tuple(place[i] for i in numbered)
+
+
+def _numbering(numbering: str, spec: str, names: Sequence[str], what: str, keys: Sequence[str]) -> list[int]:
+    """The natural indices in the order of the numbering."""
+    order = list(range(len(names)))
+    if numbering == "name-sorted":
+        order.sort(key=lambda i: names[i].replace(" ", "_"))
+    if numbering == "wnid-sorted":
+        wnids = list(keys)
+        if not wnids or not all(WNID.fullmatch(key) for key in wnids):
+            by_name = {name: wnid for wnid, name in wordnet.class_names().items()} if what == "class" else {}
+            wnids = [by_name.get(name, "") for name in names]
+            if lack := [name for name, wnid in zip(names, wnids, strict=True) if not wnid]:
+                raise UserError(
+                    f"--class-order {spec}: the WordNet id of {what} {some(lack)} is unknown; it is for data sets whose "
+                    "folders are wnids or whose classes have ImageNet-1K names."
+                )
+        order.sort(key=wnids.__getitem__)
+    return order
+
+
+def _permutation(rest: str, spec: str, names: Sequence[str], what: str) -> Sequence[int]:
+    """The order that a seed or a file gives."""
     n = len(names)
-    if spec == "natural":
-        return tuple(range(n))
-    if re.fullmatch(r"-?\d+", spec):
-        seed = int(spec)
+    if seeded := re.fullmatch(r"(?:(shuffle|inverse):)?(-?\d+)", rest):
+        kind, seed = seeded[1], int(seeded[2])
         if not 0 <= seed < 2**32:
             raise UserError(f"--class-order {spec}: a seed must be between 0 and 2**32 - 1.")
-        return tuple(np.random.RandomState(seed).permutation(n).tolist())  # as np.random.seed(seed), then permutation
-    reading, path = None, os.path.expanduser(spec)
-    if (given := re.fullmatch(r"(names|indices):(.+)", spec)) and not os.path.isfile(path):
+        if kind == "shuffle":
+            shuffled = list(range(n))
+            random.Random(seed).shuffle(shuffled)
+            return shuffled
+        order = np.random.RandomState(seed).permutation(n)  # as np.random.seed(seed), then permutation
+        return (np.argsort(order) if kind == "inverse" else order).tolist()
+    reading, path = None, os.path.expanduser(rest)
+    if (given := re.fullmatch(r"(names|indices):(.+)", rest)) and not os.path.isfile(path):
         reading, path = given[1], os.path.expanduser(given[2])
     if not os.path.isfile(path):
         raise UserError(
-            f"--class-order {spec}: neither 'natural', nor an integer seed such as 1993, nor an existing file."
-            + nearest(spec, ["natural"])
+            f"--class-order {spec}: expected {', '.join(NUMBERINGS)}, an integer seed such as 1993, shuffle:SEED, "
+            f"inverse:SEED, or an existing file.{nearest(rest, [*NUMBERINGS, *SEEDED])}"
         )
     return order_file.read(path, names, what, reading)
 
