@@ -61,6 +61,10 @@ class Parts:
         self._last = kind, size
         return [(slice(start, start + size), (min(start + size, n) - start) / n) for start in range(0, n, size)]
 
+    def usual(self, n: int) -> bool:
+        """Whether n images are a whole batch or a whole part of one."""
+        return n == self.batch or n in self.sizes.values()
+
     def fitting(self, kind: str) -> int:
         """The largest of batch, batch / 2, batch / 4, ... images that fit the free memory, at least 1."""
         assert self.free is not None

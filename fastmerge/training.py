@@ -101,6 +101,8 @@ class Learner:
             partial(saved_bytes, self.flat, backbone.image_size),
             self.theta.nbytes,
         )
+        if config.training.compile and not config.training.checkpoint_gradients:
+            self.backbone.compile_with(self.parts.usual, lambda text: self.parts.say(text))
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property
