@@ -392,6 +392,12 @@ class TrainingSettings:
         "Keep only the inputs of the transformer's blocks and run each block again in the backward pass: less memory, a "
         "third more time, the same bits. For training, and the search without the exact curvature.",
     )
+    compile: bool | None = setting(
+        None,
+        "Compile the backbone's forward and backward passes with torch.compile. It takes a minute at the start, and goes "
+        "on without where the compiler is missing. Off with --checkpoint-gradients.",
+        derived="on with a GPU",
+    )
     precision: Literal["fp32", "tf32", "bf16"] | None = setting(
         "fp32",
         "Precision of matrix products, convolutions and attention in the backbone: training, teacher, evaluation and "

@@ -299,6 +299,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("training", "preset"): None,
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
+        ("training", "compile"): "on with a GPU",
         ("training", "precision"): "bf16 on a GPU that computes in it, else fp32",
         ("model", "head"): "text where the model has a text tower, else prototype",
         ("trm", "layer_b"): "half the layers",

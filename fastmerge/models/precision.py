@@ -105,10 +105,13 @@ def full_fp32(backbone: Any) -> Iterator[None]:
         backbone.precision = before
 
 
-def computing(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+def computing(precision: str) -> contextlib.AbstractContextManager:
     """The context of a forward pass of the backbone."""
-    if precision == "bf16":
-        return Bf16()
+    return Bf16() if precision == "bf16" else contextlib.nullcontext()
+
+
+def flags(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context around it, which a compiler cannot see through: whether a GPU may use TF32."""
     return tf32(precision == "tf32") if device.type == "cuda" else contextlib.nullcontext()
 
 
