@@ -459,6 +459,10 @@ class RunSettings:
         "Add the tasks of this data set to the sequence of a finished run: its folder. The methods go on from what they "
         "kept there, and settings that are not given are those of that run; 1 task unless --tasks says more.",
     )
+    dry_run: bool = setting(
+        False,
+        "Check the command, print what it will take, and stop: no training and no run folder.",
+    )
     save_every: float = setting(
         60.0,
         "Time between checkpoints; 0 saves after every step. A run that is killed repeats at most this much, or one merge "
@@ -855,6 +859,7 @@ FREE = {
     "training.nearest_mean",
     "run.run_dir",
     "run.continue_from",
+    "run.dry_run",
     "run.save_every",
     "run.quiet",
     "run.wandb",

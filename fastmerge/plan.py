@@ -13,6 +13,7 @@ from fastmerge.errors import UserError, nearest
 from fastmerge.flags import changed
 from fastmerge.methods import METHODS
 from fastmerge.report import BASELINE
+from fastmerge.training import PHASES
 
 if TYPE_CHECKING:
     from fastmerge.continuing import Earlier
@@ -146,6 +147,15 @@ def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> 
         nothing = {"train": 0, "merge": 0}
         runs.append(Run(BASELINE, BASELINE, None, config.training.seeds[0], config, scenario, nothing, None))
     return runs
+
+
+def images_per_task(run: Run) -> list[dict[str, int]]:
+    """The images to process in each task of a run, by kind of work; test images are those of the tasks seen."""
+    tests, rows = [len(task.test) for task in run.scenario.tasks], []
+    for task in run.scenario.tasks:
+        seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
+        rows.append({kind: run.epochs[kind] * len(task.train) for kind in PHASES} | {"evaluate": seen})
+    return rows
 
 
 def shared_trainings(runs: list[Run], keep: bool) -> set[str]:
