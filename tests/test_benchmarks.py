@@ -31,6 +31,7 @@ from published_trees import (
 )
 
 from fastmerge.data import DATASETS, load_dataset, wordnet
+from fastmerge.data.benchmark import usual_domain
 from fastmerge.data.recognise import BENCHMARKS
 from fastmerge.data.scenario import build_scenario
 from fastmerge.errors import UserError
@@ -172,6 +173,20 @@ def test_a_domain_that_lacks_a_class_shifts_no_label(tmp_path):
     assert data.keys == ("airplane", "The_Eiffel_Tower", "train")  # the order of the lists' labels
     scenario = build_scenario(data, "dil", None, "natural")
     assert [len(task.train) for task in scenario.tasks] == [6, 6, 6, 4, 6, 6]
+
+
+@pytest.mark.parametrize("known", [b for b in BENCHMARKS if b.domains], ids=lambda b: b.name)
+def test_ways_to_write_a_domain(known):
+    for domain in known.domains:
+        ways = {
+            domain.lower(),
+            domain.upper(),
+            domain.replace(" ", "_"),
+            domain.replace(" ", ""),
+            domain.replace("_", "-"),
+        }
+        assert {usual_domain(way, known.domains) for way in ways} == {domain}
+    assert usual_domain("images", known.domains) is usual_domain("", known.domains) is None
 
 
 @pytest.mark.parametrize("name, layout", TREES, ids=str)

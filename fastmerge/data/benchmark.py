@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -281,8 +282,8 @@ def _divided(images: Images) -> Images:
 
 def usual_domain(name: str, domains: Sequence[str]) -> str | None:
     """The domain that a folder is: `Real_World` for `Real World`, `clip` for `clipart`; None if it is none of them."""
-    plain = name.lower().replace("_", " ").replace("-", " ")
-    by_plain = {domain.lower().replace("_", " "): domain for domain in domains}
+    plain = re.sub(r"[\W_]", "", name.lower())
+    by_plain = {re.sub(r"[\W_]", "", domain.lower()): domain for domain in domains}
     if plain in by_plain:
         return by_plain[plain]
     longer = [domain for key, domain in by_plain.items() if len(plain) > 3 and key.startswith(plain)]

@@ -4,8 +4,8 @@ A list names images by paths on another machine. A path is matched from its end,
 common end of folder names decides, and names of parts (`train`, `test`) do not count, since copies differ in them.
 
 Our own rule: of every class folder (of every domain) the 20 % of the images with the smallest sha256 of
-`<domain>/<class>/<file>` are for testing, at least one of them and not all. It depends on nothing but names, so it gives
-the same images on every machine. `digest` identifies the result.
+`<domain>/<class>/<file>` (`/<class>/<file>` without domains) are for testing, at least one of them and not all. It depends on
+nothing but names, so it gives the same images on every machine. `digest` identifies the result.
 """
 
 from __future__ import annotations
