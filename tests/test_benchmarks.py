@@ -404,6 +404,20 @@ def test_the_200_wnids_of_a_set_are_known_whatever_the_folder_is_called(tmp_path
         assert any(f"--dataset {name} reads it" in note for note in load_dataset("folder", root).notes)
 
 
+@pytest.mark.parametrize(
+    "name, place",
+    [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-batches-py"), ("imagenet1k", "ilsvrc/Data/CLS-LOC")],
+)
+def test_data_sets_that_are_no_benchmark_here_are_known_too(tmp_path, name, place):
+    (tmp_path / place).mkdir(parents=True)
+    assert f"--dataset {name} reads it" in error_of("folder", tmp_path)
+
+
+def test_a_thousand_wnids_are_imagenet(tmp_path):
+    root = plant(tmp_path, both("{part}/{}", wordnet.class_names(), "val", names=["0.JPEG"]))
+    assert any("--dataset imagenet1k reads it" in note for note in load_dataset("folder", root).notes)
+
+
 def test_images_are_read(tmp_path):
     root = write_tree(tmp_path, *(f"{d}/images/mug" for d in ("amazon", "dslr", "webcam")), images=3, suffix=".jpg")
     data = load_dataset("office31", root)

@@ -309,6 +309,11 @@ def _nested(a: str, b: str) -> bool:
     return os.path.commonpath([a, b]) in (a, b)
 
 
+def folder_in(root: str, place: str) -> str | None:
+    """The folder `place` under `root`, whatever its case; None if there is none."""
+    return _Folders().resolve(root, place)
+
+
 class _Folders:
     """Names in folders, whatever their case; each folder is listed once."""
 
