@@ -393,7 +393,7 @@ class TrainingSettings:
         "third more time, the same bits. For training, and the search without the exact curvature.",
     )
     compile: bool | None = setting(
-        None,
+        False,
         "Compile the backbone's forward and backward passes with torch.compile. It takes a minute at the start, and goes "
         "on without where the compiler is missing. Off with --checkpoint-gradients.",
         derived="on with a GPU",
