@@ -104,9 +104,12 @@ def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capabili
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
 def _bundled(tool: str, *arguments: str | Path) -> str:
     """Run an NVIDIA tool that Triton bundles and return its output."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    path = TOOLS / tool
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 

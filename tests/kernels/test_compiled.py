@@ -115,8 +115,10 @@ def table_module():
 
 
 def test_no_more_instructions_than_in_the_committed_table():
-    from compiling import compile_launch, instructions, launches
+    from compiling import TOOLS, compile_launch, instructions, launches
 
+    if not (TOOLS / "nvdisasm").exists():
+        pytest.skip(f"this Triton has no {TOOLS / 'nvdisasm'} to list machine instructions")
     module, (version, rows), seen = table_module(), committed_table(), set()
     if version != ".".join(triton.__version__.split(".")[:2]):
         pytest.skip(f"the table was made with Triton {version}; another compiler makes other code")
