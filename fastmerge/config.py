@@ -211,11 +211,12 @@ class DataSettings:
         "Random horizontal flips in training.",
         derived="as the data set says: off for glyphs and folder, else on",
     )
-    cache_gb: float = setting(
-        8.0,
+    cache_gb: float | None = setting(
+        None,
         "Room for decoded images (uint8, on the device), each for training and for test. Images beyond it are streamed.",
         unit="GB",
         at_least=0,
+        derived="a third of a GPU's free memory; on the CPU 8, or a quarter of the free memory where that is less",
     )
 
 

@@ -1,8 +1,7 @@
 """What a command will take, before its first step: images, steps, decoding, memory and disk. `--dry-run` stops there.
 
-Images and steps are counted; bytes on the disk follow from the number of weights. The memory of a step is what autograd
-keeps for one more image, measured on the model with two images, times PEAK and the images at once, and the vectors of
-the model's length.
+Images and steps are counted; bytes on the disk follow from the number of weights. The memory of a step is what its images
+need by parts.py, which measures the activations on the model, and the vectors of the model's length.
 """
 
 from __future__ import annotations
@@ -10,20 +9,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import cache, partial
 
 import torch
-from torch import Tensor
 
+from fastmerge.flat import FlatModel
 from fastmerge.methods import METHODS
 from fastmerge.methods.trm import TRM
-from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.backbone import Backbone
+from fastmerge.parts import FACTOR, Parts, free_bytes, saved_bytes
 from fastmerge.plan import Run, images_per_task, shared_trainings
 from fastmerge.training import PHASES
 
-TRAINING_VECTORS = 5  # weights, gradient, AdamW's two moments, the weights before the task
-SEARCH_VECTORS = 7  # weights, gradient, theta_{t-1}, theta_t, g, its graph's copy, g times a number
-PEAK = {"training": 1.1, "search": 1.8}  # of a step, relative to what autograd keeps (docs/LOG.md)
+VECTORS = {  # of the model's length
+    "training": 5,  # weights, gradient, AdamW's two moments, the weights before the task
+    "search": 7,  # weights, gradient, theta_{t-1}, theta_t, g, its graph's copy, g times a number
+}
 CHECKPOINT_VECTORS = 6  # weights, the weights before the task, AdamW's two moments, and two that a method may keep
 
 
@@ -48,43 +49,24 @@ def decoding(runs: Sequence[Run], image_size: int, budget: int) -> tuple[int, in
     return images, images * pixels
 
 
-def kept_by_autograd(backbone: Backbone, n: int, search: bool, device: torch.device) -> int:
-    """Bytes that autograd keeps for a step of n images. search: with the graph of the gradient (exact curvature of TRM)."""
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
-    kept: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in parameters}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage.data_ptr(), storage.nbytes())
-        return tensor  # alive as long as the graph, so no address is used twice
-
-    images = torch.zeros(n, 3, backbone.image_size, backbone.image_size, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if search:
-            with differentiable_attention():
-                loss = backbone(images).square().sum()
-            graph = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        else:
-            graph = backbone(images)
-        del graph
-    return sum(kept.values())
-
-
 def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dict[str, tuple[int, int]]:
     """Bytes of a training and of a search step, and the images at once: the largest of all runs, by kind of step."""
-    numel, found = sum(p.numel() for p in backbone.parameters()), dict[str, tuple[int, int]]()
-    backbone = copy.deepcopy(backbone).to(device)
+    flat, found = FlatModel(copy.deepcopy(backbone)).to(device), dict[str, tuple[int, int]]()
+    free = partial(free_bytes, device) if device.type == "cuda" else None
+    per_image = cache(partial(saved_bytes, flat, backbone.image_size))
     for run in runs:
-        kinds = {"training": TRAINING_VECTORS} if METHODS[run.method].trains and not METHODS[run.method].frozen else {}
-        if METHODS[run.method] is TRM and run.config.trm.lambda2 and run.config.trm.curvature == "exact":
-            kinds |= {"search": SEARCH_VECTORS} if run.epochs["merge"] else {}
-        training = run.config.training
-        for kind, vectors in kinds.items():
-            count = training.micro_batch or training.batch_size
-            if kind in found and found[kind][1] >= count:
-                continue
-            one, two = (kept_by_autograd(backbone, n, kind == "search", device) for n in (1, 2))
-            found[kind] = (int(PEAK[kind] * (two - one) * count) + 4 * numel * vectors, count)
+        kinds, training = [], run.config.training
+        if METHODS[run.method].trains and not METHODS[run.method].frozen:
+            kinds.append(("training", "train"))
+        if METHODS[run.method] is TRM and run.epochs["merge"]:
+            exact = run.config.trm.lambda2 and run.config.trm.curvature == "exact"
+            kinds.append(("search", "curvature" if exact else "search"))
+        for name, kind in kinds:
+            parts = Parts(training.batch_size, training.micro_batch, free, per_image, flat.theta.nbytes)
+            parts.of(training.batch_size, kind)
+            count = parts.sizes.get(kind, training.batch_size)
+            needed = int(FACTOR[kind] * per_image(kind) * count) + VECTORS[name] * flat.theta.nbytes
+            found[name] = max(found.get(name, (0, 0)), (needed, count))
     return found
 
 

@@ -99,7 +99,8 @@ class Setup:
             training.compile = self.device.type == "cuda"
         self.config = config = dataclasses.replace(config, training=training)
         self._prepare(config.training.seeds[0])
-        self.cache = ImageCache(self.backbone.image_size, self.device, budget_bytes=int(config.data.cache_gb * 1e9))
+        room = None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)
+        self.cache = ImageCache(self.backbone.image_size, self.device, room)
 
     @property
     def random_weights(self) -> bool:

@@ -291,6 +291,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("data", "test_part"): "test if it has labels, else val, valid or validation",
         ("data", "template"): "those published for the data set",
         ("data", "class_names"): "from the folders, or those published",
+        ("data", "cache_gb"): declarations()["data"]["cache_gb"][0].derived,
         ("data", "flip"): "as the data set says: off for glyphs and folder, else on",
         ("run", "continue_from"): None,
         ("scenario", "first_classes"): None,
@@ -346,7 +347,8 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
     }
     assert left == {
-        "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.flip", "model.mean",
-        "model.std", "model.head", "run.continue_from", "scenario.first_classes", "scenario.task_sizes",
-        "scenario.top_classes", "training.compile", "training.precision", "training.preset", "trm.layer_b", "fisher.images",
+        "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.cache_gb",
+        "data.flip", "model.mean", "model.std", "model.head", "run.continue_from", "scenario.first_classes",
+        "scenario.task_sizes", "scenario.top_classes", "training.compile", "training.precision", "training.preset",
+        "trm.layer_b", "fisher.images",
     }  # fmt: skip

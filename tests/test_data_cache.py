@@ -216,3 +216,32 @@ def test_on_the_gpu(budget, on_device):
         assert pixels.is_cuda and labels.is_cuda
         assert np.array_equal(pixels[:, 0, 0, 0].cpu().numpy(), index.numpy() % 251)
         assert np.array_equal(labels.cpu().numpy(), index.numpy() % 7)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "budget"),
+    [
+        ("cpu", None, 8e9),
+        ("cpu", 3e9, 3e9),
+        ("cpu", 90e9, 20e9),
+        ("cuda", None, 26e9),
+        ("cuda", 3e9, 3e9),
+        ("cuda", 90e9, 26e9),
+    ],
+)
+def test_the_budget_follows_the_free_memory(monkeypatch, device, given, budget):
+    free = {"cpu": 80 * 10**9, "cuda": 78 * 10**9}
+    monkeypatch.setattr("fastmerge.data.cache._free_bytes", lambda where: free[where.type])
+    assert ImageCache(SIZE, device, given).budget_bytes == budget
+
+
+def test_beside_a_gpu_the_next_images_have_the_hosts_memory(monkeypatch):
+    free = {"cpu": 400 * BYTES, "meta": 240 * BYTES}
+    monkeypatch.setattr("fastmerge.data.cache._free_bytes", lambda where: free[where.type])
+    cache, split = ImageCache(SIZE, "meta"), counting()
+    cache._current_bytes = cache.budget_bytes  # a task that fills the device's share
+    cache.prefetch(split, np.arange(60))
+    assert cache._next is not None
+    cache.prefetch(split, np.arange(61))  # it would not fit the device
+    assert cache._next.key[1] == np.arange(60).tobytes()
+    cache.close()

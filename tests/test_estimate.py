@@ -37,11 +37,12 @@ def test_memory_follows_the_images_at_once():
     whole, part = needed(), needed("--micro-batch", "16")
     assert whole["search"][0] > whole["training"][0] > part["training"][0] and whole["search"][1] == 64
     assert part["search"][1] == 16
-    assert set(needed("--method", "trm", "--trm.lambda2", "0")) == {"training"}
+    first_order = needed("--method", "trm", "--trm.lambda2", "0")
+    assert first_order["search"][0] < whole["search"][0]
     assert needed("--method", "nearest-mean") == {}
-    # measured: 0.80 MiB an image in training, 2.8 in the search (docs/LOG.md)
+    # the process grows by 0.80 MiB an image in training and 2.8 in the search (docs/LOG.md), its tensors by less
     rest = {kind: whole[kind][0] - part[kind][0] for kind in whole}
-    assert 0.6 < rest["training"] / 48 / 2**20 < 1.1 and 2.2 < rest["search"] / 48 / 2**20 < 3.6
+    assert 0.6 < rest["training"] / 48 / 2**20 < 1.5 and 1.4 < rest["search"] / 48 / 2**20 < 3.7
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

@@ -23,6 +23,7 @@ from fastmerge.data.files import host_pixels
 from fastmerge.errors import UserError
 
 CHUNK = 256  # images decoded and copied to the device at a time; a decoder can be stopped between chunks
+HOST_BYTES = 8_000_000_000  # of images in memory on a machine without a GPU
 LOOK_AHEAD = 3  # batches decoded ahead of their use
 CPU = torch.device("cpu")
 
@@ -98,15 +99,18 @@ class StreamedImages(TaskImages):
 class ImageCache:
     """The images of a run at `size` pixels on `device`.
 
-    budget_bytes: limit on the bytes of pixels in memory; it applies once to the kept sets (test images) and once to the
-    others (a task's train images plus the prefetched next ones). It is reduced to a quarter of the memory that is free
-    at the start, if that is less. A set that does not fit is streamed. A set that is not kept lives as long as the
-    caller holds it, so only the kept sets make memory grow with the number of tasks.
+    budget_bytes: limit on the bytes of pixels on the device; it applies once to the kept sets (test images) and once to the
+    others (a task's train images, and on the host the prefetched next ones). It is at most a third of the GPU's memory
+    that is free at the start, or a quarter of the host's. None: that much, on the host at most HOST_BYTES. Beside a GPU the
+    prefetched images may have a quarter of the host's free memory. A set that does not fit is streamed. A set that is not
+    kept lives as long as the caller holds it, so only the kept sets make memory grow with the number of tasks.
     """
 
-    def __init__(self, size: int, device: torch.device | str, budget_bytes: int = 8_000_000_000) -> None:
+    def __init__(self, size: int, device: torch.device | str, budget_bytes: int | None = None) -> None:
         self.size, self.device = size, torch.device(device)
-        self.budget_bytes = min(budget_bytes, _free_bytes(self.device) // 4)
+        host = self.device.type != "cuda"
+        most = _free_bytes(self.device) // (4 if host else 3)
+        self.budget_bytes = min(most, (HOST_BYTES if host else most) if budget_bytes is None else budget_bytes)
         self._kept: dict[tuple[Split, bytes], TaskImages] = {}
         self._kept_bytes = self._current_bytes = 0
         self._next: _Prefetch | None = None
@@ -149,8 +153,12 @@ class ImageCache:
         The background thread works on the host only, because only one thread may use the device.
         """
         key = (split, indices.tobytes())
-        room = self.budget_bytes - self._current_bytes
-        if key in self._kept or self._bytes(indices) > room or (split.on_device and self.device != CPU):
+        room = self.budget_bytes - self._current_bytes if self.device == CPU else _free_bytes(CPU) // 4
+        if (
+            key in self._kept
+            or self._bytes(indices) > min(room, self.budget_bytes)
+            or (split.on_device and self.device != CPU)
+        ):
             return
         if self._next and self._next.key == key:
             return
