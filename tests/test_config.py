@@ -289,7 +289,10 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("data", "test_part"): "test if it has labels, else val, valid or validation",
         ("data", "template"): "those published for the data set",
         ("data", "class_names"): "from the folders, or those published",
-        ("data", "flip"): "as the data set says: off for glyphs and folder, else on",
+        (
+            "data",
+            "flip",
+        ): "as the data set says: off for glyphs, folder, digits, traffic signs and data of your own, else on",
         ("run", "continue_from"): None,
         ("scenario", "first_classes"): None,
         ("scenario", "task_sizes"): None,
