@@ -45,7 +45,7 @@ def main() -> None:
     seen = set()
     for kernel, arguments, settings in launches(torch.float32):
         name = kernel.__name__ + options(kernel, arguments)
-        if name in seen or "BINS" in arguments and arguments["BINS"] != 256 or kernel.__name__ in NO_ROW:
+        if name in seen or kernel.__name__ in NO_ROW:
             continue
         seen.add(name)
         cells = []

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import DTYPES, WIDTHS, measure, segments  # noqa: E402
+from measure import DTYPES, WIDTHS, Vectors, measure  # noqa: E402
 
 MISSING = [
     name for name in ("safetensors", "open_clip") if importlib.util.find_spec(name) is None
 ]  # the trainer needs them
 collect_ignore = ["test_speed_training.py", "test_speed_search.py"] if MISSING else []
-MEMORY = 6 << 30  # bytes of models in memory at once on the CPU; beyond that a few models are reused
 
 
 def pytest_addoption(parser):
@@ -66,54 +65,23 @@ def device(request) -> torch.device:
     return torch.device(name)
 
 
-class Bench:
-    """Fixture of a benchmark: `n` and `bounds` of the size, seeded tensors, and `row(case)` to measure a case."""
+class Bench(Vectors):
+    """Fixture of a benchmark: the vectors of a size, and `row(case)` to measure a case."""
 
     def __init__(self, request, benchmark, device, size: str | None, dtype: str | None):
         config = request.config
-        self.benchmark, self.device, self.size = benchmark, device, size
+        self.benchmark, self.info, self._device = benchmark, benchmark.extra_info, device
         self.rounds = config.getoption("--rounds") or (3 if config.getoption("--quick") else 7)
         self.compiled = config.getoption("--compile")
         benchmark.extra_info |= {"device": device.type, "threads": torch.get_num_threads()}
-        self._generator = torch.Generator(device).manual_seed(0)
         if size is None:
             return
         if size == "1B" and (device.type == "cpu" or torch.cuda.get_device_properties(device).total_memory < 60e9):
             pytest.skip("1B needs a GPU with at least 60 GB")
-        self.bounds = segments(size)
-        self.n, self.dtype = self.bounds[-1], DTYPES[dtype]
-        self.bytes = self.n * self.dtype.itemsize  # of one model
-        benchmark.extra_info |= {"n": self.n, "size": size, "dtype": dtype}
-
-    def normal(self, std: float = 0.02, *, around: torch.Tensor | None = None) -> torch.Tensor:
-        x = torch.empty(self.n, device=self.device).normal_(0, std, generator=self._generator)
-        return (x if around is None else x.add_(around)).to(self.dtype)
-
-    def positive(self) -> torch.Tensor:
-        return torch.empty(self.n, device=self.device).uniform_(1e-4, 1, generator=self._generator).to(self.dtype)
-
-    def models(self, count: int, base: torch.Tensor) -> list[torch.Tensor]:
-        """Return `count` models near base; if they do not fit, repeat a few (a stream from disk reuses buffers too)."""
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory // 2
-        else:
-            memory = MEMORY
-        distinct = max(
-            2, min(count, memory // self.bytes // 2 - 4)
-        )  # half is for Fishers; 8 models for copies and peers
-        self.distinct = min(count, distinct)
-        self.benchmark.extra_info |= {"T": count, "distinct_models": self.distinct}
-        models = [self.normal(1e-3, around=base) for _ in range(self.distinct)]
-        return [models[k % len(models)] for k in range(count)]
-
-    def fits(self, models: int) -> bool:
-        """Return whether a rival may allocate that many models."""
-        if self.device.type == "cuda":
-            return models * self.bytes < torch.cuda.get_device_properties(self.device).total_memory // 2
-        return models * self.bytes < MEMORY // 2
+        super().__init__(device, size, dtype)
 
     def row(self, case) -> dict:
-        return measure(self.benchmark, case, device=self.device, rounds=self.rounds, compiled=self.compiled)
+        return measure(self.benchmark, case, device=self._device, rounds=self.rounds, compiled=self.compiled)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor
 WIDTHS = {"1M": 80, "22M": 384, "86M": 768, "1B": 2560}  # of a 12-block ViT, patch 16: ViT-S is 22M, ViT-B 86M
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPY_LIMIT = 256 << 20  # bytes read; the time of a larger copy is extrapolated
+MEMORY = 6 << 30  # bytes of models in memory at once on the CPU; beyond that a few models are reused
 RIVAL_SECONDS = 4.0  # a rival that has taken this long in total is not repeated
 
 
@@ -55,6 +56,45 @@ class Case:
     peers: dict[str, Callable[[], object]] = field(default_factory=dict)
     models_bytes: int | None = None  # of a rule's T models; moving them once is the unit of x_models
     model_bytes: int | None = None  # of one model, the unit of extra memory
+
+
+class Vectors:
+    """The vectors of a row: `n` entries with `bounds` of the tensors, seeded, of one dtype; `info` describes them."""
+
+    def __init__(self, device: torch.device, size: str, dtype: str):
+        self.device, self.size, self.bounds = device, size, segments(size)
+        self.n, self.dtype = self.bounds[-1], DTYPES[dtype]
+        self.bytes = self.n * self.dtype.itemsize  # of one model
+        self.info: dict = getattr(self, "info", {})  # of a benchmark, if there is one
+        self.info |= {"n": self.n, "size": size, "dtype": dtype}
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, std: float = 0.02, *, around: torch.Tensor | None = None) -> torch.Tensor:
+        x = torch.empty(self.n, device=self.device).normal_(0, std, generator=self._generator)
+        return (x if around is None else x.add_(around)).to(self.dtype)
+
+    def positive(self) -> torch.Tensor:
+        return torch.empty(self.n, device=self.device).uniform_(1e-4, 1, generator=self._generator).to(self.dtype)
+
+    def models(self, count: int, base: torch.Tensor) -> list[torch.Tensor]:
+        """Return `count` models near base; if they do not fit, repeat a few (a stream from disk reuses buffers too)."""
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory // 2
+        else:
+            memory = MEMORY
+        distinct = max(
+            2, min(count, memory // self.bytes // 2 - 4)
+        )  # half is for Fishers; 8 models for copies and peers
+        self.distinct = min(count, distinct)
+        self.info |= {"T": count, "distinct_models": self.distinct}
+        models = [self.normal(1e-3, around=base) for _ in range(self.distinct)]
+        return [models[k % len(models)] for k in range(count)]
+
+    def fits(self, models: int) -> bool:
+        """Return whether a rival may allocate that many models."""
+        if self.device.type == "cuda":
+            return models * self.bytes < torch.cuda.get_device_properties(self.device).total_memory // 2
+        return models * self.bytes < MEMORY // 2
 
 
 class Clock:

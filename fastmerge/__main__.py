@@ -114,6 +114,7 @@ def run(config: Any) -> int:
     # imported here so that --help and flag errors appear at once
     from fastmerge.checkpoint import save_json, save_text
     from fastmerge.console import Console
+    from fastmerge.estimate import estimate
     from fastmerge.evaluate import accuracies_within, metrics, zero_shot
     from fastmerge.identity import determinants
     from fastmerge.loop import OWN, Images, candidates, learn, own_classes
@@ -165,22 +166,31 @@ def run(config: Any) -> int:
     determined = determinants(setup, runs, manifest)
     if setup.earlier is not None:
         setup.earlier.check(determined)
-    folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
-    for text in header(setup, manifest, folder):
+    if not config.run.dry_run:
+        folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
+    for text in header(setup, manifest, Path(config.run.run_dir)):
+        console.line(text)
+    for text in estimate(runs, setup.backbone, setup.device, cache.budget_bytes):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
         warn("--pretrained none: the backbone starts from random weights")
     trained = [run.scenario for run in runs if METHODS[run.method].trains]
-    for warning in (warmup_warning(scenario, config.training), single_class_warning(trained)):
+    warnings = [warmup_warning(run.scenario, run.config.training) for run in runs if METHODS[run.method].trains]
+    for warning in dict.fromkeys([*warnings, single_class_warning(trained)]):
         if warning is not None:
             warn(warning)
+
+    if config.run.dry_run:
+        console.line("--dry-run: nothing is trained, and no run folder is written")
+        return 0
 
     labels = list(dict.fromkeys(run.label for run in runs))
     share = shared_trainings(runs, config.training.keep_trajectory)
     trajectories = [
-        Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label, run.scenario) for run in runs
+        Trajectory(folder.path / f"trajectory-seed{run.seed}", share, run.label, run.scenario, run.variant)
+        for run in runs
     ]
     starting: dict[str, Any] | None = None
     busy: list[str] = []  # runs that another process works on

@@ -319,11 +319,13 @@ class TrainingSettings:
         "override them; the header says what comes from where (presets.py).",
     )
     method: tuple[str, ...] = setting(
-        ("trm", "finetune"),
+        ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
-        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings for one "
-        "run, as in cmm:lam=0.3 cmm:lam=0.5 or cmm:tangent=false.",
+        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings of the method or "
+        "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
+        "(trm:training.lr where trm has a setting lr too).",
+        derived="trm; for glyphs also finetune",
     )
     protocol: tuple[Literal["full", "running", "strict"], ...] = setting(
         ("strict",),
@@ -390,6 +392,12 @@ class TrainingSettings:
         "Keep only the inputs of the transformer's blocks and run each block again in the backward pass: less memory, a "
         "third more time, the same bits. For training, and the search without the exact curvature.",
     )
+    compile: bool | None = setting(
+        None,
+        "Compile the backbone's forward and backward passes with torch.compile. It takes a minute at the start, and goes "
+        "on without where the compiler is missing. Off with --checkpoint-gradients.",
+        derived="on with a GPU",
+    )
     precision: Literal["fp32", "tf32", "bf16"] | None = setting(
         "fp32",
         "Precision of matrix products, convolutions and attention in the backbone: training, teacher, evaluation and "
@@ -450,6 +458,10 @@ class RunSettings:
         None,
         "Add the tasks of this data set to the sequence of a finished run: its folder. The methods go on from what they "
         "kept there, and settings that are not given are those of that run; 1 task unless --tasks says more.",
+    )
+    dry_run: bool = setting(
+        False,
+        "Check the command, print what it will take, and stop: no training and no run folder.",
     )
     save_every: float = setting(
         60.0,
@@ -847,6 +859,7 @@ FREE = {
     "training.nearest_mean",
     "run.run_dir",
     "run.continue_from",
+    "run.dry_run",
     "run.save_every",
     "run.quiet",
     "run.wandb",

@@ -15,16 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from fastmerge.data.scenario import Task
 from fastmerge.output import plain
-from fastmerge.plan import Run
+from fastmerge.plan import Run, images_per_task
 from fastmerge.report import clock, results_table
 from fastmerge.report import number as percent
 from fastmerge.runfolder import State
-from fastmerge.training import PHASES, Phase
+from fastmerge.training import Phase
 
 PLAIN_SECONDS = 15.0  # between progress lines without a terminal
-# Cost of an image relative to training. Evaluation is a forward pass, so 0.3 is close until it is measured. The cost of a
-# merge is unknown until one is measured; 4 only moves the bar.
-GUESS = {"train": 1.0, "merge": 4.0, "evaluate": 0.3}
+# Cost of an image relative to training, until it is measured. Evaluation is a forward pass, training costs three, the search
+# of TRM nine; other methods merge at less.
+GUESS = {"train": 1.0, "merge": 3.0, "evaluate": 0.3}
 ENOUGH_STEPS, ENOUGH_SECONDS = 5, 5.0  # of one kind of work, before the time left is shown
 
 
@@ -47,7 +47,7 @@ class Work:
 
     def __init__(self, runs: Sequence[Run]):
         self.methods = [run.label for run in runs]
-        self.per_task = [self._images(run) for run in runs]
+        self.per_task = [images_per_task(run) for run in runs]
         self.remaining = [self.of(number, 0) for number in range(len(runs))]
         self.measured: dict[tuple[str, str], Measured] = {}
         # of the last task: images processed, and their share of the planned ones (less for a Fisher of a few images)
@@ -55,15 +55,6 @@ class Work:
         self.share: dict[tuple[str, str], float] = {}
         self.whole = True
         self.total = sum(self._units(r) for r in self.remaining)
-
-    @staticmethod
-    def _images(run: Run) -> list[dict[str, int]]:
-        """Number of images to process in each task of a run, by kind of work."""
-        tests, rows = [len(task.test) for task in run.scenario.tasks], []
-        for task in run.scenario.tasks:
-            seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
-            rows.append({kind: run.epochs[kind] * len(task.train) for kind in PHASES} | {"evaluate": seen})
-        return rows
 
     def of(self, run: int, task: int, phase: int = 0) -> dict[str, int]:
         """Images left in one run, from phase `phase` of task `task` on."""
@@ -100,24 +91,27 @@ class Work:
     def fraction(self) -> float:
         return 1 - sum(self._units(r) for r in self.remaining) / self.total if self.total else 1.0
 
-    def cost(self, method: str, kind: str) -> float | None:
-        """Seconds per image; None until it is known. Training may be measured with another method."""
+    def cost(self, method: str, kind: str, guess: bool = False) -> float | None:
+        """Seconds per image; None until it is known. Training may be measured with another method, and a merge that was not
+        measured is only guessed on demand."""
         own = self.measured.get((method, kind))
         if own and own.known:
             return own.seconds / own.images
         train = [m for (_, k), m in self.measured.items() if k == "train" and m.known] if kind != "merge" else []
         others = [m for (_, k), m in self.measured.items() if k == kind and m.known] if kind != "merge" else []
+        if kind == "merge" and guess:
+            train = [m for (_, k), m in self.measured.items() if k == "train" and m.known]
         found = others or train
         if not found:
             return None
         return sum(m.seconds for m in found) / sum(m.images for m in found) * (1 if others else GUESS[kind])
 
-    def seconds_left(self, run: int | None = None) -> float | None:
-        """Seconds left for one run or for all; None until the cost of all remaining work is known."""
+    def seconds_left(self, run: int | None = None, guess: bool = False) -> float | None:
+        """Seconds left for one run or for all; None until the cost of all remaining work is known, or can be guessed."""
         runs, total = range(len(self.remaining)) if run is None else [run], 0.0
         for number in runs:
             for kind, n in self.remaining[number].items():
-                cost = self.cost(self.methods[number], kind) if n else 0.0
+                cost = self.cost(self.methods[number], kind, guess) if n else 0.0
                 if cost is None:
                     return None
                 total += n * cost * self.share.get((self.methods[number], kind), 1.0)
@@ -242,6 +236,8 @@ class Console:
         own = row[task.index] if task.index < len(row) else None
         seen = summary["seen_accuracy"]
         left = self.work.left(self.run)
+        if not left and (seconds := self.work.seconds_left(guess=True)):
+            left = f"about {clock(seconds)} left (merging is not measured yet)"
         self.line(
             f"{self._where(task)} · {task.name}: accuracy on seen {percent([seen])}, on this task {percent([own])} · "
             f"so far {clock(sum(state.seconds.values()))}{left and f', {left}'}"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.config import FREE, PLAIN_GROUPS, declarations, to_dict
 from fastmerge.data.scenario import uneven_sizes
 from fastmerge.methods import METHODS
+from fastmerge.plan import Run, training_changes
 
 if TYPE_CHECKING:
-    from fastmerge.plan import Run
     from fastmerge.setup import Setup
 
 CONTINUES = "continues with"
@@ -26,7 +26,8 @@ SHOWN = 12  # digits of a hash in messages; the manifest has all
 def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What determines the numbers, JSON-able: `settings` and `contents` of all runs, and `runs`, the settings of each.
 
-    manifest: of the scenario. A run depends on the groups of settings that its method reads, not on those of others.
+    manifest: of the scenario. A run depends on the groups of settings that its method reads, not on those of others, and on
+    the settings of training that it has in place of the command's.
     """
     backbone, dataset = setup.backbone, setup.dataset
     values = to_dict(setup.config)
@@ -57,6 +58,8 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
         own[f"{run.label}-seed{run.seed}"] = {
             f"{group}.{name}": value for group in METHODS[run.method].groups for name, value in groups[group].items()
         }
+        changes = training_changes(run.config, setup.config)
+        own[f"{run.label}-seed{run.seed}"] |= {f"training.{name}": value for name, value in changes.items()}
         if setup.earlier is not None and (setup.earlier.path / f"{run.label}-seed{run.seed}").exists():
             own[f"{run.label}-seed{run.seed}"][CONTINUES] = setup.earlier.digest(f"{run.label}-seed{run.seed}")
     settings = {name: value for name, value in settings.items() if name not in FREE}

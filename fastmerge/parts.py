@@ -73,6 +73,10 @@ class Parts:
         ends = [(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size)]
         return [(slice(start, stop), (stop - start) / n) for start, stop in ends]
 
+    def usual(self, n: int) -> bool:
+        """Whether n images are a whole batch or a whole part of one."""
+        return n == self.batch or n in self.sizes.values()
+
     def fitting(self, kind: str) -> int:
         """The largest of batch, batch / 2, batch / 4, ... images that fit the free memory, at least 1."""
         assert self.free is not None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastmerge.config import Config
+from fastmerge.config import FREE, Config
 from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError, nearest
 from fastmerge.flags import changed
 from fastmerge.methods import METHODS
 from fastmerge.report import BASELINE
+from fastmerge.training import PHASES
 
 if TYPE_CHECKING:
     from fastmerge.continuing import Earlier
@@ -22,7 +24,8 @@ class Run:
     """One method with one seed. epochs: epochs of each phase, to estimate the time left.
 
     config: the command's config, changed by `--method NAME:SETTING=VALUE`. trajectory: the un-merged training that the
-    run can share, 'sequential' or 'independent', or None if training depends on a merge.
+    run can share, 'sequential' or 'independent' and `variant`, or None if training depends on a merge. variant: the settings
+    of training that it has in place of the command's, in words.
     """
 
     label: str  # names the run in tables, and its folder
@@ -33,10 +36,12 @@ class Run:
     scenario: Scenario
     epochs: dict[str, int]
     trajectory: str | None
+    variant: str = ""
 
 
 def read_method(spec: str, config: Config) -> tuple[str, Config]:
-    """Parse NAME or NAME:SETTING=VALUE,... into the method's name and `config` with these settings.
+    """Parse NAME or NAME:SETTING=VALUE,... into the method's name and `config` with these settings: the method's own, or
+    those of training. Where both have one (`trm:lr`), the name is the method's, and `trm:training.lr` is the other.
 
     Raises:
         UserError: the method or setting is unknown (the message suggests names), or the value is not allowed.
@@ -44,23 +49,68 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
     name, _, rest = spec.partition(":")
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}.{nearest(name, METHODS)} There are: {', '.join(METHODS)}.")
-    method = METHODS[name]
-    if config.training.lora_rank and not method.lora:
-        raise UserError(f"--lora-rank: {name} works on all weights; omit --lora-rank, or remove {name} from --method")
+    mine = row_settings(name, config)
     changes: dict[str, dict[str, str]] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in _pairs(rest):
         setting, equals, value = pair.partition("=")
-        setting = setting.strip().replace("-", "_")
-        mine = {s: g for g in method.groups[::-1] for s in vars(getattr(config, g))}
+        setting = setting.replace("-", "_")
         if setting in mine and not equals:
             raise UserError(f"--method {spec}: {setting} needs a value, as in {name}:{setting}=VALUE")
         if setting not in mine:
-            hint = f" Its settings are: {', '.join(mine)}." if mine else f" {name} has no settings of its own."
+            short = [known for known in mine if "." not in known]
+            hint = f" Its settings are: {', '.join(short)}." if mine else f" {name} has no settings."
             raise UserError(
                 f"--method {spec}: expected {name}:SETTING=VALUE, got {pair!r}.{nearest(setting, mine)}{hint}"
             )
-        changes.setdefault(mine[setting], {})[setting] = value.strip()
-    return name, changed(config, changes, f"--method {spec}") if changes else config
+        group, known = mine[setting]
+        if known in changes.setdefault(group, {}):
+            raise UserError(f"--method {spec}: {setting} is given twice; expected each setting once")
+        changes[group][known] = value
+    its = changed(config, changes, f"--method {spec}") if changes else config
+    if its.training.lora_rank and not METHODS[name].lora:
+        raise UserError(f"--lora-rank: {name} works on all weights; omit --lora-rank, or remove {name} from --method")
+    return name, its
+
+
+def _pairs(rest: str) -> list[str]:
+    """The parts SETTING=VALUE of a method's settings, without spaces around the words."""
+    pairs = (pair.strip() for pair in rest.split(","))
+    return ["=".join(word.strip() for word in pair.split("=", 1)) for pair in pairs if pair]
+
+
+def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
+    """What NAME:... may set -> (group, setting); also under the name group.setting. The method's own come first."""
+    method, found = METHODS[name], dict[str, tuple[str, str]]()
+    places = [(group, setting) for group in method.groups for setting in vars(getattr(config, group))]
+    if method.trains:
+        other = dataclasses.replace(config.training, merge_epochs=config.training.merge_epochs + 1, init="independent")
+        changed_config = dataclasses.replace(config, training=other)
+        unread = {"precision", "preset"}  # one for the command
+        if method.merge_epochs(changed_config) == method.merge_epochs(config):
+            unread.add("merge_epochs")
+        if method.trajectory(changed_config, "full") != "independent":
+            unread.add("init")
+        if not method.lora:
+            unread.add("lora_rank")
+        places += [("training", s) for s in vars(config.training) if f"training.{s}" not in FREE and s not in unread]
+    for group, setting in places:
+        found.setdefault(setting, (group, setting))
+        found[f"{group}.{setting}"] = (group, setting)
+    return found
+
+
+def training_changes(config: Config, command: Config) -> dict[str, Any]:
+    """The settings of training that a run has in place of the command's."""
+    theirs = vars(command.training)
+    changes = {name: value for name, value in vars(config.training).items() if value != theirs[name]}
+    return {name: value for name, value in changes.items() if f"training.{name}" not in FREE}
+
+
+def _variant(config: Config, command: Config) -> str:
+    """Names the un-merged training of a run beside that with the command's settings; runs with the same name train alike."""
+    changes = training_changes(config, command).items()
+    words = [f"{name}={value}" for name, value in changes if name not in ("merge_epochs", "init")]
+    return f"({','.join(words)})" if words else ""
 
 
 def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> list[Run]:
@@ -78,16 +128,18 @@ def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> 
             if earlier is not None and method.joint:
                 raise UserError(f"--continue-from: {name} trains all tasks at once, so it has no next task; omit it")
             for protocol in method.protocols(its):
-                shared = method.trajectory(its, protocol)
+                shared, variant = method.trajectory(its, protocol), _variant(its, config)
+                shared = shared and shared + variant
                 train = its.training.epochs if method.trains and shared not in trained else 0
                 epochs = {"train": train, "merge": method.merge_epochs(its)}
                 if shared:
                     trained.add(shared)
-                label = "-".join(filter(None, (name, protocol))) + (
-                    f"({spec.partition(':')[2]})" if ":" in spec else ""
-                )
+                pairs = _pairs(spec.partition(":")[2])
+                label = "-".join(filter(None, (name, protocol))) + (f"({','.join(pairs)})" if pairs else "")
+                if any(run.label == label for run in runs if run.seed == seed):
+                    raise UserError(f"--method {spec}: expected each method with the same settings once")
                 own = scenario.joined() if method.joint else scenario
-                runs.append(Run(label, name, protocol, seed, its, own, epochs, shared))
+                runs.append(Run(label, name, protocol, seed, its, own, epochs, shared, variant))
     nearest = f"{BASELINE}-seed{config.training.seeds[0]}"
     if earlier is not None and not (earlier.path / nearest).exists():
         return runs  # it has no means of the earlier classes
@@ -95,6 +147,15 @@ def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> 
         nothing = {"train": 0, "merge": 0}
         runs.append(Run(BASELINE, BASELINE, None, config.training.seeds[0], config, scenario, nothing, None))
     return runs
+
+
+def images_per_task(run: Run) -> list[dict[str, int]]:
+    """The images to process in each task of a run, by kind of work; test images are those of the tasks seen."""
+    tests, rows = [len(task.test) for task in run.scenario.tasks], []
+    for task in run.scenario.tasks:
+        seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
+        rows.append({kind: run.epochs[kind] * len(task.train) for kind in PHASES} | {"evaluate": seen})
+    return rows
 
 
 def shared_trainings(runs: list[Run], keep: bool) -> set[str]:

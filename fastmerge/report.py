@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -20,7 +21,7 @@ from fastmerge.results import METRICS
 BASELINE = "nearest-mean"  # beside every table
 
 
-def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
+def header(setup: Any, manifest: dict[str, Any], folder: Path) -> list[str]:
     """A few lines that describe the command before it starts."""
     scenario, backbone = setup.scenario, setup.backbone
     dataset = scenario.dataset
@@ -39,7 +40,7 @@ def header(setup: Any, manifest: dict[str, Any], folder: Any) -> list[str]:
         + ("on (--no-flip switches them off)" if setup.flip else "off (--flip switches them on)"),
         f"images are normalised with {backbone.normalisation}",
         *presets.about(setup.config),
-        f"results go to {folder.path}",
+        f"results go to {folder}",
     ]
 
 

@@ -95,6 +95,8 @@ class Setup:
         config, self.dataset, tasks = self.config, self.scenario.dataset, self.config.scenario.tasks
         self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
         training = dataclasses.replace(config.training, precision=choose(config.training.precision, self.device))
+        if training.compile is None:
+            training.compile = self.device.type == "cuda"
         self.config = config = dataclasses.replace(config, training=training)
         self._prepare(config.training.seeds[0])
         self.cache = ImageCache(self.backbone.image_size, self.device, budget_bytes=int(config.data.cache_gb * 1e9))

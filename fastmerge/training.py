@@ -104,6 +104,8 @@ class Learner:
             self.theta.nbytes,
             lambda n: self.ranks.own(n),
         )
+        if config.training.compile and not config.training.checkpoint_gradients:
+            self.backbone.compile_with(self.parts.usual, lambda text: self.parts.say(text))
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import toy
 from image_trees import image_folder
+from safetensors.torch import load_file
 
 from fastmerge import console
 from fastmerge.__main__ import main
@@ -210,6 +211,30 @@ def test_all_kinds_of_methods_in_one_command(data, tmp_path, capsys, monkeypatch
     assert len(list((tmp_path / "r" / "trajectory-seed0").glob("*.safetensors"))) == 2
     assert main([*[f for f in flags if f != "--keep-trajectory"], "--method", "ties", "--protocol", "running"]) == 0
     assert steps("ties-running") == 0 and (tmp_path / "r" / "trajectory-seed0").exists()  # kept until a user deletes it
+
+
+def test_rows_with_settings_of_training(data, tmp_path, capsys):
+    """A row is the command with these settings; rows that train alike share one training; the same command repeats them."""
+    flags = (
+        f"--dataset folder --data-root {data} --tasks 2 --model tiny --pretrained none --head prototype --epochs 1"
+        " --batch-size 16 --lr 1e-3 --device cpu --no-nearest-mean --quiet --protocol full --run-dir"
+    ).split()
+    rows = ["finetune", "finetune:epochs=2,lr=2e-3", "average:epochs=2,lr=2e-3"]
+    assert main([*flags, str(tmp_path / "r"), "--method", *rows]) == 0
+    assert main([*flags, str(tmp_path / "s"), "--epochs", "2", "--lr", "2e-3", "--method", "average"]) == 0
+    alone = load_file(tmp_path / "s" / "average-full-seed0" / "model.safetensors")
+    row = load_file(tmp_path / "r" / "average-full(epochs=2,lr=2e-3)-seed0" / "model.safetensors")
+    assert all(torch.equal(row[name], alone[name]) for name in alone)
+    steps = {
+        path.parent.name: sum(json.loads(line)["phase"] == "train" for line in path.read_text().splitlines())
+        for path in (tmp_path / "r").glob("*/metrics.jsonl")
+    }
+    assert steps["finetune(epochs=2,lr=2e-3)-seed0"] == 2 * steps["finetune-seed0"] > 0
+    assert steps["average-full(epochs=2,lr=2e-3)-seed0"] == 0
+    determines = json.loads((tmp_path / "r" / "manifest.json").read_text())["determines"]["runs"]
+    assert determines["finetune(epochs=2,lr=2e-3)-seed0"] == {"training.epochs": 2, "training.lr": 0.002}
+    assert main([*flags, str(tmp_path / "r"), "--method", *rows]) == 0
+    assert not (tmp_path / "r" / "trajectory-seed0").exists()
 
 
 def test_plain_training_is_unchanged_by_the_hooks():

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from published_trees import (
 )
 
 from fastmerge.data import DATASETS, load_dataset, wordnet
+from fastmerge.data.benchmark import usual_domain
 from fastmerge.data.recognise import BENCHMARKS
 from fastmerge.data.scenario import build_scenario
 from fastmerge.errors import UserError
@@ -58,6 +61,17 @@ def listed(data):
 def test_every_data_set_is_in_the_table_and_every_layout_has_a_tree():
     assert {b.name for b in BENCHMARKS} <= set(DATASETS)
     assert set(TREES) | SLOWLY_MADE == set(LAYOUTS)
+
+
+def test_the_page_about_data_has_a_row_for_every_data_set_and_a_word_for_every_layout():
+    page = (Path(__file__).parent.parent / "docs" / "DATA.md").read_text()
+    rows = {row.split("|")[1].strip().strip("`"): row for row in page.splitlines() if row.startswith("| `")}
+    assert {name for key in rows for name in key.replace("`", "").split(", ")} >= set(DATASETS)
+    for known in BENCHMARKS:
+        row = rows[known.name]
+        for layout in known.layouts:
+            who = re.findall(r"LAMDA|MagMax|CMM|CoOp|official|DomainBed|Dassl", layout.name)
+            assert all(name in row for name in who), (known.name, layout.name)
 
 
 @pytest.mark.parametrize("name, layout", TREES, ids=str)
@@ -100,6 +114,7 @@ def test_archives_are_named_with_the_command_that_unpacks_them(tmp_path):
         message = error_of(name, tmp_path)
         assert f"tar -xf '{tmp_path}/images of cub.tgz' -C {tmp_path}" in message
         assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in message
+        assert f"unzip -d {tmp_path} {tmp_path}/cars.zip" in error_of(name, tmp_path / "cars.zip")
 
 
 def test_cub_needs_its_lists_to_agree(tmp_path):
@@ -158,6 +173,31 @@ def test_a_domain_that_lacks_a_class_shifts_no_label(tmp_path):
     assert data.keys == ("airplane", "The_Eiffel_Tower", "train")  # the order of the lists' labels
     scenario = build_scenario(data, "dil", None, "natural")
     assert [len(task.train) for task in scenario.tasks] == [6, 6, 6, 4, 6, 6]
+
+
+@pytest.mark.parametrize("known", [b for b in BENCHMARKS if b.domains], ids=lambda b: b.name)
+def test_ways_to_write_a_domain(known):
+    for domain in known.domains:
+        ways = {
+            domain.lower(),
+            domain.upper(),
+            domain.replace(" ", "_"),
+            domain.replace(" ", ""),
+            domain.replace("_", "-"),
+        }
+        assert {usual_domain(way, known.domains) for way in ways} == {domain}
+    assert usual_domain("images", known.domains) is usual_domain("", known.domains) is None
+
+
+@pytest.mark.parametrize("name, layout", TREES, ids=str)
+def test_a_part_of_the_data_says_so(tmp_path, name, layout):
+    """--top-classes and --validation change what results are comparable; labels, keys and names still belong together."""
+    data = load_dataset(name, plant(tmp_path, TREES[name, layout][0]))
+    held = data.held_out(0.5)
+    assert held.origin.comparable.startswith("none, since") and data.origin.comparable in held.origin.comparable
+    top = data.most_populous(1)
+    assert top.keys == (data.keys[data.class_names.index(top.class_names[0])],)
+    assert top.origin.comparable.startswith("results on the same 1 classes only") and not top.test.labels.any()
 
 
 def test_domains_that_are_not_on_disk_are_left_out_of_the_lists(tmp_path):
@@ -304,6 +344,13 @@ def test_test_part(tmp_path):
     )
 
 
+def test_a_list_that_names_the_part_tells_files_of_the_same_name_apart(tmp_path):
+    plant(tmp_path / "data", both("{part}/{}", ["a"], names=["0.jpg"]))
+    (tmp_path / "s.txt").write_text("train old/place/test/a/0.jpg\ntest old/place/train/a/0.jpg\n")
+    data = load_dataset("folder", tmp_path / "data", split_file=str(tmp_path / "s.txt"))
+    assert (data.train.ids, data.test.ids) == (["test/a/0.jpg"], ["train/a/0.jpg"])
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -355,6 +402,20 @@ def test_the_200_wnids_of_a_set_are_known_whatever_the_folder_is_called(tmp_path
     for name, synsets in (("imagenet-r", "imagenet_r"), ("imagenet-a", "imagenet_a")):
         root = plant(tmp_path / f"set{name[-1]}", both("{part}/{}", wordnet.subset(synsets), names=["misc_0.jpg"]))
         assert any(f"--dataset {name} reads it" in note for note in load_dataset("folder", root).notes)
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-batches-py"), ("imagenet1k", "ilsvrc/Data/CLS-LOC")],
+)
+def test_data_sets_that_are_no_benchmark_here_are_known_too(tmp_path, name, place):
+    (tmp_path / place).mkdir(parents=True)
+    assert f"--dataset {name} reads it" in error_of("folder", tmp_path)
+
+
+def test_a_thousand_wnids_are_imagenet(tmp_path):
+    root = plant(tmp_path, both("{part}/{}", wordnet.class_names(), "val", names=["0.JPEG"]))
+    assert any("--dataset imagenet1k reads it" in note for note in load_dataset("folder", root).notes)
 
 
 def test_images_are_read(tmp_path):

@@ -237,6 +237,8 @@ def test_derived_defaults_are_what_the_help_says():
     assert [value("model", "model", *f) for f in (small, large)] == ["tiny", "ViT-B-16-quickgelu"]
     assert text("model", "pretrained") == "glyphs for tiny, openai for ViT-B-16-quickgelu"
     assert [value("model", "pretrained", *f) for f in (small, large)] == ["glyphs", "openai"]
+    assert text("training", "method") == "trm; for glyphs also finetune"
+    assert [value("training", "method", *f) for f in (small, large)] == [("trm", "finetune"), ("trm",)]
     assert text("run", "run_dir").startswith("runs/<dataset>-<scenario><tasks>-<model>, or")
     assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
     for flags, folder in (
@@ -300,6 +302,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("training", "preset"): None,
         ("model", "mean"): "as the weights were trained",
         ("model", "std"): "as the weights were trained",
+        ("training", "compile"): "on with a GPU",
         ("training", "precision"): "bf16 on a GPU that computes in it, else fp32",
         ("model", "head"): "text where the model has a text tower, else prototype",
         ("trm", "layer_b"): "half the layers",

@@ -143,6 +143,16 @@ def test_missing_split_file(tmp_path):
     assert str(tmp_path / "none.json") in message and "Expected JSON" in message
 
 
+def test_the_nearest_layout_is_named_with_what_it_lacks(tmp_path):
+    message = error_of("folder", write_tree(tmp_path / "a", "cat", "dog"))
+    assert "Nearest: <class>/<image>, with 2 class folders such as cat" in message and "give --split-file" in message
+    message = error_of("folder", write_tree(tmp_path / "b", "photo/cat", "sketch/cat"))
+    assert "Nearest: <domain>/<class>/<image>, with 2 domains such as photo" in message
+    assert "Nearest: 2 images in no class folder" in error_of("folder", write_tree(tmp_path / "c", "."))
+    (tmp_path / "d").mkdir()
+    assert "Nearest" not in error_of("folder", tmp_path / "d")
+
+
 def test_no_layout_found_lists_every_path_and_the_layouts(tmp_path):
     write_tree(tmp_path, "cat", "dog")
     message = error_of("folder", tmp_path)

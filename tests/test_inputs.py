@@ -1,7 +1,6 @@
 """Numbers, images and tasks that a run cannot use: what is said, and that nothing is written or lost."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from test_cli import bad, image_folder, run, truncate
@@ -103,11 +102,11 @@ def test_default_number_of_tasks(classes, tasks):
 def test_the_header_says_fewer_tasks_and_warns_of_single_classes(data):
     flags = ["--dataset", "folder", "--data-root", str(data), "--model", "tiny", "--head", "linear"]
     setup = Setup(parse(flags))
-    said = header(setup, setup.scenario.manifest(), SimpleNamespace(path="r"))
+    said = header(setup, setup.scenario.manifest(), "r")
     assert "3 tasks (10 by default, fewer for so few classes) with 3 x 2 classes" in said[1]
     assert setup.config.scenario.tasks == 3 and single_class_warning([setup.scenario]) is None
     setup = Setup(parse([*flags, "--tasks", "4"]))
-    assert "4 tasks with 2 x 2, 2 x 1 classes" in header(setup, setup.scenario.manifest(), SimpleNamespace(path="r"))[1]
+    assert "4 tasks with 2 x 2, 2 x 1 classes" in header(setup, setup.scenario.manifest(), "r")[1]
     warning = single_class_warning([setup.scenario, setup.scenario])
     assert warning.startswith("task 3, task 4: a single class. The loss is over the classes of the task alone")
     assert single_class_warning([setup.scenario.joined()]) is single_class_warning([]) is None

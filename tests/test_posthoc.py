@@ -6,9 +6,10 @@ import toy
 
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
+from fastmerge.methods import METHODS
 from fastmerge.methods.posthoc import PostHoc
 from fastmerge.methods.trajectory import Recorded, Reused, Trajectory
-from fastmerge.plan import plan, read_method, shared_trainings
+from fastmerge.plan import plan, read_method, row_settings, shared_trainings, training_changes
 from fastmerge.training import Train
 
 
@@ -231,13 +232,70 @@ def test_a_method_with_settings_of_its_own():
         ("ties:density=2", "--ties.density 2.0: expected above 0"),
         ("cmm:tangent=maybe", "cmm.tangent is true or false"),
         ("cmm:lam=much", "cmm.lam much: expected a number"),
-        ("average:scale=1", "average has no settings of its own"),
+        ("average:scale=1", "Its settings are: .*epochs"),
+        ("nearest-mean:lr=1", "nearest-mean has no settings"),
+        ("finetune:epoch=5", "Did you mean: epochs"),
+        ("finetune:merge_epochs=5", "expected finetune:SETTING=VALUE"),  # it has no merge phase
+        ("finetune:epochs=-1", "--epochs -1: expected 0 or more"),
+        ("finetune:epochs=few", "--epochs few: expected a whole number"),
+        ("finetune:seeds=1", "expected finetune:SETTING=VALUE"),
+        ("finetune:precision=bf16", "expected finetune:SETTING=VALUE"),  # one for the command
+        ("finetune:lr=1,lr=2", "lr is given twice"),
+        ("ewc:lora_rank=2", "expected ewc:SETTING=VALUE"),
         ("tise:scale=1", "unknown method 'tise'"),
     ],
 )
 def test_bad_settings_of_a_method(spec, message):
     with pytest.raises(UserError, match=message):
         read_method(spec, toy.parse([]))
+
+
+def test_settings_of_training_for_one_run():
+    specs = ["trm:merge_epochs=4, lambda0=0", "trm:lr=0.5,training.lr=1e-3", "finetune:lr=1e-4", "finetune:epochs=7"]
+    specs += ["average:epochs=7", "magmax:scale=0.7,epochs=7", "finetune"]
+    runs = plan(toy.parse(["--method", *specs, "--protocol", "full", "strict", "--no-nearest-mean"]), None)
+    assert [r.label for r in runs] == [
+        "trm(merge_epochs=4,lambda0=0)", "trm(lr=0.5,training.lr=1e-3)", "finetune(lr=1e-4)", "finetune(epochs=7)",
+        "average-full(epochs=7)", "average-strict(epochs=7)", "magmax-full(scale=0.7,epochs=7)",
+        "magmax-strict(scale=0.7,epochs=7)", "finetune",
+    ]  # fmt: skip
+    first, second = (r.config for r in runs[:2])
+    assert (first.training.merge_epochs, first.trm.lambda0, runs[0].epochs["merge"]) == (4, 0, 4)
+    assert (second.trm.lr, second.training.lr) == (0.5, 1e-3)
+    # who trains alike shares one training
+    shared = [
+        "sequential(lr=0.0001)",
+        "sequential(epochs=7)",
+        "sequential(epochs=7)",
+        None,
+        "sequential(epochs=7)",
+        None,
+    ]
+    assert [r.trajectory for r in runs] == [None, None, *shared, "sequential"]
+    assert [r.epochs["train"] for r in runs[2:]] == [3, 7, 0, 7, 0, 7, 3]
+    assert shared_trainings(runs, keep=False) == {"sequential(epochs=7)"}
+    with pytest.raises(UserError, match="the same settings once"):
+        plan(toy.parse(["--method", "finetune:lr=1", "finetune: lr = 1"]), None)
+
+
+class Scenario:
+    joined = classmethod(lambda cls: cls)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_row_may_set(name):
+    """Walks all methods and their numbers: the value reaches the run's config, and what determines the run."""
+    config = toy.parse(["--no-nearest-mean"])
+    for setting, (group, known) in row_settings(name, config).items():
+        old = getattr(getattr(config, group), known)
+        if isinstance(old, bool) or not isinstance(old, int | float):
+            continue
+        new = 1 if isinstance(old, int) and old != 1 else 0.5 if isinstance(old, float) and old != 0.5 else old
+        (run,) = plan(toy.parse(["--method", f"{name}:{setting}={new}", "--no-nearest-mean"]), Scenario)
+        assert getattr(getattr(run.config, group), known) == new
+        assert run.label.endswith(f"({setting}={new})")
+        changed = {known: new} if group == "training" and new != old else {}
+        assert training_changes(run.config, config) == changed
 
 
 # -- the Fisher itself ----------------------------------------------------------------------------------------------------

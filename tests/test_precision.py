@@ -74,8 +74,7 @@ def test_features_tokens_gradients_and_fishers_of_a_vit(name, weights):
 
 
 def test_slopes_of_the_exact_product():
-    """The exact product, two backward passes, runs in bf16. Its slope along the task vector of a trained model moves by a
-    few per cent."""
+    """The Hessian-vector product runs in bf16. Its slope along the task vector of a trained model moves by a few per cent."""
     setup = Setup(toy.parse(["--batch-size=32", "--epochs=1", "--merge-epochs=1", "--device=cpu"]))
     task = setup.scenario.tasks[1]
     images = setup.cache.get(setup.dataset.train, task.train[:320])
@@ -90,7 +89,7 @@ def test_slopes_of_the_exact_product():
     g, products = search.objective._task_gradient(x, labels, [(slice(0, 64), 1.0)]).clone(), []
     for kind in ("fp32", "bf16"):
         learner.backbone.precision = kind
-        products.append(search.objective._exact_product(x, labels, g).clone())
+        products.append(search.objective.hessian_product(x, labels, g).clone())
         assert products[-1].dtype == torch.float32
     h, its_h = products
     d = search.current - previous

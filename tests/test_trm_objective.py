@@ -130,3 +130,11 @@ def test_forward_passes_per_step(trained, flags, units):
     with counter:
         search.step(1)
     assert units - 0.3 < counter.get_total_flops() / forward <= units
+
+
+def test_the_difference_stays_in_fp32(trained):
+    searches = [search_of(trained, "--trm.curvature=difference", f"--precision={p}", *ALONE) for p in ("fp32", "bf16")]
+    for search in searches:
+        search.step(0)
+    assert torch.equal(searches[0].coefficients.grad, searches[1].coefficients.grad)
+    assert searches[1].learner.backbone.precision == "bf16"

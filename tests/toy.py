@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         return ["outer.weight"]
 
     def forward(self, images):
-        with computing(self.precision, images.device):
+        with computing(self.precision):
             return self.outer(torch.tanh(self.inner(images.flatten(1).to(self.inner.weight)))) * self.fixed
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastmerge.data import class_names, prompts
+from fastmerge.data.archives import archives
 from fastmerge.data.dataset import Dataset, Origin
 from fastmerge.data.files import data_root
 from fastmerge.data.folder import assemble
 from fastmerge.data.split import Parts, by_hash, by_list, digest
 from fastmerge.data.split_file import read as read_split_file
-from fastmerge.data.tree import ClassFolder, archives, looked_for
+from fastmerge.data.tree import ClassFolder, looked_for
 from fastmerge.errors import UserError
 
 
@@ -280,8 +282,8 @@ def _divided(images: Images) -> Images:
 
 def usual_domain(name: str, domains: Sequence[str]) -> str | None:
     """The domain that a folder is: `Real_World` for `Real World`, `clip` for `clipart`; None if it is none of them."""
-    plain = name.lower().replace("_", " ").replace("-", " ")
-    by_plain = {domain.lower().replace("_", " "): domain for domain in domains}
+    plain = re.sub(r"[\W_]", "", name.lower())
+    by_plain = {re.sub(r"[\W_]", "", domain.lower()): domain for domain in domains}
     if plain in by_plain:
         return by_plain[plain]
     longer = [domain for key, domain in by_plain.items() if len(plain) > 3 and key.startswith(plain)]
@@ -305,6 +307,11 @@ def _gaps(train: list[ClassFolder], classes: set[str], domains: tuple[str, ...])
 def _nested(a: str, b: str) -> bool:
     """Whether one of two folders is the other one or is in it."""
     return os.path.commonpath([a, b]) in (a, b)
+
+
+def folder_in(root: str, place: str) -> str | None:
+    """The folder `place` under `root`, whatever its case; None if there is none."""
+    return _Folders().resolve(root, place)
 
 
 class _Folders:

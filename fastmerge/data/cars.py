@@ -165,7 +165,7 @@ CARS = Benchmark(
         Published(
             8_144, 8_041, "TRM, CMM, MagMax and RanPAC (the official split); not with C3Box and PROOF (100 classes)"
         ),
-        Published(8_041, 8_144, "CoFiMA, whose script exchanges the official train and test images"),
+        Published(8_041, 8_144, "CoFiMA, whose script seems to exchange the official train and test images"),
     ),
     "the official split has 8,144 train and 8,041 test images; C3Box and PROOF use 100 of the classes",
     names=names,

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from fastmerge.data.archives import archives
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import data_root
-from fastmerge.data.tree import archives
 from fastmerge.errors import UserError
 
 _KINDS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")

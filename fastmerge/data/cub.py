@@ -48,9 +48,7 @@ CUB = Benchmark(
     "openai80",
     (
         Published(5_994, 5_794, OFFICIAL),
-        Published(
-            9_430, 2_358, "PILOT, EASE, RanPAC and P&M (LAMDA's split); not with CMM and MagMax (the official split)"
-        ),
+        Published(9_430, 2_358, "PILOT and P&M (LAMDA's split); not with CMM and MagMax (the official split)"),
     ),
     "the official split has 5,994 train and 5,794 test images (CMM, MagMax), LAMDA's 9,430 and 2,358 (PILOT, P&M)",
 )

@@ -135,7 +135,16 @@ class Dataset:
         templates = self.templates
         if isinstance(templates[0], tuple):
             templates = tuple(self.templates_of(c) for c in kept)
-        return replace(self, class_names=names, templates=templates, train=train, test=test, notes=(*self.notes, note))
+        return replace(
+            self,
+            class_names=names,
+            templates=templates,
+            train=train,
+            test=test,
+            notes=(*self.notes, note),
+            keys=tuple(self.keys[c] for c in kept) if self.keys else (),
+            origin=self._part_of_origin(f"results on the same {number} classes only"),
+        )
 
     def held_out(self, part: float) -> Dataset:
         """Replace the test split: hold out the fraction `part` of the training images of every class and domain.
@@ -151,4 +160,9 @@ class Dataset:
             held[members[: min(round(part * len(members)), len(members) - 1)]] = True
         train, test = (self.train.subset(np.flatnonzero(rows)) for rows in (~held, held))
         note = f"--validation: {len(test)} of {len(self.train)} training images are held out; accuracies are on these"
-        return replace(self, train=train, test=test, notes=(*self.notes, note))
+        origin = self._part_of_origin("none, since the accuracies are on training images")
+        return replace(self, train=train, test=test, notes=(*self.notes, note), origin=origin)
+
+    def _part_of_origin(self, comparable: str) -> Origin | None:
+        whole = self.origin
+        return whole and whole._replace(comparable=f"{comparable} (all of the data: {whole.comparable})")

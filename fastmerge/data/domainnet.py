@@ -53,8 +53,8 @@ DOMAINNET = Benchmark(
     ),
     "openai80",
     (
-        Published(409_832, 176_743, "TRM, CMM, RanPAC and S-Prompts (official lists, cleaned version)", ("official",)),
-        Published(409_832, 176_743, "TRM, CMM and MagMax, if the folders follow the official lists", ("folders",)),
+        Published(409_832, 176_743, "CMM, RanPAC and S-Prompts (official lists, cleaned version)", ("official",)),
+        Published(409_832, 176_743, "MagMax and CMM, if the folders follow the official lists", ("folders",)),
     ),
     "the official lists of the cleaned version have 409,832 train and 176,743 test images; "
     "InfLoRA uses CODA-Prompt's YAML lists (--split-file)",

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmerge.data.archives import archives
 from fastmerge.errors import UserError
 
 HASHED_BYTES = 2_000_000_000  # seconds to read at every start; a large data set is known by the sizes of its files
@@ -42,7 +43,9 @@ def data_root(name: str, root: str | os.PathLike[str] | None) -> str:
     path = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(path):
         what = "is not a folder" if os.path.exists(path) else "does not exist"
-        raise UserError(f"data set {name!r}: --data-root {path} {what}. Pass the folder that contains the data.")
+        raise UserError(
+            f"data set {name!r}: --data-root {path} {what}. Pass the folder that contains the data.{archives([path])}"
+        )
     return path
 
 

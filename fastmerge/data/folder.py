@@ -28,18 +28,19 @@ import numpy as np
 
 from fastmerge.data import class_names as names_of
 from fastmerge.data import split_file as lists
+from fastmerge.data.archives import archives
 from fastmerge.data.dataset import Dataset, Origin, Split
-from fastmerge.data.files import FileReader, data_root
+from fastmerge.data.files import FileReader, data_root, listing
 from fastmerge.data.prompts import PHOTO
 from fastmerge.data.split import by_list
 from fastmerge.data.tree import (
     LAYOUTS,
     ClassFolder,
-    archives,
     class_folders,
     domain_folders,
     find_parts,
     folders_with_images,
+    holds_domains,
     looked_for,
     subfolders,
 )
@@ -205,6 +206,18 @@ def parts(root: str, notes: list[str], test_part: str | None = None) -> tuple[li
     return train, test
 
 
+def _nearest(root: str) -> str:
+    """What a tree without train and test folders looks like, and what it lacks."""
+    images, folders = listing(root)
+    if folders and (classes := [name for name in folders if listing(os.path.join(root, name))[0]]):
+        found = f"<class>/<image>, with {len(classes)} class folders such as {classes[0]}"
+    elif folders and holds_domains(root, ""):
+        found = f"<domain>/<class>/<image>, with {len(folders)} domains such as {folders[0]}"
+    else:
+        return f"\nNearest: {len(images)} images in no class folder." if images else ""
+    return f"\nNearest: {found}. Nothing says what is for testing: give --split-file, or make train and test folders."
+
+
 def _domains_outside(
     root: str, looked: list[str], notes: list[str], test_part: str | None
 ) -> tuple[list[ClassFolder], list[ClassFolder]]:
@@ -216,7 +229,9 @@ def _domains_outside(
         else:
             others.append(name)
     if not train:
-        raise UserError(f"no train and test images found. {looked_for(looked)}\n{LAYOUTS}{archives([root])}")
+        raise UserError(
+            f"no train and test images found. {looked_for(looked)}{_nearest(root)}\n{LAYOUTS}{archives([root])}"
+        )
     if others:
         notes.append(f"folders left out because they have no train and test folders: {', '.join(others)}")
     return train, test

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 
+from fastmerge.data.archives import archives
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.files import data_root, listing
 from fastmerge.data.folder import assemble
-from fastmerge.data.tree import archives, class_folders, find_parts, looked_for
+from fastmerge.data.tree import class_folders, find_parts, looked_for
 from fastmerge.data.wordnet import class_names
 from fastmerge.errors import UserError
 

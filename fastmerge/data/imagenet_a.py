@@ -30,7 +30,7 @@ IMAGENET_A = Benchmark(
         ),
     ),
     PHOTO,
-    (Published(5_981, 1_519, "PILOT, SD-LoRA and P&M (LAMDA's zip)", ("folders",)),),
-    "PILOT, SD-LoRA and P&M use LAMDA's zip, 5,981 train and 1,519 test images",
+    (Published(5_981, 1_519, "PILOT and SD-LoRA (LAMDA's zip)", ("folders",)),),
+    "PILOT and SD-LoRA use LAMDA's zip, 5,981 train and 1,519 test images",
     synsets=cache(lambda: frozenset(wordnet.subset("imagenet_a"))),
 )

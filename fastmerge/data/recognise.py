@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from fastmerge.data import wordnet
 from fastmerge.data.aerial import EUROSAT, RESISC45
+from fastmerge.data.benchmark import folder_in
 from fastmerge.data.cars import CARS
 from fastmerge.data.cub import CUB
 from fastmerge.data.domainnet import DOMAINNET
@@ -22,6 +24,12 @@ from fastmerge.data.tree import WNID, ClassFolder
 BENCHMARKS = (
     *(IMAGENET_R, IMAGENET_A, CUB, CARS, DOMAINNET, OFFICE31, OFFICE_HOME, PACS, TINY_IMAGENET),
     *(EUROSAT, RESISC45, SUN397, DTD, GTSRB),
+)
+
+ELSEWHERE = (  # not a `Benchmark`: title, flag, and a folder that tells
+    ("ImageNet-1K", "imagenet1k", "ILSVRC/Data/CLS-LOC"),
+    ("CIFAR-100", "cifar100", "cifar-100-python"),
+    ("CIFAR-10", "cifar10", "cifar-10-batches-py"),
 )
 
 
@@ -42,4 +50,9 @@ def advice(root: str, folders: Iterable[ClassFolder] = ()) -> str:
                 f"\nThis looks like {benchmark.title}: --dataset {benchmark.name}{shown} reads it, with its names, prompts"
                 f"{', domains' if benchmark.domains else ''} and split."
             )
+    for title, name, place in ELSEWHERE:
+        if folder_in(root, place) is not None:
+            return f"\nThis looks like {title}: --dataset {name} reads it, with its names, prompts and split."
+    if len(classes) == 1000 and classes == set(wordnet.class_names()):
+        return "\nThis looks like ImageNet-1K: --dataset imagenet1k reads it, with its prompts."
     return ""

@@ -4,8 +4,8 @@ A list names images by paths on another machine. A path is matched from its end,
 common end of folder names decides, and names of parts (`train`, `test`) do not count, since copies differ in them.
 
 Our own rule: of every class folder (of every domain) the 20 % of the images with the smallest sha256 of
-`<domain>/<class>/<file>` are for testing, at least one of them and not all. It depends on nothing but names, so it gives
-the same images on every machine. `digest` identifies the result.
+`<domain>/<class>/<file>` (`/<class>/<file>` without domains) are for testing, at least one of them and not all. It depends on
+nothing but names, so it gives the same images on every machine. `digest` identifies the result.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class _Index:
                 "relative to --data-root; a prefix does not matter. Is the list for this data set?"
             )
         if len(found) > 1:
-            found = [i for i in found if self.folders[i].path == folder] or found
+            paths = {i: self.folders[i].path for i in found}  # now with the names of parts
+            whole = {i: (p == folder, _common_end(folder.split("/"), p.split("/"))) for i, p in paths.items()}
+            found = [i for i in found if whole[i] == max(whole.values())]
         if len(found) > 1:
             same = ", ".join(f"{self.folders[i].path}/{image}" for i in found[:3])
             raise UserError(f"{where}: {path!r} can be any of {same}. Write more of the path.")

@@ -82,7 +82,8 @@ def read_files(files: Iterable[str], source: str, test_part: str | None = None) 
 def chosen(form: str, entries: list[Entry], source: str, test_part: str | None = None) -> SplitList:
     """The entries for training and testing: one part besides `train`, no image twice, no file that is no image."""
     notes: list[str] = []
-    tests = [part for part in TESTS if any(entry.part == part for entry in entries)]
+    found = {entry.part for entry in entries}
+    tests = [part for part in TESTS if part in found]
     if test_part is not None and test_part not in tests:
         raise UserError(f"--test-part {test_part}: {source} has no such part. It has: {', '.join(tests) or 'train'}.")
     test = test_part or (tests[0] if tests else "test")
@@ -94,14 +95,15 @@ def chosen(form: str, entries: list[Entry], source: str, test_part: str | None =
             f"(--test-part {unused[0].part} tests on them)"
         )
     entries = [entry for entry in entries if entry.part in ("train", test)]
-    if other := [entry for entry in entries if not _is_image(entry.path)]:
-        notes.append(f"{source}: {len(other)} entries are no images and left out, such as {other[0].path}")
-        entries = [entry for entry in entries if _is_image(entry.path)]
+    is_image = [_is_image(entry.path) for entry in entries]
+    if not all(is_image):
+        other = [entry.path for entry, good in zip(entries, is_image, strict=True) if not good]
+        notes.append(f"{source}: {len(other)} entries are no images and left out, such as {other[0]}")
+        entries = [entry for entry, good in zip(entries, is_image, strict=True) if good]
     train = {entry.path for entry in entries if entry.part == "train"}
     shared = [entry for entry in entries if entry.part != "train" and entry.path in train]
-    if form == LABELLED and len(tested) > len(shared) == len(
-        train
-    ):  # PACS tests on unseen domains, so its test lists hold all images
+    # PACS tests on unseen domains, so its test lists hold all images
+    if form == LABELLED and len(tested) > len(shared) == len(train):
         entries = [entry for entry in entries if entry.part == "train" or entry.path not in train]
         notes.append(f"{source}: the test lists hold the training images too; the other images are used for testing")
     first: dict[str, Entry] = {}
@@ -115,9 +117,9 @@ def chosen(form: str, entries: list[Entry], source: str, test_part: str | None =
     parts = {entry.part for entry in entries}
     if missing := [part for part in ("train", test) if part not in parts]:
         raise UserError(f"split file {source} lists no image for {' and '.join(missing)}. {FORM}")
-    return SplitList(
-        form, [entry._replace(part="train" if entry.part == "train" else "test") for entry in entries], notes
-    )
+    if test != "test":
+        entries = [entry if entry.part == "train" else entry._replace(part="test") for entry in entries]
+    return SplitList(form, entries, notes)
 
 
 def part_of(file: str) -> str | None:
@@ -149,8 +151,9 @@ def _files(split_file: str) -> list[str]:
 
 
 def _is_image(path: str) -> bool:
-    suffix = os.path.splitext(path)[1].lower()
-    return not suffix or suffix in image_suffixes()
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return dot < 1 or name[dot:].lower() in image_suffixes()
 
 
 def _without_part(name: str) -> str:

@@ -39,7 +39,7 @@ def official(place: Place) -> Images:
     return Images(class_folders(place.base, "train"), test, "official", "official (val_annotations.txt)")
 
 
-WHO = "Continual-CLIP and others that test on the validation images"
+WHO = "results on the validation images, as is usual"
 TINY_IMAGENET = Benchmark(
     "tiny-imagenet",
     "Tiny-ImageNet",

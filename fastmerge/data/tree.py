@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from fastmerge.data.archives import archives
 from fastmerge.data.files import listing
 from fastmerge.errors import UserError
 
 TESTS = ("test", "val", "valid", "validation")  # the usual names of a part for testing, best first
 WNID = re.compile(r"n\d{8}")
-ARCHIVES = {
-    ".zip": "unzip -d {to} {file}",
-    **dict.fromkeys(
-        (".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz", ".tar.zst"), "tar -xf {file} -C {to}"
-    ),
-    **dict.fromkeys((".7z", ".rar"), "7z x {file} -o{to}"),
-}
 LAYOUTS = """Supported layouts:
   {train,test|val}/<class>/<image>
   {train,test|val}/<domain>/<class>/<image>
@@ -49,22 +43,6 @@ def subfolders(*path: str) -> list[str]:
 def looked_for(looked: Sequence[str]) -> str:
     shown = [*looked[:50], *[f"and {len(looked) - 50} more folders"] * (len(looked) > 50)]
     return "Looked for:" + "".join(f"\n  {path}" for path in shown)
-
-
-def archives(folders: Iterable[str]) -> str:
-    """A line for every archive in `folders`, with the command that unpacks it; empty if there is none."""
-    lines = []
-    for folder in dict.fromkeys(folders):
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            suffix = next((s for s in ARCHIVES if name.lower().endswith(s)), None)
-            if suffix and not name.startswith("."):
-                file, to = (quoted(p) for p in (os.path.join(folder, name), folder))
-                lines.append(f"\n{name} is still packed. Unpack it: {ARCHIVES[suffix].format(file=file, to=to)}")
-    return "".join(lines[:5])
-
-
-def quoted(path: str) -> str:
-    return "'" + path.replace("'", "'\\''") + "'" if re.search(r"[^\w./+=:,@-]", path) else path
 
 
 def find_parts(

@@ -30,24 +30,28 @@ class Trajectory:
     """The un-merged models of one seed. folder: their files. share: which of 'sequential' and 'independent' training to
     save, for other methods or because the user keeps it. run: who uses it; a run that goes on from before a file of its
     own trains again, to the same bits and with the same lines in its metrics. scenario: described in the files, so that
-    `fastmerge.load` takes them.
+    `fastmerge.load` takes them. variant: names other settings of training, whose models have their own files.
 
     Raises:
         UserError: a file stands where the folder should be.
     """
 
-    def __init__(self, folder: Path, share: Collection[str], run: str = "", scenario: Scenario | None = None):
+    def __init__(
+        self, folder: Path, share: Collection[str], run: str = "", scenario: Scenario | None = None, variant: str = ""
+    ):
         self.folder, self.share, self.run, self.scenario = folder, share, run, scenario
+        self.variant = variant
         expect(folder, folder=True)
 
     def train(self, learner: Learner, task: Task, images: TaskImages, init: str = "sequential") -> Phase:
         """Return the training phase of `task`, or a phase that reads its saved result."""
-        path = self.folder / f"{init}-task-{task.index + 1}.safetensors"
+        name = init + self.variant
+        path = self.folder / f"{name}-task-{task.index + 1}.safetensors"
         if path.exists():
             model, seconds, run = saved(path)
             if run != self.run:
                 return Reused(learner, model, seconds)
-        elif init not in self.share:
+        elif name not in self.share:
             return Train(learner, task, images)
         return Recorded(learner, task, images, path, self.run, self.scenario)
 

@@ -108,11 +108,22 @@ class Objective:
         alone = [(slice(0, len(images)), 1.0)]  # every process takes all of them, so that all choose the same step
         with full_fp32(self.learner.backbone):
             g = self._task_gradient(images, labels, alone).clone()
-            exact = slopes(self._exact_product(images, labels, g))
+            exact = slopes(self.hessian_product(images, labels, g))
             found = [slopes(self._difference_of(images, labels, g, g, s, alone)) for s in STEPS]
             errors = [(value / exact - 1).abs().max() for value in found]
         error, best = torch.stack(errors).nan_to_num(torch.inf).min(0)
         self.relative_step = STEPS[int(best)] if error <= TOLERANCE else 0.0
+
+    def hessian_product(self, images: Tensor, labels: Tensor, g: Tensor) -> Tensor:
+        """Hessian(L_task) g of a batch that is not cut into parts, in the flat gradient. g: any vector `[n]`."""
+        flat = self.learner.flat
+        flat.zero_grad()
+        with differentiable_attention():
+            task, _ = self._losses(images, labels)
+        assert task is not None
+        graph = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
+        torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
+        return flat.gradient
 
     # -- the three ways ----------------------------------------------------------------------------------------------
 
@@ -210,17 +221,6 @@ class Objective:
             task, _ = self._losses(images[part], labels[part])
             assert task is not None
             (task * share).backward(inputs=flat.parameters)
-        return flat.gradient
-
-    def _exact_product(self, images: Tensor, labels: Tensor, g: Tensor) -> Tensor:
-        """Hessian(L_task) g of one part, in the flat gradient."""
-        flat = self.learner.flat
-        flat.zero_grad()
-        with differentiable_attention():
-            task, _ = self._losses(images, labels)
-        assert task is not None
-        graph = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
-        torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
         return flat.gradient
 
     def _difference_of(

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmerge.errors import UserError
+from fastmerge.models.compiled import Compiled
 from fastmerge.models.normalisation import Normalisation
-from fastmerge.models.precision import computing
+from fastmerge.models.precision import computing, flags
 
 
 class Backbone(nn.Module):
@@ -25,6 +27,7 @@ class Backbone(nn.Module):
     """
 
     family: str
+    compiled: Compiled | None = None
     recompute = False  # whether a backward pass runs the blocks again, see models/recompute.py
     precision = "fp32"  # of products inside the tower, see models/precision.py; a run sets it
     tower: Any  # a module of open_clip or timm, with undeclared attributes
@@ -54,8 +57,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`[b, 3, s, s]` normalised -> `[b, feature_dim]`, not L2-normalised, in the dtype of the images."""
-        with computing(self.precision, images.device):
-            return self._features(images).to(images.dtype)
+        return self._run("features", images)
 
     def class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[b, feature_dim]` and the class token after every block, `[layers, b, width]`, in one forward.
@@ -64,9 +66,7 @@ class Backbone(nn.Module):
             UserError: the model has no class token.
         """
         self.check_class_tokens()
-        with computing(self.precision, images.device):
-            features, tokens = self._class_tokens(images)
-            return features.to(images.dtype), tokens.to(images.dtype)
+        return self._run("class tokens", images)
 
     def check_class_tokens(self) -> None:
         """Raise UserError if the model has no class token."""
@@ -86,6 +86,24 @@ class Backbone(nn.Module):
                 f"model {self.name} has no linear layer to align: switch alignment off, --cmm.align-epochs 0"
             )
         return [f"{linear[-1]}.{name}" for name, _ in self.get_submodule(linear[-1]).named_parameters()]
+
+    def _run(self, what: str, images: Tensor) -> Any:
+        with flags(self.precision, images.device):
+            return (self.compiled or self._compute)(what, images)
+
+    def _compute(self, what: str, images: Tensor) -> Any:
+        with computing(self.precision):
+            if what == "features":
+                return self._features(images).to(images.dtype)
+            features, tokens = self._class_tokens(images)
+            return features.to(images.dtype), tokens.to(images.dtype)
+
+    def compile_with(self, usual: Callable[[int], bool], say: Callable[[str], None]) -> None:
+        """Compile forward passes of a usual number of images, see models/compiled.py. Copies stay uncompiled."""
+        self.compiled = Compiled(self._compute, usual, say)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"compiled": None}  # it is bound to this module
 
     def _features(self, images: Tensor) -> Tensor:
         return self.tower(images)

@@ -4,8 +4,8 @@ fp32: all of fp32's 24 bits. tf32: a GPU rounds the inputs of products to 11 bit
 and results of products have 8 bits, sums inside a product have 24. Weights, the residual stream, normalisation and
 softmax, features, logits, losses, gradients and merges are fp32 in all three.
 
-`torch.autocast` does the same in a plain step, but raises under the transforms of `torch.func` (`jvp` of `grad`), because it
-does not cast tangents. `Bf16` casts with differentiable operations, so every transform works.
+`torch.autocast` does the same in a plain step, but raises in forward-over-reverse mode (`jvp` of `grad`),
+because it does not cast tangents. `Bf16` casts with differentiable operations, so every transform works.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ def full_fp32(backbone: Any) -> Iterator[None]:
         backbone.precision = before
 
 
-def computing(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+def computing(precision: str) -> contextlib.AbstractContextManager:
     """The context of a forward pass of the backbone."""
-    if precision == "bf16":
-        return Bf16()
+    return Bf16() if precision == "bf16" else contextlib.nullcontext()
+
+
+def flags(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context around it, which a compiler cannot see through: whether a GPU may use TF32."""
     return tf32(precision == "tf32") if device.type == "cuda" else contextlib.nullcontext()
 
 

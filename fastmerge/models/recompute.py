@@ -63,7 +63,7 @@ def _forward(backbone: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not backbone.recompute or not torch.is_grad_enabled() or is_differentiable():
         return own(block, *args, **kwargs)
     weights = dict(block.named_parameters(remove_duplicate=False))  # those of a functional_call, inside one
-    precision, device = backbone.precision, next(x.device for x in args if isinstance(x, Tensor))
+    precision = backbone.precision
 
     def run(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         with kept_activations(backbone):
@@ -73,5 +73,5 @@ def _forward(backbone: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, weights, *args, **kwargs,
         use_reentrant=False,
         preserve_rng_state=False,  # no dropout in eval mode
-        context_fn=lambda: (contextlib.nullcontext(), computing(precision, device)),
+        context_fn=lambda: (contextlib.nullcontext(), computing(precision)),
     )  # fmt: skip

@@ -32,6 +32,11 @@ def check_vectors(first: str, /, **tensors: Tensor | None) -> Tensor:
             raise ValueError(f"{name}: expected shape {list(lead.shape)}, that of {first}, got {list(x.shape)}")
         if x.device != lead.device:
             raise ValueError(f"{name}: expected device {lead.device}, that of {first}, got {x.device}")
+    given = {name: x for name, x in tensors.items() if x is not None}
+    if any(hasattr(x, "placements") for x in given.values()):
+        from .dtensor import check_placements
+
+        check_placements(first, given)
     return lead
 
 

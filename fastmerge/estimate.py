@@ -1,0 +1,129 @@
+"""What a command will take, before its first step: images, steps, decoding, memory and disk. `--dry-run` stops there.
+
+Images and steps are counted; bytes on the disk follow from the number of weights. The memory of a step is what autograd
+keeps for one more image, measured on the model with two images, times PEAK and the images at once, and the vectors of
+the model's length.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmerge.methods import METHODS
+from fastmerge.methods.trm import TRM
+from fastmerge.models.attention import differentiable_attention
+from fastmerge.models.backbone import Backbone
+from fastmerge.plan import Run, images_per_task, shared_trainings
+from fastmerge.training import PHASES
+
+TRAINING_VECTORS = 5  # weights, gradient, AdamW's two moments, the weights before the task
+SEARCH_VECTORS = 7  # weights, gradient, theta_{t-1}, theta_t, g, its graph's copy, g times a number
+PEAK = {"training": 1.1, "search": 1.8}  # of a step, relative to what autograd keeps (docs/LOG.md)
+CHECKPOINT_VECTORS = 6  # weights, the weights before the task, AdamW's two moments, and two that a method may keep
+
+
+def steps(run: Run) -> dict[str, int]:
+    """Steps of the two phases of a run."""
+    size = run.config.training.batch_size
+    return {kind: sum(run.epochs[kind] * math.ceil(len(t.train) / size) for t in run.scenario.tasks) for kind in PHASES}
+
+
+def decoding(runs: Sequence[Run], image_size: int, budget: int) -> tuple[int, int]:
+    """Images to decode for all runs, and the bytes of their pixels. budget: bytes of the image cache. A task whose pixels
+    do not fit is decoded again in every epoch."""
+    pixels, images = 3 * image_size**2, 0
+    for run in runs:
+        for task in run.scenario.tasks:
+            fits = len(task.train) * pixels <= budget
+            images += len(task.train) * (1 if fits else max(1, sum(run.epochs.values())))
+    tasks = runs[0].scenario.tasks
+    tests = [len(task.test) for task in tasks]
+    fits = sum(tests) * pixels <= budget
+    images += sum(tests) if fits else sum(sum(row["evaluate"] for row in images_per_task(run)) for run in runs)
+    return images, images * pixels
+
+
+def kept_by_autograd(backbone: Backbone, n: int, search: bool, device: torch.device) -> int:
+    """Bytes that autograd keeps for a step of n images. search: with the graph of the gradient (exact curvature of TRM)."""
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    kept: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in parameters}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor  # alive as long as the graph, so no address is used twice
+
+    images = torch.zeros(n, 3, backbone.image_size, backbone.image_size, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if search:
+            with differentiable_attention():
+                loss = backbone(images).square().sum()
+            graph = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        else:
+            graph = backbone(images)
+        del graph
+    return sum(kept.values())
+
+
+def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dict[str, tuple[int, int]]:
+    """Bytes of a training and of a search step, and the images at once: the largest of all runs, by kind of step."""
+    numel, found = sum(p.numel() for p in backbone.parameters()), dict[str, tuple[int, int]]()
+    backbone = copy.deepcopy(backbone).to(device)
+    for run in runs:
+        kinds = {"training": TRAINING_VECTORS} if METHODS[run.method].trains and not METHODS[run.method].frozen else {}
+        if METHODS[run.method] is TRM and run.config.trm.lambda2 and run.config.trm.curvature == "exact":
+            kinds |= {"search": SEARCH_VECTORS} if run.epochs["merge"] else {}
+        training = run.config.training
+        for kind, vectors in kinds.items():
+            count = training.micro_batch or training.batch_size
+            if kind in found and found[kind][1] >= count:
+                continue
+            one, two = (kept_by_autograd(backbone, n, kind == "search", device) for n in (1, 2))
+            found[kind] = (int(PEAK[kind] * (two - one) * count) + 4 * numel * vectors, count)
+    return found
+
+
+def disk(runs: Sequence[Run], numel: int) -> tuple[int, int]:
+    """Bytes in the run folder at the end, and the most while it runs."""
+    training = runs[0].config.training
+    model, tasks, seeds = 4 * numel, len(runs[0].scenario.tasks), len({run.seed for run in runs})
+    kept = len(runs) * (1 + (tasks if training.keep_models else 0)) * model
+    shared = len(shared_trainings(list(runs), training.keep_trajectory)) * tasks * seeds * model
+    most = kept + shared + 2 * CHECKPOINT_VECTORS * model  # two generations of the checkpoint
+    return kept + (shared if training.keep_trajectory else 0), most
+
+
+def estimate(runs: Sequence[Run], backbone: Backbone, device: torch.device, budget: int) -> list[str]:
+    """The estimate in two lines. budget: bytes of the image cache."""
+    work = {kind: sum(row[kind] for run in runs for row in images_per_task(run)) for kind in (*PHASES, "evaluate")}
+    count = {kind: sum(steps(run)[kind] for run in runs) for kind in PHASES}
+    images, pixels = decoding(runs, backbone.image_size, budget)
+    numel = sum(p.numel() for p in backbone.parameters())
+    end, most = disk(runs, numel)
+    largest = memory(runs, backbone, device).items()
+    needed = [f"{kind} step about {size(b)} ({n} images at once)" for kind, (b, n) in largest]
+    return [
+        f"to do: {number(work['train'])} training images in {count['train']:,} steps, {number(work['merge'])} merging "
+        f"images in {count['merge']:,} steps, {number(work['evaluate'])} test images; {number(images)} images to decode "
+        f"({size(pixels)} of pixels)",
+        f"memory: {', '.join(needed) or 'no training'}; disk: {size(end)} at the end, up to {size(most)} while it runs",
+    ]
+
+
+def number(n: int) -> str:
+    """7 -> 7, 53000 -> 53.0 thousand, 19200000 -> 19.2 million."""
+    for limit, word in ((10**6, " million"), (10**4, " thousand")):
+        if n >= limit:
+            return f"{n / (limit if limit == 10**6 else 1000):.1f}{word}"
+    return str(n)
+
+
+def size(n: int) -> str:
+    """Bytes in words: 3.2 MB, 41 GB."""
+    power = 10**9 if n >= 10**9 else 10**6
+    return f"{n / power:.{0 if n >= 10 * power else 1}f} {'GB' if power == 10**9 else 'MB'}"
