@@ -209,7 +209,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="as the data set says: off for glyphs and folder, else on",
+        derived="as the data set says: off for glyphs, folder, digits, traffic signs and data of your own, else on",
     )
     cache_gb: float | None = setting(
         None,

@@ -11,13 +11,13 @@ from fastmerge.commands import COMMANDS
 from fastmerge.config import Config, declarations, flag_of, no_flag_of
 
 FIRST = {  # what the flag takes, and one line about it
-    "data.dataset": ("NAME", "glyphs (embedded), folder, imagenet1k, ... (--help-all)"),
-    "data.data_root": ("DIR", "folder of the data set; it is never written to"),
+    "data.dataset": ("NAME ...", "glyphs (embedded), folder, imagenet1k, ... (--help-all)"),
+    "data.data_root": ("DIR ...", "folder of the data set; it is never written to"),
     "data.download": ("", "allow downloads; without it nothing is fetched"),
-    "data.flip": ("", "mirror training images (on but for glyphs and folder; off: --no-flip)"),
-    "scenario.scenario": ("NAME", "cil: new classes in every task; dil: a new domain"),
+    "data.flip": ("", "mirror training images (on for most published photos; off: --no-flip)"),
+    "scenario.scenario": ("NAME", "cil: new classes in every task; dil: a new domain; datasets"),
     "scenario.tasks": ("N", "number of tasks; dil: one per domain, else 10 where the data allow it"),
-    "scenario.class_order": ("WORD", "natural, 1993 (PyCIL's permutation), or a file"),
+    "scenario.class_order": ("WORD", "natural, 1993 (PyCIL's permutation), name-sorted, ..., or a file"),
     "scenario.validation": ("X", "evaluate on this fraction of the training images, to choose settings"),
     "model.model": ("NAME", "tiny (embedded), any open_clip model, any timm ViT"),
     "model.pretrained": ("TAG", "a tag of that model, a checkpoint file, or none (random weights)"),

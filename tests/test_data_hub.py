@@ -33,9 +33,9 @@ def has(split, numbers, labels):
     return np.array_equal(images.permute(0, 2, 3, 1).numpy(), PIXELS[numbers])
 
 
-@pytest.mark.parametrize("kind", ["array", "pil", "path"])
+@pytest.mark.parametrize("kind", ["array", "list", "pil", "path"])
 def test_make_dataset_takes_paths_images_and_arrays(kind, tmp_path):
-    images = list(PIXELS)
+    images = PIXELS.copy() if kind == "array" else list(PIXELS)
     if kind == "pil":
         images = [Image.fromarray(array) for array in PIXELS]
     if kind == "path":
@@ -44,7 +44,17 @@ def test_make_dataset_takes_paths_images_and_arrays(kind, tmp_path):
             path.write_bytes(png(array))
     data = make_dataset("mine", ("a", "b", "c"), (images[:6], LABELS), (images[6:9], [0, 1, 2]))
     assert has(data.train, range(6), LABELS) and has(data.test, [6, 7, 8], [0, 1, 2])
-    assert (data.train.contents is not None) == (kind == "path") and data.templates == ("a photo of a {}.",)
+    assert data.templates == ("a photo of a {}.",)
+    if kind in ("list", "pil"):
+        assert data.train.contents is None
+        return
+    before = data.train.contents()
+    assert before != data.test.contents()
+    if kind == "array":
+        images[0] += 1
+    else:
+        images[0].write_bytes(png(PIXELS[9]))
+    assert data.train.contents() != before
 
 
 @pytest.mark.parametrize(

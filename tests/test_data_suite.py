@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_trees import write_image, write_tree
 
-from fastmerge.data import DATASETS, load_dataset
+from fastmerge.data import DATASETS, digits, load_dataset
 from fastmerge.data.gtsrb import SIGNS
 from fastmerge.errors import UserError
 
@@ -231,3 +231,26 @@ def test_a_download_that_fails_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.DTD.__init__", offline)
     with pytest.raises(UserError, match="data set 'dtd': the download into .* failed: no route to host"):
         load_dataset("dtd", tmp_path, download=True)
+
+
+def test_a_download_is_read(tmp_path, monkeypatch):
+    def fetched(self, root, **options):
+        assert options == {"download": True}
+        eurosat(tmp_path)
+
+    class Fetched:
+        def __new__(cls, root, download):
+            mnist(tmp_path)
+
+    monkeypatch.setattr("torchvision.datasets.EuroSAT.__init__", fetched)
+    assert len(load_dataset("eurosat", tmp_path, download=True).test) == 3
+    monkeypatch.setattr("torchvision.datasets.EuroSAT.__init__", None)  # what is there is not fetched again
+    assert len(load_dataset("eurosat", tmp_path, download=True).test) == 3
+    real = digits.MNIST
+    monkeypatch.setattr("fastmerge.data.digits.MNIST", Fetched)
+    monkeypatch.setattr("fastmerge.data.digits._located", lambda folder: located(real, folder))
+    assert len(load_dataset("mnist", tmp_path, download=True).test) == 10
+
+
+def located(real, folder):
+    return type("MNIST", (real,), {"raw_folder": property(lambda self: folder)})

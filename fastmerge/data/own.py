@@ -9,6 +9,8 @@ fastmerge.register_dataset("mine", load)      # or: python -m fastmerge --datase
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import inspect
 import os
@@ -39,7 +41,8 @@ def make_dataset(
 
     train, test: (images, labels). images[i] is the path of a file, a PIL image, or an array uint8 [h, w] or [h, w, 3]; the
     sequence may compute it on demand, and several threads ask it. labels: indices into `class_names`. flip: whether a
-    mirrored image keeps its class. skip_bad: skip and count unreadable images. Raises UserError for lengths or labels
+    mirrored image keeps its class. skip_bad: skip and count unreadable images. A stopped run
+    notices changed images only if they are files or one array. Raises UserError for lengths or labels
     that do not fit.
     """
     parts = [
@@ -60,9 +63,17 @@ def _split(what: str, part: str, images: Sequence[Any], labels: Sequence[int], c
     paths = [os.fspath(image) for image in images] if _are_paths(images) else None
     ids = paths or [f"{part}/{i:07d}" for i in range(len(index))]
     reader = ImageReader(lambda i, size: pixels(images[i], size), ids.__getitem__, skip_bad)
-    contents = (lambda: files_hash(paths)) if paths else None
+    contents: Callable[[], str] | None = None
+    if paths:
+        contents = functools.partial(files_hash, paths)
+    elif isinstance(images, np.ndarray):
+        contents = functools.partial(_array_hash, images)
     index = index.astype(np.int64)
     return Split(index, np.zeros_like(index), ids, reader, skip_bad, contents=contents)
+
+
+def _array_hash(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _are_paths(images: Sequence[Any]) -> bool:
