@@ -135,11 +135,13 @@ class FisherPass(Phase):
 
     @torch.no_grad()
     def drawn(self, pixels: Tensor, i: int) -> Tensor:
-        """Draw labels `[b]` from the model's prediction, on the CPU so that the draw does not depend on the device."""
+        """Draw labels `[b]` from the model's prediction. The random numbers come from the CPU, so that they do not depend on
+        the device; the same draws as `torch.multinomial`, but the host does not wait for the prediction."""
         features = self.learner.without_gradient(self.learner.backbone, pixels)
-        chances = self.learner.head(features, self.classes).softmax(1).cpu()
+        chances = self.learner.head(features, self.classes).softmax(1)
         generator = self.learner.generator("fisher", self.task.index, i)
-        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(pixels.device)
+        waits = torch.empty(chances.shape, dtype=chances.dtype).exponential_(generator=generator)
+        return (chances / waits.to(chances.device, non_blocking=True)).argmax(1)
 
     def result(self) -> Tensor:
         """The Fisher plus the floor, `[n]` or `[m]` fp32. Call it once, after the last step."""

@@ -316,6 +316,14 @@ def test_fisher_is_per_image():
     torch.testing.assert_close(passed.result(), fishers(learner, task, images), rtol=1e-4, atol=1e-7)
 
 
+def test_drawn_labels_are_those_of_multinomial():
+    learner, task, images, passed = run_pass()
+    chances = learner.head(learner.backbone(learner.plain(images.images)), torch.tensor(task.classes)).softmax(1)
+    for i in range(5):
+        want = torch.multinomial(chances.detach(), 1, generator=learner.generator("fisher", task.index, i))[:, 0]
+        assert torch.equal(passed.drawn(images.images, i), want)
+
+
 def test_fisher_of_some_images_with_a_floor():
     learner, task, images, passed = run_pass("--fisher.labels=data", "--fisher.images=11", "--fisher.floor=0.5")
     chosen = torch.cat([passed.batches.rows(i) for i in range(3)])[:11]
