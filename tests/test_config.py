@@ -347,7 +347,8 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         f"{group}.{name}" for group, settings in to_dict(parse([])).items() for name, x in settings.items() if x is None
     }
     assert left == {
-        "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.cache_gb",
-        "data.flip", "model.mean", "model.std", "model.head", "run.continue_from", "scenario.first_classes", "scenario.task_sizes",
-        "scenario.top_classes", "training.precision", "training.preset", "trm.layer_b", "fisher.images",
+        "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names",
+        "data.cache_gb", "data.flip", "model.mean", "model.std", "model.head", "run.continue_from",
+        "scenario.first_classes", "scenario.task_sizes", "scenario.top_classes", "training.precision",
+        "training.preset", "trm.layer_b", "fisher.images",
     }  # fmt: skip
