@@ -209,7 +209,7 @@ class DataSettings:
     flip: bool | None = setting(
         None,
         "Random horizontal flips in training.",
-        derived="as the data set says: off for glyphs, folder, digits, traffic signs and data of your own, else on",
+        derived="as the data set says: on for published photos, else off",
     )
     cache_gb: float | None = setting(
         None,

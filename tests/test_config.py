@@ -292,10 +292,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("data", "template"): "those published for the data set",
         ("data", "class_names"): "from the folders, or those published",
         ("data", "cache_gb"): declarations()["data"]["cache_gb"][0].derived,
-        (
-            "data",
-            "flip",
-        ): "as the data set says: off for glyphs, folder, digits, traffic signs and data of your own, else on",
+        ("data", "flip"): "as the data set says: on for published photos, else off",
         ("run", "continue_from"): None,
         ("scenario", "first_classes"): None,
         ("scenario", "task_sizes"): None,

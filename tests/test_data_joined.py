@@ -216,3 +216,21 @@ def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch):
     )
     assert then["accuracy_matrix"] == three["accuracy_matrix"]
     assert then["also"]["own classes"]["accuracy_matrix"] == three["also"]["own classes"]["accuracy_matrix"]
+
+
+def test_classes_of_joined_data_sets_are_renamed(trees, tmp_path):
+    def load(text):
+        (tmp_path / "names").write_text(text)
+        names = str(tmp_path / "names")
+        return load_datasets(["folder", "folder"], roots(trees), download=False, class_names=names).class_names
+
+    assert load("cat\ttabby\nant\tworker ant\n") == ("worker ant", "tabby", "fish", "dog")
+    assert load('{"dog": "hound"}') == ("ant", "cat", "fish", "hound")
+    for text, says in (
+        ("tabby\nant\nfish\ndog\n", "for several data sets expected lines with a name, a tab and a new name"),
+        ("cot\ttabby\n", "'cot' is no class. Did you mean: cat"),
+        ("cat\tdog\n", "'dog' would be the name of several classes"),
+        ('{"cat": 3}', "for several data sets expected"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load(text)

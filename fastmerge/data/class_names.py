@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from fastmerge.data import wordnet
 from fastmerge.data.tree import WNID
-from fastmerge.errors import UserError
+from fastmerge.errors import UserError, nearest
 
 NUMBERED = re.compile(r"\d+\.(?=.)")  # as in CUB-200-2011
 
@@ -55,12 +55,7 @@ def from_file(path: str, names: Sequence[str], keys: Sequence[str]) -> tuple[str
     Raises UserError for a file that cannot be read, another number of names, or a class without a name.
     """
     where, n = f"--class-names {path}", len(names)
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            text = file.read()
-        found = json.loads(text) if text.lstrip().startswith(("[", "{")) else _lines(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot read it ({error}). Expected one name per line, or JSON.") from None
+    found = _read(path)
     if isinstance(found, dict):
         chosen = [found.get(key, found.get(name)) for key, name in zip(keys or names, names, strict=True)]
         if lack := [name for name, new in zip(names, chosen, strict=True) if new is None]:
@@ -79,6 +74,37 @@ def from_file(path: str, names: Sequence[str], keys: Sequence[str]) -> tuple[str
     if double := [name for name, count in Counter(new).items() if count > max(1, before[name])]:
         raise UserError(f"{where}: {double[0]!r} is the name of several classes, which a text head cannot tell apart.")
     return new
+
+
+def renamed(path: str, names: Sequence[str]) -> tuple[str, ...]:
+    """`names` with those replaced that the file has a new name for: lines `name<tab>new name`, or a JSON object.
+
+    Raises UserError for a file of another form, a name that is none of `names`, and a new name that is taken.
+    """
+    where, found = f"--class-names {path}", _read(path)
+    if not isinstance(found, dict) or not all(isinstance(new, str) and new.strip() for new in found.values()):
+        raise UserError(
+            f"{where}: for several data sets expected lines with a name, a tab and a new name, or a JSON object."
+        )
+    if strange := sorted(found.keys() - set(names)):
+        raise UserError(f"{where}: {strange[0]!r} is no class.{nearest(strange[0], names)}")
+    new = tuple(found.get(name, name).strip() for name in names)
+    before = Counter(names)
+    if double := [name for name, count in Counter(new).items() if count > max(1, before[name])]:
+        raise UserError(f"{where}: {double[0]!r} would be the name of several classes; choose another.")
+    return new
+
+
+def _read(path: str) -> list[str] | dict[str, str]:
+    """The content of a file of names."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+            text = file.read()
+        return json.loads(text) if text.lstrip().startswith(("[", "{")) else _lines(text)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--class-names {path}: cannot read it ({error}). Expected one name per line, or JSON."
+        ) from None
 
 
 def _lines(text: str) -> list[str] | dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.data import load_dataset, options_of
+from fastmerge.data.class_names import renamed
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.order_file import some
 from fastmerge.errors import UserError
@@ -56,8 +57,7 @@ def load_datasets(
             f"--dataset: {twice[0]} is named twice with the same folder; give each its own with --data-root"
         )
     skip, template = options.pop("skip_bad_images", False), options.pop("template", None)
-    if options.pop("class_names", None) is not None:
-        raise UserError("--class-names: a file names the classes of one data set; use it with one --dataset")
+    new_names = options.pop("class_names", None)
     given = {key: value for key, value in options.items() if value is not None}
     takers = {key: [name for name in names if key in options_of(name)] for key in given}
     for key, found in takers.items():
@@ -66,7 +66,7 @@ def load_datasets(
             raise UserError(f"{flag}: none of the data sets {', '.join(names)} takes it; leave it out")
         if len(found) > 1 and os.path.exists(os.path.expanduser(str(given[key]))):
             raise UserError(f"{flag}: {' and '.join(found)} would both read this file; use it with one data set")
-    return join(
+    joined = join(
         [
             load_dataset(
                 name,
@@ -79,6 +79,7 @@ def load_datasets(
             for name, root in zip(names, places, strict=True)
         ]
     )
+    return replace(joined, class_names=renamed(new_names, joined.class_names)) if new_names else joined
 
 
 def join(parts: Sequence[Dataset]) -> Dataset:
