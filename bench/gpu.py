@@ -177,10 +177,8 @@ def rate(
     from fastmerge.methods.trm import TRM
     from fastmerge.training import Train
 
-    parts = ["--micro-batch=32"] if kind == "search" and batch > 32 else []
-    learner, task, images = start(
-        model, batch, device, f"--precision={precision}", *(["--compile=true"] if compiled else []), *parts
-    )
+    flags = [f"--precision={precision}", *(["--compile=true" if compiled else "--compile=false"] if compiles() else [])]
+    learner, task, images = start(model, batch, device, *flags)
     if kind == "evaluate":
         plain = learner.plain(images.images)
 

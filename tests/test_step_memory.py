@@ -57,7 +57,10 @@ def step_of(kind: str, model: str, batch: int, *flags: str):
         learner, task, images = start(model, batch, device, *flags)
         method = TRM(learner)
         during = method.begin(task)
-        return method.merge(task, images, during)
+        phase = method.merge(task, images, during)
+        if method.settings.lambda1:  # the class tokens of the teacher; fake row numbers cannot choose images
+            phase.teacher = torch.zeros(learner.backbone.layers, batch, learner.backbone.width)
+        return phase
     if kind == "tangent":
         learner, task, images = start(model, batch, device, *flags)
         method = CMM(learner)
