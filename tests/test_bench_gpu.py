@@ -36,7 +36,7 @@ def test_the_table_says_what_was_measured_and_what_was_not():
     rates = [rate("train", 1000.0), rate("search", None, not_measured="OutOfMemoryError: no"), rate("evaluate", 4000.0)]
     text = gpu.markdown(record(**{"1": {"tests": tests}, "2": {"ops": ops}, "5": {"rates": rates}}), 15, 5)
     assert "A GPU; torch 2.14, timm n/a; commit abc." in text
-    assert "Not measured: parts 3 (ops with random numbers), 4 (rules over 8 models)." in text
+    assert "Not measured: parts 3 (ops with random numbers), 4 (rules over 8 models), 6 (the same, compiled)." in text
     assert "7 passed, 1 failed, 0 error, 0 skipped: tests/x.py::test_y." in text
     assert "| lerp | 86M | fp32 | 1.000 | 2.000 | 1000 | 0.95 | 0.90 |" in text
     assert "| dare_delta | 86M | fp32 | 1.000 | 2.000 | 1000 | 0.80 | 0.85 missed |" in text
@@ -92,8 +92,8 @@ def test_a_step_that_fails_is_noted(monkeypatch):
         raise RuntimeError("out of memory\nmore")
 
     monkeypatch.setattr(gpu, "rate", fail)
-    rows = gpu.rates(CPU, "tiny", 8, 1)["rates"]
-    assert {row["not_measured"] for row in rows} == {"RuntimeError: out of memory"} and len(rows) >= 9
+    rows = gpu.rates(CPU, True, "tiny", 8, 1)["rates"]
+    assert {row["not_measured"] for row in rows} == {"RuntimeError: out of memory"} and len(rows) == 9
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
