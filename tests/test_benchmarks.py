@@ -323,6 +323,18 @@ def test_the_numbered_files_and_folders_of_lists_as_split_files(tmp_path, name, 
     assert short[0] == short[1] and data.class_names == official.class_names
 
 
+def test_the_only_test_part_of_a_layout_may_be_named(tmp_path):
+    root = plant(tmp_path, TREES["tiny-imagenet", "official"][0])
+    named = load_dataset("tiny-imagenet", root, test_part="val")
+    assert named.test.ids == load_dataset("tiny-imagenet", root).test.ids
+    assert "is tested on its val images only" in error_of("tiny-imagenet", root, test_part="test")
+
+
+def test_the_header_names_the_folder_that_is_tested_on(tmp_path):
+    key = "cub200", "MagMax's and CMM's conversion"
+    assert load_dataset("cub200", plant(tmp_path, TREES[key][0])).origin.split == "the train and val folders"
+
+
 def test_test_part(tmp_path):
     plant(tmp_path, both("{part}/{}", BIRDS) | images(*(f"val/{b}" for b in BIRDS), names=["9.jpg"]))
     assert len(load_dataset("cub200", tmp_path).test) == 6

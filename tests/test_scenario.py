@@ -262,6 +262,13 @@ def test_a_class_order_uses_the_folders_of_the_data(tmp_path):
     data = dataset(classes=3, names=("x", "y", "z"))
     data = Dataset(**{**vars(data), "keys": ("n00000003", "n00000001", "n00000002")})
     assert build_scenario(data, "cil", 3, "wnid-sorted").class_order == (1, 2, 0)
+    (tmp_path / "order.txt").write_text("n00000001\nn00000003\nn00000002\n")
+    assert build_scenario(data, "cil", 3, str(tmp_path / "order.txt")).class_order == (1, 0, 2)
+    by_number = build_scenario(data, "cil", 3, f"wnid-sorted:{tmp_path / 'order.txt'}")  # says nothing of numbers
+    assert by_number.class_order == (1, 0, 2)
+    data = Dataset(**{**vars(data), "keys": ("2", "0", "1")})  # folders that are numbers are no names
+    (tmp_path / "order.txt").write_text("0 2 1")
+    assert build_scenario(data, "cil", 3, str(tmp_path / "order.txt")).class_order == (0, 2, 1)
 
 
 def test_names_win_over_integers(tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from fastmerge.data import fetch
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.dataset import Dataset
-from fastmerge.data.layouts import PARTS, parts, undivided
+from fastmerge.data.layouts import PARTS, only_test, parts, undivided
 from fastmerge.data.tree import ClassFolder, class_folders
 from fastmerge.errors import UserError
 
@@ -35,7 +35,7 @@ def flat(place: Place) -> Images:
 
 def resisc_lists(place: Place) -> Images:
     """Lists of file names such as `airplane_001.jpg`, beside the folder of the images."""
-    undivided(place)
+    only_test(place)
     base = next(name for name in sorted(os.listdir(place.base)) if name.lower() == "nwpu-resisc45")
     found: list[list[ClassFolder]] = []
     for part in ("train", "test"):

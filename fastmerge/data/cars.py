@@ -18,7 +18,7 @@ import numpy as np
 from fastmerge.data import split_file
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.files import listing
-from fastmerge.data.layouts import PARTS, undivided
+from fastmerge.data.layouts import PARTS, only_test
 from fastmerge.data.prompts import CARS as TEMPLATES
 from fastmerge.data.tree import ClassFolder, find_parts
 from fastmerge.errors import UserError
@@ -50,7 +50,7 @@ def official(place: Place) -> Images:
                 f"{os.path.join(place.base, name)} cannot be read ({error}); expected it as published."
             ) from error
 
-    undivided(place)
+    only_test(place)
     classes = tuple(str(name) for name in mat(MATS[0], "class_names"))
     train, test = (
         _grouped(place, ((f"{folder}/{a['fname']}", classes[a["class"] - 1]) for a in mat(name, "annotations")))
@@ -85,7 +85,7 @@ def by_class(place: Place) -> Images:
     found = find_parts(place.base, [], place.notes, test_part=place.test_part)
     assert found  # the layout needs them
     train, test = ([f._replace(name=spelt(f.name)) for f in _classes(place.base, part)] for part in found)
-    return Images(train, test, "folders", "the train and test folders")
+    return Images(train, test, "folders", f"the {found[0]} and {found[1]} folders")
 
 
 def spelt(name: str) -> str:

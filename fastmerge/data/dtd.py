@@ -11,14 +11,14 @@ from collections import defaultdict
 from fastmerge.data import fetch
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.dataset import Dataset
-from fastmerge.data.layouts import PARTS, parts, undivided
+from fastmerge.data.layouts import PARTS, only_test, parts
 from fastmerge.data.tree import ClassFolder
 from fastmerge.errors import UserError
 
 
 def lists(place: Place) -> Images:
     """`labels/{train,val,test}1.txt`, with lines such as `banded/banded_0002.jpg`."""
-    undivided(place)
+    only_test(place)
     found = []
     for files in (("train1.txt", "val1.txt"), ("test1.txt",)):
         images: dict[str, list[str]] = defaultdict(list)

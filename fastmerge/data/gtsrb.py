@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from fastmerge.data import fetch
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.dataset import Dataset
-from fastmerge.data.layouts import PARTS, parts, undivided
+from fastmerge.data.layouts import PARTS, only_test, parts
 from fastmerge.data.tree import ClassFolder, class_folders
 from fastmerge.errors import UserError
 
@@ -68,7 +68,7 @@ def names(folders: Iterable[str]) -> dict[str, str]:
 
 def official(place: Place) -> Images:
     """`Training/<number>/` and `Final_Test/Images/` with the labels in `GT-final_test.csv`."""
-    undivided(place)
+    only_test(place)
     folders = ("GTSRB/Training", "GTSRB/Final_Training/Images", "Final_Training/Images")
     train = next(f for f in folders if os.path.isdir(os.path.join(place.base, f)))
     test = next(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from fastmerge.data import folder, split_file
 from fastmerge.data.benchmark import Images, Place, usual_domain
 from fastmerge.data.split import by_list
-from fastmerge.data.tree import WNID, class_folders, descend, folders_with_images, subfolders
+from fastmerge.data.tree import TESTS, WNID, class_folders, descend, folders_with_images, subfolders
 from fastmerge.errors import UserError
 
 PARTS = ("train", "test|val|valid|validation")  # what a folder with parts needs
@@ -22,7 +22,8 @@ def either(names: Iterable[str], form: str = "{}") -> str:
 def parts(place: Place) -> Images:
     """`{train,test}/<class>/`, `{train,test}/<domain>/<class>/` or `<domain>/{train,test}/<class>/`."""
     train, test = folder.parts(place.base, place.notes, place.test_part)
-    return Images(train, test, "folders", "the train and test folders")
+    names = {next(name for name in f.path.split("/") if name.lower() in TESTS) for f in test}
+    return Images(train, test, "folders", f"the train and {' or '.join(sorted(names))} folders")
 
 
 def flat_wnids(place: Place) -> Images:
@@ -73,3 +74,11 @@ def undivided(place: Place) -> None:
     """Raises UserError for `--test-part` where a layout has no parts."""
     if place.test_part is not None:
         raise UserError(f"--test-part {place.test_part}: the images in {place.base} are not divided. Leave it out.")
+
+
+def only_test(place: Place, part: str = "test") -> None:
+    """Raises UserError if `--test-part` names another part than `part`, the only one for testing that a layout has."""
+    if place.test_part not in (None, part):
+        raise UserError(
+            f"--test-part {place.test_part}: {place.base} is tested on its {part} images only. Leave it out."
+        )

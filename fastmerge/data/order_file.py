@@ -2,7 +2,8 @@
 
 A JSON list, a YAML list, an object of either with the key `class_order` (for domains also `domain_order`, as in a run's
 manifest.json), or text with an entry per line, or separated by commas or blanks. `#` begins a comment. Entries are names
-(`_` may stand for a blank) or indices in natural order; the form of the file says nothing about which of the two.
+(`_` may stand for a blank), folders such as WordNet ids, or indices in natural order; the form of the file says nothing
+about which of them.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import yaml
 from fastmerge.errors import UserError, nearest
 
 
-def read(path: str, names: Sequence[str], what: str, reading: str | None = None) -> tuple[int, ...]:
+def read(
+    path: str, names: Sequence[str], what: str, reading: str | None = None, keys: Sequence[str] = ()
+) -> tuple[int, ...]:
     """The order of `names` in the file, as indices. what: 'class', 'domain' or 'data set'. reading: 'names' or 'indices'
-    where the entries could be both; None: whichever fits.
+    where the entries could be both; None: whichever fits. keys: the folders of the classes, which may stand for their
+    names.
 
     Raises:
         UserError: the file cannot be read, is not a permutation, or can be read in two ways that differ.
     """
     n, where = len(names), f"--class-order {path}"
-    by_name = _by_name(names)
+    by_name = _by_name([key for key in keys if not key.isdecimal()]) | _by_name(names)  # a number is an index
     try:
         with open(path, encoding="utf-8-sig") as file:
             entries = _entries(file.read(), by_name, what, where)

@@ -263,7 +263,11 @@ def read_order(spec: str, names: Sequence[str], what: str, keys: Sequence[str] =
             if colon and not after:
                 raise UserError(f"--class-order {spec}: expected a seed or a file after the colon, or no colon.")
     place = _numbering(numbering, spec, names, what, keys)
-    numbered = _permutation(rest, spec, [names[i] for i in place], what) if rest else range(len(names))
+    numbered = (
+        _permutation(rest, spec, [names[i] for i in place], what, [keys[i] for i in place if keys])
+        if rest
+        else range(len(names))
+    )
     return tuple(place[i] for i in numbered)
 
 
@@ -286,7 +290,7 @@ def _numbering(numbering: str, spec: str, names: Sequence[str], what: str, keys:
     return order
 
 
-def _permutation(rest: str, spec: str, names: Sequence[str], what: str) -> Sequence[int]:
+def _permutation(rest: str, spec: str, names: Sequence[str], what: str, keys: Sequence[str]) -> Sequence[int]:
     """The order that a seed or a file gives."""
     n = len(names)
     if seeded := re.fullmatch(r"(?:(shuffle|inverse):)?(-?\d+)", rest):
@@ -307,7 +311,7 @@ def _permutation(rest: str, spec: str, names: Sequence[str], what: str) -> Seque
             f"--class-order {spec}: expected {', '.join(NUMBERINGS)}, an integer seed such as 1993, shuffle:SEED, "
             f"inverse:SEED, or an existing file.{nearest(rest, [*NUMBERINGS, *SEEDED])}"
         )
-    return order_file.read(path, names, what, reading)
+    return order_file.read(path, names, what, reading, keys)
 
 
 def order_hash(order: Sequence[int]) -> str:

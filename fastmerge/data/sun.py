@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from fastmerge.data import fetch
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.dataset import Dataset
-from fastmerge.data.layouts import PARTS, parts, undivided
+from fastmerge.data.layouts import PARTS, only_test, parts, undivided
 from fastmerge.data.tree import ClassFolder, folders_with_images
 from fastmerge.errors import UserError
 
@@ -24,7 +24,7 @@ def names(folders: Iterable[str]) -> dict[str, str]:
 
 def lists(place: Place) -> Images:
     """`Training_01.txt` and `Testing_01.txt`, with lines such as `/a/abbey/sun_aaa.jpg`."""
-    undivided(place)
+    only_test(place)
     where = next(w for w in ("", "Partitions", "partitions") if os.path.exists(_list(place.base, w, "Training")))
     found = []
     for part in ("Training", "Testing"):

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.files import listing
-from fastmerge.data.layouts import PARTS, parts, undivided
+from fastmerge.data.layouts import PARTS, only_test, parts
 from fastmerge.data.tree import ClassFolder, class_folders
 from fastmerge.errors import UserError
 
@@ -20,7 +20,7 @@ PLACES = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
 
 def official(place: Place) -> Images:
     """`train/<wnid>/images/`, and `val/images/` with `val_annotations.txt`."""
-    undivided(place)
+    only_test(place, "val")
     file = os.path.join(place.base, "val", "val_annotations.txt")
     images, found = frozenset(listing(os.path.join(place.base, "val", "images"))[0]), defaultdict(list)
     with open(file, encoding="utf-8", errors="surrogateescape") as opened:
