@@ -17,8 +17,10 @@ from fastmerge.flat import FlatModel
 from fastmerge.methods import METHODS
 from fastmerge.methods.trm import TRM
 from fastmerge.models.backbone import Backbone
+from fastmerge.models.recompute import checkpoint_blocks
 from fastmerge.parts import FACTOR, Parts, free_bytes, saved_bytes
 from fastmerge.plan import Run, images_per_task, shared_trainings
+from fastmerge.ranks import ranks
 from fastmerge.training import PHASES
 
 VECTORS = {  # of the model's length
@@ -52,8 +54,15 @@ def decoding(runs: Sequence[Run], image_size: int, budget: int) -> tuple[int, in
 def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dict[str, tuple[int, int]]:
     """Bytes of a training and of a search step, and the images at once: the largest of all runs, by kind of step."""
     flat, found = FlatModel(copy.deepcopy(backbone)).to(device), dict[str, tuple[int, int]]()
+    if any(run.config.training.checkpoint_gradients for run in runs):
+        checkpoint_blocks(flat.module)
     free = partial(free_bytes, device) if device.type == "cuda" else None
-    per_image = cache(partial(saved_bytes, flat, backbone.image_size))
+
+    @cache
+    def saved(kind: str, again: bool) -> int:
+        flat.module.recompute = again
+        return saved_bytes(flat, backbone.image_size, kind)
+
     for run in runs:
         kinds, training = [], run.config.training
         if METHODS[run.method].trains and not METHODS[run.method].frozen:
@@ -61,10 +70,12 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
         if METHODS[run.method] is TRM and run.epochs["merge"]:
             exact = run.config.trm.lambda2 and run.config.trm.curvature == "exact"
             kinds.append(("search", "curvature" if exact else "search"))
+        per_image = partial(saved, again=training.checkpoint_gradients)
         for name, kind in kinds:
             parts = Parts(training.batch_size, training.micro_batch, free, per_image, flat.theta.nbytes)
             parts.of(training.batch_size, kind)
-            count = parts.sizes.get(kind, training.batch_size)
+            own = math.ceil(training.batch_size / ranks().size)
+            count = min(parts.sizes.get(kind, own), own)
             needed = int(FACTOR[kind] * per_image(kind) * count) + VECTORS[name] * flat.theta.nbytes
             found[name] = max(found.get(name, (0, 0)), (needed, count))
     return found

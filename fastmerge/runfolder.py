@@ -215,7 +215,10 @@ def lock(file: TextIO) -> bool:
 
 
 def held(path: Path) -> bool:
-    """Whether a process has locked the file."""
+    """Whether a process has locked the file. Only rank 0 looks, under `RunFolder.changing`: a look locks the file for a
+    moment, and the file may go. The others say False."""
+    if ranks().rank:
+        return False
     with open(path, "r+") as file:
         return not lock(file)
 
@@ -421,8 +424,9 @@ class Record:
             result["bytes_written"] += save_tensors(self.folder / STATE, kept, {"run": self.fingerprint})
         write_atomically(self.folder / "accuracy.csv", lambda path: _csv(path, result["accuracy_matrix"], names))
         save_json(self.folder / "result.json", result)
-        for path in (self.checkpoint, self.before):
-            path.unlink(missing_ok=True)
+        if not ranks().rank:  # the others are here before rank 0 has written
+            for path in (self.checkpoint, self.before):
+                path.unlink(missing_ok=True)
 
 
 def _whole_lines(read: bytes, expected: int) -> int:

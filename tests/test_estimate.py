@@ -45,6 +45,21 @@ def test_memory_follows_the_images_at_once():
     assert 0.6 < rest["training"] / 48 / 2**20 < 1.5 and 1.4 < rest["search"] / 48 / 2**20 < 3.7
 
 
+def test_memory_follows_checkpoint_gradients_and_the_number_of_processes(monkeypatch):
+    setup = Setup(parse([]))
+
+    def needed(*flags):
+        config = parse(["--method", "finetune", "finetune:lr=1e-4", *flags])
+        return estimate.memory(plan(config, setup.scenario), setup.backbone, CPU)["training"]
+
+    whole, again = needed(), needed("--checkpoint-gradients")
+    assert again[0] < whole[0] and again[1] == whole[1] == 64
+    assert needed("--method", "finetune:checkpoint_gradients=true") == again
+    assert not setup.backbone.recompute
+    monkeypatch.setattr("fastmerge.ranks._ranks.size", 3, raising=False)
+    assert needed()[1] == 22 and needed()[0] < whole[0]
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert main(["--dry-run", "--run-dir", str(tmp_path / "r")]) == 0
     assert not list(tmp_path.iterdir())

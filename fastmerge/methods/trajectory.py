@@ -47,7 +47,7 @@ class Trajectory:
         """Return the training phase of `task`, or a phase that reads its saved result."""
         name = init + self.variant
         path = self.folder / f"{name}-task-{task.index + 1}.safetensors"
-        if path.exists():
+        if ranks().agree(int(path.exists())):  # a command that shares the folder may write it between two looks
             model, seconds, run = saved(path)
             if run != self.run:
                 return Reused(learner, model, seconds)
