@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastmerge.checkpoint import load_tensors, select
-from fastmerge.config import Config
+from fastmerge.config import Config, DataSettings
 from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError
 from fastmerge.flags import as_flags, read_flags, resolve
@@ -59,6 +60,19 @@ class Earlier:
         self.config: Config = resolve(read_flags(as_flags(values, source)))
         self.manifest: dict[str, Any] = read_json(self.path / "manifest.json", "the manifest.json of a run")
         check(self.manifest, {"determines": {"settings": {}, "contents": {}, "runs": {}}}, self.path / "manifest.json")
+
+    def has_none_of(self, config: Config) -> None:
+        """Raise UserError if a data set that is to be a new task is one of this run, from the same folder."""
+
+        def places(data: DataSettings) -> list[tuple[str, str]]:
+            roots = [os.path.realpath(os.path.expanduser(root)) for root in data.data_root or ("",)]
+            return list(zip(data.dataset, roots * len(data.dataset) if len(roots) == 1 else roots, strict=False))
+
+        if again := [name for name, root in places(config.data) if (name, root) in places(self.config.data)]:
+            raise UserError(
+                f"--dataset: {', '.join(again)} {'is a task' if len(again) == 1 else 'are tasks'} of {self.path}, which "
+                "--continue-from keeps; name the new data sets only"
+            )
 
     def follow(self, own: Scenario, new: Scenario) -> Scenario:
         """The tasks of this run, then those of `new`. own: what its settings make of its data now.

@@ -141,6 +141,9 @@ def about(config: Config) -> list[str]:
         used, paper = getattr(getattr(config, group), own), shown(row.value)
         if used is None and own == "tasks":
             continue  # the sizes are given
+        if used is None:
+            instead.append(f"{flag_of(group, own)} as the model has it instead of {paper}")
+            continue
         if used == row.value:
             places.setdefault(row.where, []).append(f"{flag_of(group, own)} {paper}")
         else:

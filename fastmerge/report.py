@@ -28,12 +28,13 @@ def header(setup: Any, manifest: dict[str, Any], folder: Path) -> list[str]:
     sizes = [len(task.classes) for task in scenario.tasks]
     shown = ", ".join(f"{len(list(same))} x {size}" for size, same in itertools.groupby(sizes))
     fewer = f" ({DEFAULT_TASKS} by default, fewer for so few classes)" if setup.fewer_tasks else ""
+    tasks = f"{len(sizes)} tasks" if len(sizes) > 1 else "1 task"
     kinds = {"cil": "class-incremental", "dil": "domain-incremental", "datasets": "a data set per task"}
     earlier = f", after the {len(setup.earlier.scenario.tasks)} tasks of {setup.earlier.path}" if setup.earlier else ""
     return [
         f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
         *origin_lines(dataset),
-        f"{kinds[scenario.kind]}, {len(sizes)} tasks{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
+        f"{kinds[scenario.kind]}, {tasks}{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
         f"{setup.head.kind} head, {backbone.image_size} px, {setup.device}",
         f"training on random crops of {setup.config.data.crop_scale:.0%} to 100% of an image, flips "

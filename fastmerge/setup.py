@@ -63,6 +63,8 @@ def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
         fewest_domains=1 if earlier else 2,
     )
     if earlier is not None:
+        if s.scenario == "datasets":
+            earlier.has_none_of(config)
         try:
             before = prepared(earlier.config)[1]
         except UserError as error:

@@ -335,6 +335,14 @@ def test_the_header_names_the_folder_that_is_tested_on(tmp_path):
     assert load_dataset("cub200", plant(tmp_path, TREES[key][0])).origin.split == "the train and val folders"
 
 
+def test_a_root_inside_the_data_set(tmp_path):
+    plant(tmp_path, TREES["pacs", "official"][0])
+    pacs = next(path.parent for path in tmp_path.rglob("photo_train_kfold.txt"))
+    notes = load_dataset("pacs", pacs / "kfold").notes  # without its lists
+    assert f"also found, and not used: official in {pacs}; --data-root with that folder uses it" in notes
+    assert f"It is in a folder above: --data-root {pacs} (official)" in error_of("pacs", pacs / "kfold" / "photo")
+
+
 def test_test_part(tmp_path):
     plant(tmp_path, both("{part}/{}", BIRDS) | images(*(f"val/{b}" for b in BIRDS), names=["9.jpg"]))
     assert len(load_dataset("cub200", tmp_path).test) == 6

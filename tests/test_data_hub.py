@@ -86,7 +86,7 @@ def test_a_registered_loader_has_a_name(monkeypatch):
     fastmerge.register_dataset("mine", mine)
     data = load_dataset("mine", "here", skip_bad_images=True, download=True, template="an {}")
     assert has(data.train, range(6), LABELS) and data.templates == ("an {}",)
-    with pytest.raises(UserError, match="has no option split_file; it takes: skip_bad_images"):
+    with pytest.raises(UserError, match="has no option split_file .--split-file.; it takes: skip_bad_images"):
         load_dataset("mine", "here", split_file="x")
     register_dataset("mine", lambda root: [1])
     with pytest.raises(UserError, match="returned list; expected fastmerge.data.Dataset"):

@@ -199,7 +199,7 @@ def test_methods_on_data_sets_that_share_classes(methods, tmp_path, capsys, monk
     assert list(found["per_task"].values()) == pytest.approx(per_task)
 
 
-def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch):
+def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch, capsys):
     """Oracle: one run over all three data sets."""
     monkeypatch.setattr("fastmerge.plots.draw", lambda *_: [])
     for name, classes in (("a", 2), ("b", 3), ("c", 4)):
@@ -210,6 +210,8 @@ def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch):
     longer = ["--continue-from", str(tmp_path / "two"), "--dataset", "folder", "--data-root", str(tmp_path / "c")]
     assert main([*longer, "--no-nearest-mean", "--quiet", "--run-dir", str(tmp_path / "then")]) == 0
     command = ["--dataset", *["folder"] * 3, "--data-root", *(str(tmp_path / name) for name in "abc")]
+    assert main(["--continue-from", str(tmp_path / "two"), *command, "--run-dir", str(tmp_path / "again")]) == 2
+    assert "folder, folder are tasks of" in capsys.readouterr().err
     assert main([*command, *run, str(tmp_path / "three")]) == 0
     then, three = (
         json.loads((tmp_path / name / "finetune-seed0" / "result.json").read_text()) for name in ("then", "three")

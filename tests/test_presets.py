@@ -86,6 +86,7 @@ def test_flags_override_a_preset_and_the_header_tells():
 
 def test_an_own_model_brings_its_own_weights_and_head():
     config = parse("--preset trm --model tiny".split())
+    assert "head as the model has it instead of text" in about(config)[1]
     assert (config.model.pretrained, config.model.head) == ("glyphs", None)
     assert config.training.lr == 1e-5  # the paper's, not that of the tiny model
     own = parse("--preset pam --dataset domainnet --scenario dil".split())

@@ -82,7 +82,9 @@ def load_dataset(
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - known):
         takes = f"it takes: {', '.join(sorted(known))}" if known else "it takes none"
-        raise UserError(f"data set {name!r} has no option {', '.join(unknown)}; {takes}. Leave the option out.")
+        raise UserError(
+            f"data set {name!r} has no option {', '.join(unknown)} (--{unknown[0].replace('_', '-')}); {takes}. Leave it out."
+        )
     # Not every data set can be downloaded or have bad files; these two flags belong to the run, not to one data set.
     given |= {k: v for k, v in (("download", download), ("skip_bad_images", skip_bad_images)) if k in known}
     own = name not in DATASETS or callable(DATASETS[name])

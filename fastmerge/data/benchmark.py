@@ -158,7 +158,7 @@ class Benchmark:
         )
 
     def find(self, root: str) -> tuple[Found, list[Found]]:
-        """The first layout that is in `root` or a usual folder in it, and other ones that are there in other folders.
+        """The first layout that is in `root` or a usual folder in it; others in other folders, and a better one above it.
 
         Raises UserError with the paths tried, the nearest layout, and packed files.
         """
@@ -184,16 +184,28 @@ class Benchmark:
                     if len(missing) < len(layout.needs) or place:
                         near.append((len(missing) / len(layout.needs), layout, base, missing))
         if found:
-            return found[0], found[1:]
+            better = self._above(root, self.layouts[: self.layouts.index(found[0].layout)])
+            return found[0], [*found[1:], *better]
         nearest = ""
         if near:
             _, layout, base, missing = min(near, key=lambda n: n[0])
             nearest = f"\nNearest: {layout.name} in {base}, which lacks {', '.join(missing)}."
+        if higher := self._above(root, self.layouts):
+            nearest = f"\nIt is in a folder above: --data-root {higher[0].base} ({higher[0].layout.name})."
         packed = archives([root, *(os.path.dirname(n[2]) for n in near), *(n[2] for n in near)])
         raise UserError(
             f"data set {self.name!r} ({self.title}) not found. {looked_for(list(dict.fromkeys(looked)))}{nearest}\n"
             f"{self._layouts()}{packed}"
         )
+
+    def _above(self, root: str, layouts: Sequence[Layout]) -> list[Found]:
+        """The first of `layouts` that one of the two folders above `root` has, or nothing."""
+        folders, parent = _Folders(), os.path.dirname(os.path.abspath(root))
+        for layout in layouts:
+            for base in (parent, os.path.dirname(parent)):
+                if all(folders.has(base, need) for need in layout.needs):
+                    return [Found(layout, base)]
+        return []
 
     def recognised(self, root: str, deep: bool = True) -> str | None:
         """The folder with files that only this data set has, or with its usual name; None if there is none. deep: look in
