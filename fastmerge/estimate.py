@@ -53,14 +53,15 @@ def decoding(runs: Sequence[Run], image_size: int, budget: int) -> tuple[int, in
 
 def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dict[str, tuple[int, int]]:
     """Bytes of a training and of a search step, and the images at once: the largest of all runs, by kind of step."""
-    flat, found = FlatModel(copy.deepcopy(backbone)).to(device), dict[str, tuple[int, int]]()
+    model = copy.deepcopy(backbone)
+    flat, found = FlatModel(model).to(device), dict[str, tuple[int, int]]()
     if any(run.config.training.checkpoint_gradients for run in runs):
-        checkpoint_blocks(flat.module)
+        checkpoint_blocks(model)
     free = partial(free_bytes, device) if device.type == "cuda" else None
 
     @cache
     def saved(kind: str, again: bool) -> int:
-        flat.module.recompute = again
+        model.recompute = again
         return saved_bytes(flat, backbone.image_size, kind)
 
     for run in runs:
