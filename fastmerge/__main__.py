@@ -271,9 +271,8 @@ def run(config: Any) -> int:
                 about = recipe(learner, features, run.scenario, len(names) - 1, **about) | {"kept": sorted(kept)}
                 record.finish(result, names, model_tensors(learner.backbone, learner.head, features), about, kept)
                 folder.release(record.folder.name)
-                if not group.rank:
-                    with folder.changing():
-                        write()
+                with folder.changing():
+                    write()
                 del learner, method
             else:
                 console.skip(number)
@@ -292,8 +291,6 @@ def run(config: Any) -> int:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
-    if group.rank:  # rank 0 may still be writing what the rest reads
-        return 0
     with folder.changing():
         alone = not busy and folder.alone()
         for trajectory in trajectories:
@@ -308,6 +305,8 @@ def run(config: Any) -> int:
         every, table, lines = write()
         draw(folder.path / "plots", every, starting)
         save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))
+    if group.rank:
+        return 0
     console.table(table)
     console.line(lines[0])
     for text in lines[1:]:

@@ -424,9 +424,8 @@ class Record:
             result["bytes_written"] += save_tensors(self.folder / STATE, kept, {"run": self.fingerprint})
         write_atomically(self.folder / "accuracy.csv", lambda path: _csv(path, result["accuracy_matrix"], names))
         save_json(self.folder / "result.json", result)
-        if not ranks().rank:  # the others are here before rank 0 has written
-            for path in (self.checkpoint, self.before):
-                path.unlink(missing_ok=True)
+        for path in (self.checkpoint, self.before):
+            path.unlink(missing_ok=True)
 
 
 def _whole_lines(read: bytes, expected: int) -> int:
