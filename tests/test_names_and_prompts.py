@@ -101,6 +101,7 @@ def test_templates_of_the_data_sets(tmp_path, known):
         json.dumps({"n02007558": "pink bird", "n01443537": "gold", "n01484850": "shark"}),
         "ImageNet-R\n\nn02007558 pink_bird\nn01443537 gold\nn01484850 shark\nn99999999 other\n",  # the README's form
         "n02007558\tpink bird\nn01443537\tgold\tfish\nn01484850\tshark\n",  # Tiny-ImageNet's words.txt
+        "1 001.gold\n2 002.shark\n3 003.pink_bird\n",  # CUB's classes.txt
     ],
 )
 def test_class_names_file(tmp_path, text):

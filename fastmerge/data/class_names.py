@@ -2,7 +2,8 @@
 
 A folder is named `NNN.Name`, `Name_of_the_class`, or by a WordNet id; a prompt wants words. A file of names has one name
 per line in the natural order of the classes; or lines `folder<tab>name` or `wnid name` (the README of ImageNet-R, CoOp's
-classnames.txt, Tiny-ImageNet's words.txt); or JSON, a list or an object from folder to name.
+classnames.txt, Tiny-ImageNet's words.txt); or lines `1 folder`, `2 folder`, ...
+(CUB's classes.txt); or JSON, a list or an object from folder to name.
 """
 
 from __future__ import annotations
@@ -115,4 +116,8 @@ def _lines(text: str) -> list[str] | dict[str, str]:
         key, _, name = line.partition("\t") if "\t" in line else line.partition(" ")
         if "\t" in line or WNID.fullmatch(key):
             keyed[key] = name.strip().replace("_", " ") if WNID.fullmatch(key) else name.strip()
+    numbers = [re.match(r"(\d+) (.+)", line) for line in lines]
+    if all(numbers) and [int(n[1]) for n in numbers if n] == list(range(1, len(lines) + 1)):
+        named = from_folders(n[2] for n in numbers if n)
+        return [named[n[2]] for n in numbers if n]
     return keyed or lines
