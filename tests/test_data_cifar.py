@@ -41,6 +41,7 @@ def no_checksums(monkeypatch):
 def test_found_under_the_root_and_as_the_root(tmp_path, no_checksums, where):
     pixels = write_cifar100(tmp_path / where)
     data = load_dataset("cifar100", tmp_path / where if where == "my-copy" else tmp_path)
+    assert data.origin.split == "official, 50,000 / 10,000" and str(tmp_path / where) in data.origin.layout
     assert data.class_names == ("apple", "aquarium fish", "baby") and data.flip
     assert list(data.train.labels) == [0, 1, 2, 0, 1, 2]
     images, good = data.test.read(np.array([4, 1]), 32, CPU)

@@ -33,6 +33,7 @@ def error_of(root) -> str:
 def test_layouts(tmp_path, base):
     tree(tmp_path / base, *SOME, images=2)
     data = load_dataset("imagenet1k", tmp_path)
+    assert data.origin.layout.startswith("{train,val}/<wnid>/, in ") and data.origin.comparable.startswith("none")
     assert data.class_names == ("tench", "ladybug", "sunglasses") and data.name == "imagenet1k"
     assert data.train.ids[0] == "train/n01440764/0.JPEG"  # does not depend on where the copy is
     assert len(data.templates) == 80 and "a bad photo of a {}." in data.templates
@@ -54,6 +55,7 @@ def test_thousand_classes_list_quickly_and_duplicate_names_are_reported(tmp_path
             os.link(source, tmp_path / part / wnid / "0.JPEG")
     start = time.perf_counter()
     data = load_dataset("imagenet1k", tmp_path)
+    assert data.origin.comparable == "the usual results, on val"
     assert time.perf_counter() - start < 5
     assert len(data.class_names) == 1000 and data.notes == ()
     manifest = build_scenario(data, "cil", 100, "1993").manifest()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from fastmerge.data.archives import archives
-from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.dataset import Dataset, Origin, Split
 from fastmerge.data.files import data_root
 from fastmerge.errors import UserError
 
@@ -74,7 +74,10 @@ def _load(name: str, source: type[CIFAR10], root: str | None, download: bool) ->
             f"{', '.join(files)} with the published checksums. Replace them, or pass --download to fetch them again."
         ) from error
     names = tuple(class_name.replace("_", " ") for class_name in train.classes)
-    return Dataset(name, names, (name,), _split("train", train), _split("test", test), TEMPLATES, flip=True)
+    origin = Origin(f"the published files, in {folder or usual}", "official, 50,000 / 10,000", "the usual results")
+    return Dataset(
+        name, names, (name,), _split("train", train), _split("test", test), TEMPLATES, flip=True, origin=origin
+    )
 
 
 def _split(part: str, data: CIFAR10) -> Split:

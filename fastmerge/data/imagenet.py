@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from fastmerge.data.archives import archives
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.dataset import Dataset, Origin
 from fastmerge.data.files import data_root, listing
 from fastmerge.data.folder import assemble
 from fastmerge.data.tree import class_folders, find_parts, looked_for
@@ -59,6 +59,7 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
     if left_out := {folder.name for folder in test} - present:
         test = [folder for folder in test if folder.name in present]
         notes.append(f"{len(left_out)} classes of {parts[1]} are left out: {parts[0]} has no folder for them")
+    whole = not notes
     return assemble(
         "imagenet1k",
         root,
@@ -69,6 +70,11 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
         templates=tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES),
         notes=notes,
         class_names=names,
+        origin=Origin(
+            f"{{{parts[0]},{parts[1]}}}/<wnid>/, in {root}",
+            f"official: trained on {parts[0]}, tested on {parts[1]}",
+            "the usual results, on val" if whole else "none: classes are missing",
+        ),
     )
 
 
