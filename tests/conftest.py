@@ -17,7 +17,6 @@ os.environ["XDG_CACHE_HOME"] = _cache.name  # text heads are cached there
 LONG = {
     "test_alone.py",
     "test_analysis.py",
-    "test_baselines.py::test_all_kinds_of_methods_in_one_command",
     "test_bench_gpu.py",
     "test_bench.py::test_quick_rows_are_complete",
     "test_bench.py::test_unknown_size_is_named",

@@ -57,6 +57,9 @@ def fake_cuda():
         patch.setattr(torch.autograd, "backward", backward)
         patch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
         patch.setattr(torch.autograd, "grad", gradients)
+        patch.setattr(
+            Tensor, "exponential_", lambda self, generator=None: self
+        )  # fake tensors have none with a generator
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80 << 30, 80 << 30))
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda device=None: 0)

@@ -165,6 +165,7 @@ def test_held_out_images_are_training_images(data):
     assert "held out" in build_scenario(part, "cil", 2).manifest()["warnings"][0]
 
 
+@pytest.mark.slow  # test_saved.py runs all methods in one command too
 def test_all_kinds_of_methods_in_one_command(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)  # all progress lines
     flags = (

@@ -48,6 +48,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_from_task_to_task(monkeypatch, dynamo):
     """With dynamo's graphs and no compiler behind them. The head grows, sizes vary, and floats change."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")

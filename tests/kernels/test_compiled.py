@@ -114,6 +114,7 @@ def table_module():
     return compiled_table
 
 
+@pytest.mark.slow
 def test_no_more_instructions_than_in_the_committed_table():
     from compiling import TOOLS, compile_launch, instructions, launches
 

@@ -37,7 +37,7 @@ def same(found, expected) -> bool:
     return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=gpu)])
 def test_calls_are_repeatable(device):
     """The other tests compare with `run`."""
     for op, arguments in calls(device):
