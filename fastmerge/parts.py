@@ -74,14 +74,20 @@ class Parts:
         return [(slice(start, stop), (stop - start) / n) for start, stop in ends]
 
     def usual(self, n: int) -> bool:
-        """Whether n images are a whole batch or a whole part of one."""
-        return n == self.batch or n in self.sizes.values()
+        """Whether n images are a whole batch, this process's share of it, or a whole part of that."""
+        return n in (self.batch, self.share) or n in self.sizes.values()
+
+    @property
+    def share(self) -> int:
+        """Images of the largest batch that this process takes."""
+        own = self.own(self.batch)
+        return own.stop - own.start
 
     def fitting(self, kind: str) -> int:
-        """The largest of batch, batch / 2, batch / 4, ... images that fit the free memory, at least 1."""
+        """The largest of share, share / 2, share / 4, ... images that fit the free memory, at least 1."""
         assert self.free is not None
         room = SHARE * self.free() - MODELS * self.model
-        size, most = self.batch, room / (FACTOR[kind] * self.per_image(kind))
+        size, most = max(self.share, 1), room / (FACTOR[kind] * self.per_image(kind))
         while size > max(most, 1):
             size = math.ceil(size / 2)
         return size

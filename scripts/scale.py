@@ -103,7 +103,7 @@ def hours(gpus: int, weights: int, steps: dict[str, dict[str, float]], host: boo
         own = -(-BATCH // gpus)
         gpu = own * step["flops"] / ASSUMED["products"] + BYTES.get(kind, 0) * weights / ASSUMED["memory"]
         calls = step["calls"] * ASSUMED["call"] if host else 0
-        reduces = {"train": 1, "search": 2, "forward": 0}[kind] if gpus > 1 else 0
+        reduces = kind != "forward" and gpus > 1  # the gradient in training, g in the search
         network = reduces * 2 * (gpus - 1) / gpus * 4 * weights / ASSUMED.get(gpus, 1.0)
         result[kind] = images / BATCH * (max(gpu, calls) + network) / 3600
     return result

@@ -193,3 +193,10 @@ def test_the_sizes_are_in_a_checkpoint():
     learner.parts.micro_batch = 3
     learner.parts.of(8, "train")
     assert dataclasses.asdict(state)["parts"] == {"train": 3}
+
+
+def test_of_a_shared_batch_a_process_takes_its_share():
+    second = Parts(10, 0, lambda: 700, lambda kind: 100, 0, own=lambda n: slice(n // 3, 2 * n // 3))
+    assert second.share == 3 and second.usual(3) and second.usual(10) and not second.usual(4)
+    assert second.of(10, "train") == [(slice(3, 6), 0.3)]
+    assert second.of(10, "curvature") == [(slice(3, 5), 0.2), (slice(5, 6), 0.1)] and second.usual(2)
