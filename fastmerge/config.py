@@ -396,8 +396,8 @@ class TrainingSettings:
     compile: bool | None = setting(
         False,
         "Compile the backbone's forward and backward passes with torch.compile. It takes a minute at the start, and goes "
-        "on without where the compiler is missing. Off with --checkpoint-gradients.",
-        derived="on with a GPU",
+        "on without where the compiler is missing.",
+        derived="on with a GPU, off where gradients are checkpointed",
     )
     precision: Literal["fp32", "tf32", "bf16"] | None = setting(
         "fp32",

@@ -291,6 +291,10 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         rest = [*as_flags(read_config(Path(known.config), source), source), *rest]
     try:
         given = read_flags(rest)
+        if all(given.get("training", {}).get(name) for name in ("compile", "checkpoint_gradients")):
+            raise UserError(
+                "--compile --checkpoint-gradients: a compiled backbone keeps its activations; leave one out"
+            )
         config = resolve(continued(given) if given.get("run", {}).get("continue_from") else given)
     except UserError:
         if not known.help:

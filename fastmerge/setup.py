@@ -98,7 +98,7 @@ class Setup:
         self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
         training = dataclasses.replace(config.training, precision=choose(config.training.precision, self.device))
         if training.compile is None:
-            training.compile = self.device.type == "cuda"
+            training.compile = self.device.type == "cuda" and not training.checkpoint_gradients
         self.config = config = dataclasses.replace(config, training=training)
         self._prepare(config.training.seeds[0])
         room = None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)

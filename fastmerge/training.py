@@ -104,7 +104,7 @@ class Learner:
             self.theta.nbytes,
             lambda n: self.ranks.own(n),
         )
-        if config.training.compile and not config.training.checkpoint_gradients:
+        if config.training.compile and not config.training.checkpoint_gradients:  # a row may ask for the second alone
             self.backbone.compile_with(self.parts.usual, lambda text: self.parts.say(text))
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
