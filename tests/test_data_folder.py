@@ -194,7 +194,7 @@ def test_bad_roots_names_and_options(tmp_path):
     message = error_of("cifar101")
     assert "Did you mean: cifar10, cifar100" in message and "imagenet1k" in message
     message = error_of("imagenet1k", tmp_path, split_file="x")
-    assert "no option split_file" in message and "Leave the option out" in message
+    assert "no option split_file (--split-file)" in message and "Leave it out" in message
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
