@@ -125,7 +125,7 @@ def run(config: Any) -> int:
     from fastmerge.page import page
     from fastmerge.plan import plan, read_method, shared_trainings
     from fastmerge.plots import draw
-    from fastmerge.ranks import begin
+    from fastmerge.ranks import begin, end
     from fastmerge.report import (
         below,
         comparison,
@@ -291,6 +291,10 @@ def run(config: Any) -> int:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
+    group.wait()
+    end()  # the rest is the work of rank 0
+    if group.rank:
+        return 0
     with folder.changing():
         alone = not busy and folder.alone()
         for trajectory in trajectories:
@@ -305,8 +309,6 @@ def run(config: Any) -> int:
         every, table, lines = write()
         draw(folder.path / "plots", every, starting)
         save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))
-    if group.rank:
-        return 0
     console.table(table)
     console.line(lines[0])
     for text in lines[1:]:

@@ -36,6 +36,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu or auto, or check the driver")
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif "LOCAL_RANK" in os.environ:
+        raise UserError(f"--device {name}: under torchrun every process has its own GPU; use --device cuda")
     device, count = torch.device(name), torch.cuda.device_count()
     if device.index is not None:
         if device.index >= count:
