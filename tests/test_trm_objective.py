@@ -70,11 +70,11 @@ ALONE = ["--trm.lambda0=0", "--trm.lambda1=0", "--trm.lambda2=1"]
 @pytest.mark.parametrize("size", [64, 24])
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_the_difference_on_trained_models(trained, alpha, size):
-    """Both slopes of eq. 13 are right to 3 % (measured: 0.3 %, and 2.5 % for a <h, P> that is nearly 0); with a step of
-    1e-3 ||theta|| they are not right to 10 %."""
+    """Both slopes of eq. 13 are right to 3 % (measured: 0.4 %), or to 0.01 where <h, P> is nearly 0 (0.08; elsewhere it is
+    1.4 to 4); with a step of 1e-3 ||theta|| they are not right to 10 %."""
     search = search_of(trained, "--trm.curvature=difference", *ALONE)
     slopes, exact = slopes_of_curvature(search, alpha, size)
-    torch.testing.assert_close(slopes, exact, rtol=0.03, atol=0)
+    torch.testing.assert_close(slopes, exact, rtol=0.03, atol=0.01)
     assert search.objective.relative_step in trm_objective.STEPS
     search.objective.relative_step = 1e-3
     coarse, _ = slopes_of_curvature(search, alpha, size)
