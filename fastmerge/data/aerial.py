@@ -12,9 +12,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from fastmerge.data import fetch
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.fetch import Downloadable
 from fastmerge.data.layouts import PARTS, only_test, parts, undivided
 from fastmerge.data.tree import ClassFolder, class_folders
 from fastmerge.errors import UserError
@@ -53,7 +52,7 @@ def resisc_lists(place: Place) -> Images:
     return Images(found[0], found[1], "official", "the lists of Neumann et al. 2019, without those for validation")
 
 
-EUROSAT = Benchmark(
+EUROSAT = Downloadable(
     "eurosat",
     "EuroSAT",
     10,
@@ -78,22 +77,8 @@ EUROSAT = Benchmark(
     (Published(21_600, 2_700, SUITE, ("folders",)),),
     "the suite of task_vectors has 21,600 train and 2,700 test images",
     names=camel,
+    source="EuroSAT",
 )
-
-
-def load_eurosat(
-    root: str | None,
-    *,
-    download: bool = False,
-    split_file: str | None = None,
-    test_part: str | None = None,
-    skip_bad_images: bool = False,
-) -> Dataset:
-    """EuroSAT (RGB) under `root`; see Benchmark.load."""
-    from torchvision.datasets import EuroSAT
-
-    options = {"split_file": split_file, "test_part": test_part, "skip_bad_images": skip_bad_images}
-    return fetch.load(EUROSAT, lambda to: EuroSAT(to, download=True), root, download, **options)
 
 
 RESISC45 = Benchmark(

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 
-from fastmerge.data import fetch
-from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.benchmark import Images, Layout, Place, Published
+from fastmerge.data.fetch import Downloadable
 from fastmerge.data.layouts import PARTS, only_test, parts
 from fastmerge.data.tree import ClassFolder
 from fastmerge.errors import UserError
@@ -35,7 +34,7 @@ def lists(place: Place) -> Images:
     return Images(found[0], found[1], "official", "official, partition 1; train and val are for training")
 
 
-DTD = Benchmark(
+DTD = Downloadable(
     "dtd",
     "DTD",
     47,
@@ -60,19 +59,5 @@ DTD = Benchmark(
         Published(1_880, 1_880, "papers that train on the list train1 alone (torchvision's train split)"),
     ),
     "partition 1 has 3,760 images in train1 and val1, and 1,880 in test1",
+    source="DTD",
 )
-
-
-def load(
-    root: str | None,
-    *,
-    download: bool = False,
-    split_file: str | None = None,
-    test_part: str | None = None,
-    skip_bad_images: bool = False,
-) -> Dataset:
-    """DTD under `root`; see Benchmark.load."""
-    from torchvision.datasets import DTD as Source
-
-    options = {"split_file": split_file, "test_part": test_part, "skip_bad_images": skip_bad_images}
-    return fetch.load(DTD, lambda to: Source(to, download=True), root, download, **options)

@@ -12,9 +12,8 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 
-from fastmerge.data import fetch
-from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.benchmark import Images, Layout, Place, Published
+from fastmerge.data.fetch import Downloadable
 from fastmerge.data.layouts import PARTS, only_test, parts
 from fastmerge.data.tree import ClassFolder, class_folders
 from fastmerge.errors import UserError
@@ -88,7 +87,7 @@ def official(place: Place) -> Images:
     return Images(class_folders(place.base, train), found, "official", "official")
 
 
-GTSRB = Benchmark(
+GTSRB = Downloadable(
     "gtsrb",
     "GTSRB",
     43,
@@ -112,23 +111,6 @@ GTSRB = Benchmark(
     "the suite of task_vectors has 26,640 train and 12,630 test images",
     names=names,
     flip=False,  # turn left, turn right
+    source="GTSRB",
+    parts=({"split": "train"}, {"split": "test"}),
 )
-
-
-def load(
-    root: str | None,
-    *,
-    download: bool = False,
-    split_file: str | None = None,
-    test_part: str | None = None,
-    skip_bad_images: bool = False,
-) -> Dataset:
-    """GTSRB under `root`; see Benchmark.load."""
-    from torchvision.datasets import GTSRB as Source
-
-    def both(to: str) -> None:
-        for split in ("train", "test"):
-            Source(to, split=split, download=True)
-
-    options = {"split_file": split_file, "test_part": test_part, "skip_bad_images": skip_bad_images}
-    return fetch.load(GTSRB, both, root, download, **options)

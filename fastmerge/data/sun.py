@@ -10,9 +10,8 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 
-from fastmerge.data import fetch
-from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
-from fastmerge.data.dataset import Dataset
+from fastmerge.data.benchmark import Images, Layout, Place, Published
+from fastmerge.data.fetch import Downloadable
 from fastmerge.data.layouts import PARTS, only_test, parts, undivided
 from fastmerge.data.tree import ClassFolder, folders_with_images
 from fastmerge.errors import UserError
@@ -56,7 +55,7 @@ def _name(folder: str) -> str:
     return folder.partition("/")[2]
 
 
-SUN397 = Benchmark(
+SUN397 = Downloadable(
     "sun397",
     "SUN397",
     397,
@@ -78,19 +77,5 @@ SUN397 = Benchmark(
     (Published(19_850, 19_850, "task_vectors and the papers on merging that use its suite", ("official", "folders")),),
     "the official partition 1 has 19,850 train and 19,850 test images",
     names=names,
+    source="SUN397",  # the images, not the lists
 )
-
-
-def load(
-    root: str | None,
-    *,
-    download: bool = False,
-    split_file: str | None = None,
-    test_part: str | None = None,
-    skip_bad_images: bool = False,
-) -> Dataset:
-    """SUN397 under `root`; see Benchmark.load. torchvision downloads the images, not the lists."""
-    from torchvision.datasets import SUN397 as Source
-
-    options = {"split_file": split_file, "test_part": test_part, "skip_bad_images": skip_bad_images}
-    return fetch.load(SUN397, lambda to: Source(to, download=True), root, download, **options)
