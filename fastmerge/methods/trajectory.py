@@ -57,12 +57,12 @@ class Trajectory:
 
     def keep(self) -> None:
         """Mark the models as kept: only the user deletes them."""
-        if self.folder.exists() and not ranks().rank:
+        if self.folder.exists():
             (self.folder / "keep").touch()
 
     def delete(self) -> None:
         """Delete the models unless they are marked as kept."""
-        if not ranks().rank and not (self.folder / "keep").exists():
+        if not (self.folder / "keep").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
