@@ -170,7 +170,8 @@ def run(config: Any) -> int:
         folder = RunFolder(config, environment(setup.device), manifest, determined, warn)
     for text in header(setup, manifest, Path(config.run.run_dir)):
         console.line(text)
-    for text in estimate(runs, setup.backbone, setup.device, cache.budget_bytes):
+    done = len(setup.earlier.scenario.tasks) if setup.earlier else 0
+    for text in estimate(runs, setup.backbone, setup.device, cache.budget_bytes, done):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")

@@ -30,24 +30,27 @@ VECTORS = {  # of the model's length
 CHECKPOINT_VECTORS = 6  # weights, the weights before the task, AdamW's two moments, and two that a method may keep
 
 
-def steps(run: Run) -> dict[str, int]:
-    """Steps of the two phases of a run."""
+def steps(run: Run, done: int = 0) -> dict[str, int]:
+    """Steps of the two phases of a run, after the first `done` tasks."""
     size = run.config.training.batch_size
-    return {kind: sum(run.epochs[kind] * math.ceil(len(t.train) / size) for t in run.scenario.tasks) for kind in PHASES}
+    return {
+        kind: sum(run.epochs[kind] * math.ceil(len(t.train) / size) for t in run.scenario.tasks[done:])
+        for kind in PHASES
+    }
 
 
-def decoding(runs: Sequence[Run], image_size: int, budget: int) -> tuple[int, int]:
-    """Images to decode for all runs, and the bytes of their pixels. budget: bytes of the image cache. A task whose pixels
-    do not fit is decoded again in every epoch."""
+def decoding(runs: Sequence[Run], image_size: int, budget: int, done: int = 0) -> tuple[int, int]:
+    """Images to decode for all runs, and the bytes of their pixels. budget: bytes of the image cache. done: tasks that
+    are not trained again. A task whose pixels do not fit is decoded again in every epoch."""
     pixels, images = 3 * image_size**2, 0
     for run in runs:
-        for task in run.scenario.tasks:
+        for task in run.scenario.tasks[done:]:
             fits = len(task.train) * pixels <= budget
             images += len(task.train) * (1 if fits else max(1, sum(run.epochs.values())))
     tasks = runs[0].scenario.tasks
     tests = [len(task.test) for task in tasks]
     fits = sum(tests) * pixels <= budget
-    images += sum(tests) if fits else sum(sum(row["evaluate"] for row in images_per_task(run)) for run in runs)
+    images += sum(tests) if fits else sum(sum(row["evaluate"] for row in images_per_task(run)[done:]) for run in runs)
     return images, images * pixels
 
 
@@ -82,23 +85,25 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
     return found
 
 
-def disk(runs: Sequence[Run], numel: int) -> tuple[int, int]:
+def disk(runs: Sequence[Run], numel: int, done: int = 0) -> tuple[int, int]:
     """Bytes in the run folder at the end, and the most while it runs."""
     training = runs[0].config.training
-    model, tasks, seeds = 4 * numel, len(runs[0].scenario.tasks), len({run.seed for run in runs})
+    model, tasks, seeds = 4 * numel, len(runs[0].scenario.tasks) - done, len({run.seed for run in runs})
     kept = len(runs) * (1 + (tasks if training.keep_models else 0)) * model
     shared = len(shared_trainings(list(runs), training.keep_trajectory)) * tasks * seeds * model
     most = kept + shared + 2 * CHECKPOINT_VECTORS * model  # two generations of the checkpoint
     return kept + (shared if training.keep_trajectory else 0), most
 
 
-def estimate(runs: Sequence[Run], backbone: Backbone, device: torch.device, budget: int) -> list[str]:
-    """The estimate in two lines. budget: bytes of the image cache."""
-    work = {kind: sum(row[kind] for run in runs for row in images_per_task(run)) for kind in (*PHASES, "evaluate")}
-    count = {kind: sum(steps(run)[kind] for run in runs) for kind in PHASES}
-    images, pixels = decoding(runs, backbone.image_size, budget)
+def estimate(runs: Sequence[Run], backbone: Backbone, device: torch.device, budget: int, done: int = 0) -> list[str]:
+    """The estimate in two lines. budget: bytes of the image cache. done: tasks of a run that this one continues."""
+    work = {
+        kind: sum(row[kind] for run in runs for row in images_per_task(run)[done:]) for kind in (*PHASES, "evaluate")
+    }
+    count = {kind: sum(steps(run, done)[kind] for run in runs) for kind in PHASES}
+    images, pixels = decoding(runs, backbone.image_size, budget, done)
     numel = sum(p.numel() for p in backbone.parameters())
-    end, most = disk(runs, numel)
+    end, most = disk(runs, numel, done)
     largest = memory(runs, backbone, device).items()
     needed = [f"{kind} step about {size(b)} ({n} images at once)" for kind, (b, n) in largest]
     return [

@@ -2,10 +2,11 @@
 
 R[i][j] = accuracy in percent on the test images of task j after task i. The task id is not given: the candidates are
 all classes seen up to task i (`--eval-classes all`: all classes of the data set), so the label space of a
-class-incremental matrix grows with i. If tasks are
-data sets, a second matrix "own classes" has the classes of task j alone as candidates: there the task id is given, as in the
-papers on merging. R[i][j] is None if task j was not evaluated. n[j] = number of test images of
-task j. There are T tasks; the code counts them from 0.
+class-incremental matrix grows with i. R[i][j] is None if task j was not evaluated. n[j] = number of test images of task j.
+There are T tasks; the code counts them from 0.
+
+If tasks are data sets, a second matrix "own classes" has the classes of task j alone as candidates: there the task id is
+given, as in the papers on merging.
 """
 
 from __future__ import annotations
@@ -81,10 +82,8 @@ def accuracies_within(
     correct = torch.zeros(2, len(tests), dtype=torch.int64, device=learner.device)
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits, truth = (
-            learner.head(learner.without_gradient(features, pixels), candidates),
-            positions(labels, candidates),
-        )
+        logits = learner.head(learner.without_gradient(features, pixels), candidates)
+        truth = positions(labels, candidates)
         correct[0].index_add_(0, test, (logits.argmax(1) == truth).long())
         if allowed is not None:
             inside = logits.masked_fill(~allowed[test], -torch.inf)

@@ -55,13 +55,16 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
     own = {}
     for run in runs:
         groups = to_dict(run.config)
-        own[f"{run.label}-seed{run.seed}"] = {
-            f"{group}.{name}": value for group in METHODS[run.method].groups for name, value in groups[group].items()
+        name = f"{run.label}-seed{run.seed}"
+        own[name] = {
+            f"{group}.{setting}": value
+            for group in METHODS[run.method].groups
+            for setting, value in groups[group].items()
         }
         changes = training_changes(run.config, setup.config)
-        own[f"{run.label}-seed{run.seed}"] |= {f"training.{name}": value for name, value in changes.items()}
-        if setup.earlier is not None and (setup.earlier.path / f"{run.label}-seed{run.seed}").exists():
-            own[f"{run.label}-seed{run.seed}"][CONTINUES] = setup.earlier.digest(f"{run.label}-seed{run.seed}")
+        own[name] |= {f"training.{setting}": value for setting, value in changes.items()}
+        if setup.earlier is not None and (setup.earlier.path / name).exists():
+            own[name][CONTINUES] = setup.earlier.digest(name)
     settings = {name: value for name, value in settings.items() if name not in FREE}
     return json.loads(json.dumps({"settings": settings, "contents": contents, "runs": own}))
 

@@ -96,6 +96,9 @@ def first(data, tmp_path_factory):
 def test_a_chain_of_runs(first, data, tmp_path, capsys):
     """Months later again: three runs; a class that returns is the same class; the folder is named after what it continues."""
     second, third = tmp_path / "second", tmp_path / "third"
+    ask = ["--continue-from", first, "--data-root", data / "new", "--device", "cpu", "--dry-run", "--epochs", 3]
+    assert run(*ask, "--run-dir", second) == 0 and not second.exists()
+    assert "to do: 12 training images in 3 steps" in capsys.readouterr().out  # of the new task alone
     assert run("--continue-from", first, *CONTINUE, "--data-root", data / "new", "--run-dir", second) == 0
     assert run("--continue-from", second, *CONTINUE, "--data-root", data / "every", "--run-dir", third) == 0
     result = results(third)["methods"]["magmax-strict"]["0"]
