@@ -161,7 +161,8 @@ def hub(tmp_path, form, features=None):
 
 @pytest.mark.parametrize("form", ["saved", "parquet"])
 def test_hugging_face_datasets_on_disk(form, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache") if form == "parquet" else None
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # where parquet is converted to
     root = hub(tmp_path, form)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     data = load_dataset("huggingface", root)
