@@ -62,17 +62,16 @@ class Earlier:
         check(self.manifest, {"determines": {"settings": {}, "contents": {}, "runs": {}}}, self.path / "manifest.json")
 
     def has_none_of(self, config: Config) -> None:
-        """Raise UserError if a data set that is to be a new task is one of this run, from the same folder."""
-
-        def places(data: DataSettings) -> list[tuple[str, str]]:
-            roots = [os.path.realpath(os.path.expanduser(root)) for root in data.data_root or ("",)]
-            return list(zip(data.dataset, roots * len(data.dataset) if len(roots) == 1 else roots, strict=False))
-
-        if again := [name for name, root in places(config.data) if (name, root) in places(self.config.data)]:
+        """Raise UserError if a data set that is to be a new task is one of this run or of those before it, from the same
+        folder."""
+        here = _places(self.config.data)
+        if again := [name for name, root in _places(config.data) if (name, root) in here]:
             raise UserError(
                 f"--dataset: {', '.join(again)} {'is a task' if len(again) == 1 else 'are tasks'} of {self.path}, which "
                 "--continue-from keeps; name the new data sets only"
             )
+        if self.config.run.continue_from:
+            Earlier(self.config.run.continue_from).has_none_of(config)
 
     def follow(self, own: Scenario, new: Scenario) -> Scenario:
         """The tasks of this run, then those of `new`. own: what its settings make of its data now.
@@ -176,3 +175,9 @@ class Earlier:
             seconds=result["seconds"],
             bytes_written=result["bytes_written"],
         )
+
+
+def _places(data: DataSettings) -> list[tuple[str, str]]:
+    """The data sets by name and folder."""
+    roots = [os.path.realpath(os.path.expanduser(root)) for root in data.data_root or ("",)]
+    return list(zip(data.dataset, roots * len(data.dataset) if len(roots) == 1 else roots, strict=False))

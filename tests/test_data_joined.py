@@ -212,6 +212,9 @@ def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch, capsy
     command = ["--dataset", *["folder"] * 3, "--data-root", *(str(tmp_path / name) for name in "abc")]
     assert main(["--continue-from", str(tmp_path / "two"), *command, "--run-dir", str(tmp_path / "again")]) == 2
     assert "folder, folder are tasks of" in capsys.readouterr().err
+    first = ["--continue-from", str(tmp_path / "then"), "--dataset", "folder", "--data-root", str(tmp_path / "a")]
+    assert main([*first, "--no-nearest-mean", "--run-dir", str(tmp_path / "again")]) == 2  # of the run before the last
+    assert f"folder is a task of {tmp_path / 'two'}" in capsys.readouterr().err
     assert main([*command, *run, str(tmp_path / "three")]) == 0
     then, three = (
         json.loads((tmp_path / name / "finetune-seed0" / "result.json").read_text()) for name in ("then", "three")
