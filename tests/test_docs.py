@@ -10,6 +10,7 @@ from fastmerge.__main__ import main
 from fastmerge.data import DATASETS, load_dataset
 from fastmerge.data.scenario import KINDS, NUMBERINGS, task_sizes
 from fastmerge.flags import parse
+from fastmerge.methods import METHODS
 from fastmerge.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +68,8 @@ def test_the_page_about_tasks(monkeypatch):
         assert found == [int(term[-1]) for term in terms for _ in range(int(term[0]) if len(term) == 2 else 1)], flags
     for word in (*KINDS, *PRESETS, *NUMBERINGS[1:]):
         assert f"`{word}" in page or f"--preset {word} " in page, word
+
+
+def test_every_method_has_a_row_in_the_page_about_methods():
+    rows = re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "METHODS.md").read_text(), re.M)
+    assert rows == sorted(METHODS)

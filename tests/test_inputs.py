@@ -5,7 +5,8 @@ import re
 import pytest
 from test_cli import bad, image_folder, run, truncate
 
-from fastmerge.config import FP32, Declaration, declarations, flag_of
+from fastmerge.config import declarations, flag_of
+from fastmerge.declaration import FP32, Declaration
 from fastmerge.errors import UserError
 from fastmerge.flags import parse, settled
 from fastmerge.report import header, single_class_warning
