@@ -11,6 +11,7 @@ from fastmerge.fisher_pass import FisherPass
 from fastmerge.identity import differences
 from fastmerge.methods.trm import TRM, Search
 from fastmerge.models import load_backbone, precision
+from fastmerge.models.per_image import served
 from fastmerge.models.saved import Model
 from fastmerge.setup import Setup
 from fastmerge.training import Learner, Train
@@ -71,6 +72,35 @@ def test_features_tokens_gradients_and_fishers_of_a_vit(name, weights):
         assert all(t.dtype == torch.float32 for t in found[-1])
     for part, wanted, its in zip(("features", "plain", "tokens", "gradient", "fisher"), *found, strict=True):
         assert 0 < (its - wanted).norm() < (0.03 if part != "fisher" else 0.1) * wanted.norm(), part
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_products_without_bf16_instructions_are_rounded_alike(hardware, monkeypatch):
+    """The features in hardware bf16 and in rounded fp32 are as far from fp32, with and without autograd
+    (nn.MultiheadAttention takes two paths), and the Fisher of all weights still comes from factors."""
+    learner = tower("tiny", "glyphs", "--precision=bf16")
+    x = learner.plain(images_for(learner, 8).images)
+    monkeypatch.setattr(precision, "in_hardware", lambda device: True)
+    wanted = learner.backbone(x).detach()
+    monkeypatch.setattr(precision, "in_hardware", lambda device: hardware)
+    named = learner.flat.as_dict(learner.theta)
+    parts = {name: [(..., torch.zeros_like(weight))] for name, weight in named.items()}
+    assert set(served(learner.flat.module, named, parts, x[:1])) == set(named)
+    found = learner.backbone(x).detach()
+    with torch.no_grad():
+        plain = learner.backbone(x)
+    learner.backbone.precision = "fp32"
+    exact = learner.backbone(x).detach()
+    for its in (found, plain):
+        assert 0.6 < (its - exact).norm() / (wanted - exact).norm() < 1.6
+
+
+def test_one_rounded_product_has_the_bits_of_a_bf16_product():
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(64, 64, generator=g).bfloat16() for _ in range(2))
+    found = precision.rounded(F.linear, x, w)
+    assert found.dtype == torch.bfloat16
+    assert (found == F.linear(x, w)).float().mean() > 0.99  # sums in another order may round to a neighbour
 
 
 def test_slopes_of_the_exact_product():

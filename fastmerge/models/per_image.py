@@ -8,7 +8,6 @@ gives the same numbers, but it runs attention unfused and holds whole gradients 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,14 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from fastmerge.models.attention import self_attention, written_out
+
 # bytes of per-image gradients in memory at once: what a CPU's cache holds; on a GPU enough to keep it busy
 ROOM = {"cpu": 1 << 22, "cuda": 1 << 26}
-ATTENTION = inspect.signature(F.multi_head_attention_forward)
-# arguments that an image tower does not set; if one is set, vmap is used instead
-UNUSED = (
-    "bias_k bias_v add_zero_attn dropout_p key_padding_mask need_weights attn_mask is_causal use_separate_proj_weight "
-    "static_k static_v"
-).split()
 SAME_ENTRIES = {"view", "reshape", "unsqueeze", "flatten", "to", "contiguous"}  # of a parameter, for its expansion
 IN_PLACE = {"add_", "mul_", "__iadd__", "__imul__"}
 BROADCAST = {"add", "__add__", "__radd__", "mul", "__mul__", "__rmul__"} | IN_PLACE
@@ -112,13 +107,8 @@ class SquaredGradients(TorchFunctionMode):
             return self.layer_norm(*args, **kwargs)
         if function is torch.conv2d and self.is_patches(*args, **kwargs):
             return self.patches(*args, **kwargs)
-        if function is F.multi_head_attention_forward:
-            given = ATTENTION.bind(*args, **kwargs)
-            given.apply_defaults()
-            given = given.arguments
-            same = given["query"] is given["key"] is given["value"] and given["query"].dim() == 3
-            if same and not any(isinstance(given[x], Tensor) or given[x] for x in UNUSED):
-                return self.attention(**given), None
+        if function is F.multi_head_attention_forward and (given := self_attention(args, kwargs)):
+            return self.attention(**given), None
         kind = getattr(function, "__name__", "")
         result = NotImplemented
         if kind == "to" and not self.known(args[0]):  # takes only the dtype and device of a weight
@@ -234,11 +224,9 @@ class SquaredGradients(TorchFunctionMode):
         self, query, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, **rest
     ) -> Tensor:
         """Self-attention of nn.MultiheadAttention; query `[t, b, d]`, tokens first."""
-        q, k, v = (
-            self.linear(query.transpose(0, 1), in_proj_weight, in_proj_bias).unflatten(-1, (3, num_heads, -1)).unbind(2)
-        )
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.linear(mixed.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias).transpose(0, 1)
+        weights = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
+        mix = F.scaled_dot_product_attention
+        return written_out(self.linear, mix, query.transpose(0, 1), num_heads, weights).transpose(0, 1)
 
 
 @torch.no_grad()
