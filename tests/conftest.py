@@ -6,8 +6,12 @@ A test is `quick` unless it is `slow`, `gpu` or named in LONG, which lists tests
 import os
 import tempfile
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
+    os.environ.pop("COLUMNS", None)  # output is a file unless a test says otherwise
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory()

@@ -19,6 +19,7 @@ NO_ROW = {"magnitude_digit", "magnitude_histogram", "stock_ratio", "perturb"}
 
 def run(*command, **keywords):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}  # no worker
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, **keywords
     )
