@@ -140,13 +140,13 @@ def _saved(flat: FlatModel, images: int, size: int, unfused: bool) -> int:
     storages: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no other gets its address
+        storages[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other gets its address
         return tensor
 
     x = torch.zeros(images, 3, size, size, device=flat.theta.device)
     attention = differentiable_attention() if unfused else contextlib.nullcontext()
     with torch.enable_grad(), attention, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         features = flat.module(x)
-    storages.pop(flat.theta.untyped_storage().data_ptr(), None)
+    storages.pop(flat.theta.untyped_storage()._cdata, None)
     del features
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
