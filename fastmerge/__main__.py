@@ -121,6 +121,7 @@ def run(config: Any) -> int:
     from fastmerge.machine import choose_device, environment
     from fastmerge.methods import METHODS
     from fastmerge.methods.trajectory import Trajectory
+    from fastmerge.models.recompute import blocks_of
     from fastmerge.models.saved import model_tensors, recipe
     from fastmerge.page import page
     from fastmerge.plan import plan, read_method, shared_trainings
@@ -155,6 +156,8 @@ def run(config: Any) -> int:
     runs = plan(config, scenario, setup.earlier)
     for run in runs:  # before anything is trained or written
         METHODS[run.method].check(run.config, setup.backbone)
+        if run.config.training.checkpoint_gradients and METHODS[run.method].trains:
+            blocks_of(setup.backbone)
     manifest = scenario.manifest() | {
         "weights": setup.backbone.weights,
         "weights_sha256": setup.backbone.weights_sha256,
@@ -177,9 +180,9 @@ def run(config: Any) -> int:
         console.line(f"note: {text}", style="yellow")
     if setup.random_weights:
         warn("--pretrained none: the backbone starts from random weights")
-    trained = [run.scenario for run in runs if METHODS[run.method].trains]
-    warnings = [warmup_warning(run.scenario, run.config.training) for run in runs if METHODS[run.method].trains]
-    for warning in dict.fromkeys([*warnings, single_class_warning(trained)]):
+    trained = [(run.scenario.tasks[done:], run.config.training) for run in runs if METHODS[run.method].trains]
+    warnings = [warmup_warning(tasks, training) for tasks, training in trained]
+    for warning in dict.fromkeys([*warnings, single_class_warning([task for tasks, _ in trained for task in tasks])]):
         if warning is not None:
             warn(warning)
 

@@ -53,9 +53,9 @@ def origin_lines(dataset: Any) -> list[str]:
     return [f"layout: {origin.layout}", f"split: {origin.split}", f"comparable with: {origin.comparable}"]
 
 
-def warmup_warning(scenario: Any, training: Any) -> str | None:
+def warmup_warning(tasks: Sequence[Any], training: Any) -> str | None:
     """A warning if the shortest task is shorter than the warm-up, with the learning rate it reaches; else None."""
-    steps = training.epochs * -(-min(len(task.train) for task in scenario.tasks) // training.batch_size)
+    steps = training.epochs * -(-min(len(task.train) for task in tasks) // training.batch_size)
     if steps >= training.warmup_steps:
         return None
     highest = training.lr * steps / training.warmup_steps
@@ -65,9 +65,9 @@ def warmup_warning(scenario: Any, training: Any) -> str | None:
     )
 
 
-def single_class_warning(scenarios: Sequence[Any]) -> str | None:
+def single_class_warning(tasks: Sequence[Any]) -> str | None:
     """A warning about tasks of a single class, which learn nothing because the loss is over the task's own classes."""
-    single = {task.name: None for scenario in scenarios for task in scenario.tasks if len(task.classes) == 1}
+    single = {task.name: None for task in tasks if len(task.classes) == 1}
     if not single:
         return None
     names = ", ".join(list(single)[:5]) + (f" and {len(single) - 5} more" if len(single) > 5 else "")

@@ -22,7 +22,6 @@ from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
 from fastmerge.models.normalisation import Normalisation
 from fastmerge.models.precision import choose
-from fastmerge.models.recompute import blocks_of
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -120,8 +119,6 @@ class Setup:
         self.backbone, encoder = load_backbone(
             model.model, model.pretrained, download=self.config.data.download, normalisation=given
         )
-        if self.config.training.checkpoint_gradients:
-            blocks_of(self.backbone)  # a model without blocks is refused before anything is written
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
         if self.earlier and self.head.kind == "text" and (before := self.earlier.text_head()) is not None:
             self.head.adopt(before)  # a class keeps the templates that it was learned with

@@ -141,12 +141,10 @@ def test_warmup_then_cosine():
     assert learning_rate(1.0, 2, 3, warmup=500) == pytest.approx(3 / 500)
     assert learning_rate(1.0, 0, 10) == 1.0
 
-    class Short:
-        tasks = [type("T", (), {"train": range(100)}), type("T", (), {"train": range(40)})]
-
+    short = [type("T", (), {"train": range(100)}), type("T", (), {"train": range(40)})]
     config = toy.parse(["--warmup-steps=500", "--batch-size=8", "--epochs=2", "--lr=1e-3"]).training
-    assert "10 steps" in warmup_warning(Short, config) and "2e-05" in warmup_warning(Short, config)
-    assert warmup_warning(Short, toy.parse(["--batch-size=8"]).training) is None
+    assert "10 steps" in warmup_warning(short, config) and "2e-05" in warmup_warning(short, config)
+    assert warmup_warning(short, toy.parse(["--batch-size=8"]).training) is None
 
 
 @pytest.fixture(scope="module")

@@ -105,9 +105,9 @@ def test_the_header_says_fewer_tasks_and_warns_of_single_classes(data):
     setup = Setup(parse(flags))
     said = header(setup, setup.scenario.manifest(), "r")
     assert "3 tasks (10 by default, fewer for so few classes) with 3 x 2 classes" in said[1]
-    assert setup.config.scenario.tasks == 3 and single_class_warning([setup.scenario]) is None
+    assert setup.config.scenario.tasks == 3 and single_class_warning(setup.scenario.tasks) is None
     setup = Setup(parse([*flags, "--tasks", "4"]))
     assert "4 tasks with 2 x 2, 2 x 1 classes" in header(setup, setup.scenario.manifest(), "r")[1]
-    warning = single_class_warning([setup.scenario, setup.scenario])
+    warning = single_class_warning(setup.scenario.tasks * 2)
     assert warning.startswith("task 3, task 4: a single class. The loss is over the classes of the task alone")
-    assert single_class_warning([setup.scenario.joined()]) is single_class_warning([]) is None
+    assert single_class_warning(setup.scenario.joined().tasks) is single_class_warning([]) is None

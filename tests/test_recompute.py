@@ -6,6 +6,7 @@ import toy
 from test_parts import LiveBytes
 from test_precision import images_for, tower
 
+from fastmerge.__main__ import main
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
 from fastmerge.methods.trm import TRM
@@ -65,7 +66,10 @@ def test_the_fisher_pass_keeps_activations():
     assert torch.equal(*found)
 
 
-def test_a_model_without_blocks():
+def test_a_model_without_blocks(tmp_path, capsys):
+    row = "--model test_resnet --pretrained none --method finetune:checkpoint_gradients=true --device cpu --run-dir"
+    assert main([*row.split(), str(tmp_path / "r")]) == 2
+    assert "test_resnet has no list of transformer blocks" in capsys.readouterr().err and not (tmp_path / "r").exists()
     with pytest.raises(
         UserError, match="--checkpoint-gradients: model test_resnet has no list .* choose a ViT, or --micro"
     ):

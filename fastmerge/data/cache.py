@@ -80,7 +80,7 @@ class StreamedImages(TaskImages):
             self._fill()
         else:
             images = self._read(index)
-        return images.to(device), self.labels[index.to(device)]
+        return images.to(device, non_blocking=True), self.labels[index.to(device, non_blocking=True)]
 
     def _fill(self) -> None:
         while self._order and len(self._decoded) < LOOK_AHEAD:
@@ -93,7 +93,8 @@ class StreamedImages(TaskImages):
         if not good.all():
             name = self.split.ids[self.indices[index[~good][0]]]
             raise UserError(f"image {name} could be read before but not now. Do not change the data during a run.")
-        return images
+        # a GPU takes pinned memory while the host goes on
+        return images.pin_memory() if self.labels.is_cuda and not images.is_cuda else images
 
 
 class ImageCache:

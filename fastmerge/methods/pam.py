@@ -107,7 +107,7 @@ class Perturbed(Train):
         shift = self.trainable.shift()
         if self.method.settings.perturb == "gauss" and self.scale:
             generator = self.learner.generator("gauss", self.task.index, self.draw)
-            noise = torch.randn(shift.numel(), generator=generator).to(shift)
+            noise = torch.randn(shift.numel(), generator=generator).to(shift, non_blocking=True)
             return self.trainable.base + shift + self.scale * shift.detach().norm() / noise.norm() * noise
         return self.trainable.base + (1 + self.scale) * shift
 
