@@ -115,11 +115,11 @@ def learn(
                         phase.load(select(saved, "phase"))
                     for i in range(state.step, phase.steps):
                         try:
-                            step = partial(phase.step, i)
                             # several processes cannot repeat a step, whose sums the others have taken part in
-                            terms = step() if learner.ranks.size > 1 else learner.parts.attempt(step)
+                            terms = learner.parts.attempt(partial(phase.step, i), again=learner.ranks.size == 1)
                         except OutOfMemory:
-                            save(phase.tensors())  # step i is the next one
+                            if learner.ranks.size == 1:  # the others cannot save with this one
+                                save(phase.tensors())  # step i is the next one
                             raise
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)

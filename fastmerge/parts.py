@@ -92,12 +92,12 @@ class Parts:
             size = math.ceil(size / 2)
         return size
 
-    def attempt(self, work: Callable[[], T]) -> T:
-        """Do `work`, which can be repeated. After an out-of-memory error, do it again with half as many images at once,
-        once for every kind of step.
+    def attempt(self, work: Callable[[], T], again: bool = True) -> T:
+        """Do `work`. After an out-of-memory error, do it again with half as many images at once, once for every kind of step.
+        again: whether `work` can be repeated.
 
         Raises:
-            OutOfMemory: half as many do not fit either, or they are one image.
+            OutOfMemory: it cannot, half as many do not fit either, or they are one image.
         """
         while True:
             try:
@@ -105,7 +105,7 @@ class Parts:
             except torch.OutOfMemoryError as error:
                 why = first_line(error)
             kind, size = self._last  # read here, where the traceback is gone and with it the tensors of its frames
-            if kind in self._halved or size <= 1:
+            if not again or kind in self._halved or size <= 1:
                 raise OutOfMemory(
                     f"out of memory ({kind}, {size} images at once): {why}. Free memory on the device or take a smaller "
                     "--cache-gb, and the same command continues; or give a smaller --micro-batch or --model with another "

@@ -78,6 +78,10 @@ def test_attempts():
         OutOfMemory, match=r"search, 50 images at once\): CUDA out of memory. Tried to allocate 2 GiB. Fre"
     ):
         its.attempt(lambda: work({"search": 40}))
+    calls.clear()  # a step that other processes have taken part in
+    with pytest.raises(OutOfMemory, match=r"evaluate, 100 images at once\): CUDA .* a smaller --micro-batch"):
+        its.attempt(lambda: work({"evaluate": 60}), again=False)
+    assert calls == [("evaluate", 100)]
     one = parts(0)
     with pytest.raises(OutOfMemory, match="train, 1 images"):
         one.attempt(lambda: [one.of(1, "train"), (_ for _ in ()).throw(torch.OutOfMemoryError("full"))][1].__next__())
