@@ -103,8 +103,11 @@ def float64_ops(monkeypatch):
     monkeypatch.setattr(trm, "fk", ops)
 
 
-def slow_gradients(search, alpha, beta):
-    """Return dL_tra/dalpha and dL_tra/dbeta by autograd through all steps, and the terms of the loss."""
+def slow_gradients(search, alpha, beta, gamma=None, sizes=None):
+    """Return dL_tra/dalpha and dL_tra/dbeta by autograd through all steps, and the terms of the loss.
+
+    gamma: of the span, whose slope comes third. sizes: of the three terms at the start of the search.
+    """
     flat, learner, settings = search.learner.flat, search.learner, search.settings
     before, after = search.previous.double(), search.current.double()
     n = before.numel()
@@ -128,6 +131,11 @@ def slow_gradients(search, alpha, beta):
         theta = torch.where(replaced, source, start) + a * (after - start) + (1 - a) * (before - start) + b * p
         theta = theta * alive
 
+    along = (a, b)
+    if gamma is not None:
+        c = torch.tensor(gamma, dtype=torch.float64, requires_grad=True)
+        theta, along = theta + c * (before - search.method.initial), (a, b, c)
+
     rows = search.batches.rows(0)
     pixels, labels = search.images.batch(rows)
     images = learner.plain(pixels)
@@ -140,13 +148,19 @@ def slow_gradients(search, alpha, beta):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         features, tokens = tokens_of(theta)
         task = F.cross_entropy(learner.head(features, search.objective.classes), labels)
-        teacher = (0.5 * (tokens_of(after)[1] + tokens_of(before)[1])).detach()
+        share = {"mean": 0.5, "current": 1.0, "previous": 0.0}[settings.teacher]
+        teacher = (share * tokens_of(after)[1] + (1 - share) * tokens_of(before)[1]).detach()
         q = torch.tensor([1.0, torch.e]) if search.settings.layer_b == 1 else torch.tensor([torch.e, 1.0])
         weights = (q / q.sum()).double()
         pre = sum(w * (x - y).pow(2).sum() / N for w, x, y in zip(weights, tokens, teacher, strict=True))
         (g,) = torch.autograd.grad(task, theta, create_graph=True)
-        total = settings.lambda0 * task + settings.lambda1 * pre - settings.lambda2 * g.pow(2).sum()
-        slopes = torch.autograd.grad(total, (a, b))
+        energy = g.pow(2).sum()
+        by = sizes if settings.scale == "relative" else (1.0, 1.0, 1.0)
+        curvature = energy / by[2]
+        if settings.energy == "bounded":
+            curvature = energy / (energy + sizes[2])
+        total = settings.lambda0 * task / by[0] + settings.lambda1 * pre / by[1] - settings.lambda2 * curvature
+        slopes = torch.autograd.grad(total, along)
     return torch.stack(slopes), {"L_task": task, "L_pre": pre, "gradient_energy": g.pow(2).sum(), "loss": total}
 
 
@@ -172,6 +186,84 @@ def test_gradients_equal_autograd_through_the_merge(float64_ops, replace, alpha,
     assert abs(slopes).min() > 1e-4  # the gradients are not zero
 
 
+@pytest.mark.parametrize("way", ["exact", "difference", "parts"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--trm.teacher=current",
+        "--trm.teacher=previous --trm.scale=relative",
+        "--trm.energy=bounded",
+        "--trm.scale=relative --trm.energy=bounded",
+        "--trm.space=span",
+        "--trm.space=span --trm.replace=literal --trm.scale=relative",
+    ],
+)
+def test_other_readings_equal_autograd(float64_ops, flags, way):
+    parts = ["--micro-batch=5"] if way == "parts" else []
+    flags = [*flags.split(), "--trm.lambda0=0.8", "--trm.lambda1=0.3", "--trm.lambda2=0.05", "--trm.lr=0", *parts]
+    search = make_search(*flags, "--trm.alpha=0.3", "--trm.beta=0.4", "--trm.layer-b=2")
+    if way == "difference":
+        search.objective.relative_step = 1e-9
+    gamma = None
+    if search.settings.space == "span":
+        gamma = -0.6
+        search.method.initial.add_(0.2 * torch.randn_like(search.previous) * (search.previous != 0))
+        search.past = search.previous - search.method.initial
+        search.coefficients.data[2] = gamma
+    sizes = [0.7, 1.9, 0.4]
+    search.objective.take_sizes(torch.tensor(sizes, dtype=torch.float64))
+    terms = search.step(0)
+    slopes, expected = slow_gradients(search, 0.3, 0.4, gamma, sizes)
+    close = {"rtol": 1e-8, "atol": 1e-8} if way != "difference" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(search.coefficients.grad, slopes, **close)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value.detach(), rtol=1e-8, atol=1e-8, msg=name)
+    assert abs(slopes).min() > 1e-4
+
+
+@pytest.mark.parametrize("parts", [0, 5])
+def test_the_sizes_are_those_of_the_first_batch(float64_ops, parts):
+    """Then every term that has a lambda is 1 at the start, and a search that goes on keeps the sizes."""
+    flags = ["--trm.scale=relative", "--trm.lambda0=2", "--trm.lambda1=3", "--trm.lambda2=5", "--trm.layer-b=2"]
+    search = make_search(*flags, "--trm.lr=0.1", f"--micro-batch={parts}")
+    terms = search.step(0)
+    torch.testing.assert_close(terms["loss"], torch.tensor(2.0 + 3 - 5, dtype=torch.float64), rtol=0, atol=1e-12)
+    names = ("L_task", "L_pre", "gradient_energy")
+    torch.testing.assert_close(search.objective.sizes, torch.stack([terms[name] for name in names]))
+    again = make_search(*flags)
+    again.load(search.tensors())
+    assert again.objective.lambdas == search.objective.lambdas != (2, 3, 5)
+    alone = make_search(*flags[:1], "--trm.lambda0=0", "--trm.lambda2=0", "--trm.lambda1=3", "--trm.layer-b=2")
+    torch.testing.assert_close(float(alone.step(0)["loss"]), 3.0)
+
+
+@pytest.mark.parametrize("space", ["line", "span"])
+def test_the_last_step_says_where_the_search_ended_and_why(space):
+    flags = ["--trm.lr=0.02", "--trm.lambda2=0.05", "--merge-epochs=4", "--trm.replace-ratio=0.5", "--trm.layer-b=2"]
+    search, said = make_search(*flags, f"--trm.space={space}", dtype=torch.float32), []
+    search.learner.parts.say = said.append
+    steps = [search.step(i) for i in range(search.steps)]
+    last = steps[-1]
+    assert "effective_alpha" in last and "effective_alpha" not in steps[0]
+    names = ("alpha", "beta", "gamma")[: len(search.coefficients)]
+    for name, slope in zip(names, search.coefficients.grad, strict=True):
+        found = sum(float(last[f"{term}_slope_{name}"]) for term in ("L_task", "L_pre", "gradient_energy"))
+        assert found == pytest.approx(float(slope), rel=1e-4)
+    alpha, beta = search.coefficients.detach()[:2].tolist()
+    seed, subsequence = search.random["seed"], search.random["subsequence"]
+    replaced, from_before = reference.replaced(search.previous.numel(), seed, subsequence, 0.5)
+    d = (search.current - search.previous).double()
+    position = torch.where(replaced, (~from_before).double(), torch.full_like(d, alpha))  # of each entry along d
+    effective = float((position * d * d).sum() / (d @ d))
+    assert float(last["effective_alpha"]) == pytest.approx(effective, abs=1e-5)
+    noise = float((((position - effective) * d).square().sum() / (d @ d)).sqrt())
+    assert float(last["mask_noise"]) == pytest.approx(noise, abs=1e-4) and noise > 0.1
+    assert float(last["beta_share"]) == pytest.approx(abs(beta) / float(d.norm()), rel=1e-4)
+    assert float(last["sign_steps"]) == pytest.approx(abs(alpha - 0.5) / (0.02 * 4), rel=1e-6)
+    search.finish()
+    assert len(said) == (float(last["sign_steps"]) > 0.9)
+
+
 OBJECTIVES = [lambdas for lambdas in itertools.product((0, 1), repeat=3) if any(lambdas)]
 
 
@@ -188,7 +280,7 @@ def test_every_row_of_table_3(float64_ops, on, parts):
     assert {"L_pre": on[1], "gradient_energy": on[2], "L_task": on[0] or on[2]}.items() <= {
         name: int(name in terms) for name in ("L_task", "L_pre", "gradient_energy")
     }.items()
-    for name in terms.keys() - {"alpha", "beta"}:
+    for name in terms.keys() & expected.keys():
         torch.testing.assert_close(terms[name], expected[name].detach(), rtol=1e-8, atol=1e-8, msg=name)
 
 

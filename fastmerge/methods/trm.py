@@ -17,6 +17,11 @@ twice, and the mean distance from theta_init grows 1.6-fold per task (`--trm.rep
 tests/test_method_trm.py). So the default is `anchored`: a replaced entry keeps its value from theta_{t-1} or theta_t,
 and the search moves the others. `none` only searches the plane. theta_init cancels in both, so only `literal` keeps it.
 
+`--trm.space span` adds gamma v to the merged model, v = theta_{t-1} - theta_init: with d it spans the plane of both task
+vectors that the paper speaks of and eq. 4 leaves out. gamma starts at 0; dL_tra/dgamma = <G, v>. It keeps theta_init.
+`--trm.teacher`, `--trm.scale` and `--trm.energy` change terms of the objective (trm_objective.py). The last step of a search
+logs where it ended and why; see `Search.report`.
+
 Our choices where the paper is silent: the search sees images without augmentation, so the teacher's class tokens are
 computed once per task; the squared norm of eq. 7 is averaged over the batch; Adam updates alpha, beta with a fixed lr.
 """
@@ -41,7 +46,7 @@ from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, o
 
 
 class TRM(Method):
-    """It keeps only the model, and theta_init under `--trm.replace literal`.
+    """It keeps only the model, and theta_init under `--trm.replace literal` and `--trm.space span`.
 
     During a task: `previous`, theta_{t-1}.
     """
@@ -51,7 +56,9 @@ class TRM(Method):
     def __init__(self, learner: Learner):
         super().__init__(learner)
         self.settings = learner.config.trm
-        self.initial = learner.theta.clone() if self.settings.replace == "literal" else None
+        keeps = self.settings.replace == "literal" or self.settings.space == "span"
+        self.initial = learner.theta.clone() if keeps else None
+        self.warned = False  # of a search that only walked
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
@@ -94,8 +101,12 @@ def layer_weights(layers: int, b: int) -> Tensor:
     return q / q.sum()
 
 
+NAMES = ("alpha", "beta", "gamma")
+WALKED = 0.9  # of Adam's steps in one direction
+
+
 class Search(Phase):
-    """The merging phase: alpha and beta by gradient descent on eq. 14 (eq. 15). previous: theta_{t-1}, `[n]`."""
+    """The merging phase: alpha, beta (and gamma) by gradient descent on eq. 14 (eq. 15). previous: theta_{t-1}, `[n]`."""
 
     name = "merge"
     batches: Batches
@@ -112,10 +123,17 @@ class Search(Phase):
             omega = layer_weights(layers, self.settings.layer_b or layers // 2).to(self.learner.theta)
         self.objective = Objective(self.learner, classes, omega)
         self.previous, self.current = previous, self.learner.theta.clone()  # theta_{t-1}, theta_t
-        start = torch.tensor([self.settings.alpha, self.settings.beta], dtype=torch.float64, device=self.learner.device)
-        self.coefficients = torch.nn.Parameter(start)  # alpha, beta
+        self.past: Tensor | None = None  # v
+        start = [self.settings.alpha, self.settings.beta]
+        if self.settings.space == "span":
+            assert method.initial is not None
+            self.past = previous - method.initial
+            start.append(0.0)
+        values = torch.tensor(start, dtype=torch.float64, device=self.learner.device)
+        self.coefficients = torch.nn.Parameter(values)  # alpha, beta, gamma
         self.optimiser = torch.optim.Adam([self.coefficients], lr=self.settings.lr)
         self.teacher: Tensor | None = None
+        self.walked: Tensor | None = None
         self._epoch = -1
 
     # -- the merge -------------------------------------------------------------------------------------------------
@@ -134,25 +152,31 @@ class Search(Phase):
             self.direction = fk.trm_direction(self.previous, self.current, **self.random)
 
     def place(self) -> None:
-        """theta <- theta(alpha, beta), one pass."""
-        alpha, beta = self.coefficients.detach()
-        fk.trm_merge(
+        """theta <- theta(alpha, beta, gamma), one pass and one more for gamma."""
+        alpha, beta, *gamma = self.coefficients.detach()
+        initial = self.method.initial if self.settings.replace == "literal" else None
+        theta = fk.trm_merge(
             self.previous, self.current, alpha, beta, self.direction,
-            **self.random, initial=self.method.initial, out=self.learner.theta,
+            **self.random, initial=initial, out=self.learner.theta,
         )  # fmt: skip
+        if self.past is not None:
+            theta.addcmul_(self.past, gamma[0].to(theta.dtype))
 
     # -- the search ------------------------------------------------------------------------------------------------
 
     def teach(self) -> Tensor:
-        """Class tokens (cls(theta_t) + cls(theta_{t-1})) / 2 of every image: `[L, n, width]` fp32, kept for the search."""
+        """The class tokens that `--trm.teacher` asks for, by default (cls(theta_t) + cls(theta_{t-1})) / 2, of every image:
+        `[L, n, width]` fp32, kept for the search."""
         backbone, theta = self.learner.backbone, self.learner.theta
         tokens = torch.zeros(backbone.layers, len(self.images), backbone.width, device=theta.device, dtype=theta.dtype)
-        for weights in (self.current, self.previous):
+        models = {"current": [self.current], "previous": [self.previous]}.get(self.settings.teacher)
+        models = models or [self.current, self.previous]
+        for weights in models:
             theta.copy_(weights)
             for rows in torch.arange(len(self.images)).split(self.learner.config.training.batch_size):
                 pixels, _ = self.images.batch(rows)
                 seen = self.learner.without_gradient(lambda x: backbone.class_tokens(x)[1], pixels, dim=1)
-                tokens[:, int(rows[0]) : int(rows[-1]) + 1].add_(seen, alpha=0.5)
+                tokens[:, int(rows[0]) : int(rows[-1]) + 1].add_(seen, alpha=1 / len(models))
         return tokens
 
     def step(self, i: int) -> dict[str, Tensor]:
@@ -169,26 +193,85 @@ class Search(Phase):
         if self.objective.relative_step is None:
             self.objective.choose_step(images, labels, self.slopes)
         teacher = None if self.teacher is None else self.teacher[:, rows.to(self.teacher.device, non_blocking=True)]
+        if self.objective.needs_sizes and self.objective.sizes is None:
+            self.objective.measure(images, labels, teacher)
         gradient, terms = self.objective.gradient(images, labels, teacher)
-        alpha, beta = self.coefficients.detach().clone()
         slopes = self.slopes(gradient)
         self.learner.ranks.add_(slopes)
+        terms |= dict(zip(NAMES, self.coefficients.detach().clone(), strict=False))
+        if i == self.steps - 1:
+            terms |= self.parts_of(slopes, images, labels, teacher)
         self.coefficients.grad = slopes.to(self.coefficients.dtype)
         self.optimiser.step()
-        return terms | {"alpha": alpha, "beta": beta}
+        return terms | (self.report() if i == self.steps - 1 else {})
 
     def slopes(self, gradient: Tensor) -> Tensor:
-        """`[2]`: the products of a gradient `[n]` with d and P."""
-        return fk.subspace_gradient(gradient, self.previous, self.current, self.direction, **self.random)[:2]
+        """`[2]` or `[3]`: the products of a gradient `[n]` with d, P and v."""
+        found = fk.subspace_gradient(gradient, self.previous, self.current, self.direction, **self.random)[:2]
+        if self.past is None:
+            return found
+        return torch.cat([found, torch.dot(gradient, self.past)[None].to(found)])
+
+    # -- where it ended --------------------------------------------------------------------------------------------
+
+    def parts_of(self, total: Tensor, images: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+        """How much of the slopes `total` each weighted term gives, named `<term>_slope_<coefficient>`. The curvature's is
+        what the others leave."""
+        found, left = {}, total.clone()
+        for name, gradient in self.objective.first_order_terms(images, labels, teacher):
+            found[name] = self.slopes(gradient)
+            self.learner.ranks.add_(found[name])
+            left -= found[name]
+        if self.settings.lambda2:
+            found["gradient_energy"] = left
+        return {
+            f"{name}_slope_{coefficient}": value
+            for name, slopes in found.items()
+            for coefficient, value in zip(NAMES, slopes, strict=False)
+        }
+
+    def report(self) -> dict[str, Tensor]:
+        """Where the search ended, after its last step, without gamma v:
+
+        effective_alpha: the position along d, <theta - theta_{t-1}, d> / ||d||^2, which the mask pulls to its middle.
+        mask_noise: the distance from that line by the random replacement, in ||d||. beta_share: ||beta P|| / ||d||.
+        sign_steps: how far alpha went, as a share of what Adam's steps allow; near 1 the search only walked, with a slope
+        that kept its sign, and would have ended elsewhere with more steps.
+        """
+        self.place()
+        d, moved = self.current - self.previous, self.learner.theta - self.previous
+        alpha, beta, *gamma = self.coefficients.detach()
+        if self.past is not None:
+            moved.addcmul_(self.past, -gamma[0].to(moved.dtype))
+        size = torch.dot(d, d)
+        effective = torch.dot(moved, d) / size
+        off = moved.sub_(effective * d).square().sum() - beta.square()
+        most = self.settings.lr * self.steps
+        self.walked = (alpha - self.settings.alpha).abs() / most if most else alpha.new_zeros(())
+        return {
+            "effective_alpha": effective,
+            "mask_noise": (off.clamp_min(0) / size).sqrt(),
+            "beta_share": beta.abs() / size.sqrt(),
+            "sign_steps": self.walked,
+        }
 
     def finish(self) -> None:
         """theta_t <- theta(alpha, beta)."""
         self.aim(max(self.steps - 1, 0))
         self.place()
+        if self.walked is not None and not self.method.warned and float(self.walked) > WALKED:
+            self.method.warned = True
+            self.learner.parts.say(
+                f"{self.task.name}: alpha moved by nearly the same step {self.steps} times in one direction, to "
+                f"{float(self.coefficients.detach()[0]):.2f}; the number of steps decided where. Longer --merge-epochs or a larger "
+                "--trm.lr lets the search settle"
+            )
         self.learner.flat.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
         own = {"current": self.current, "coefficients": self.coefficients.detach()}
+        if self.objective.sizes is not None:
+            own["sizes"] = self.objective.sizes
         if self.objective.relative_step is not None:
             own["curvature_step"] = torch.tensor(self.objective.relative_step, dtype=torch.float64)
         return own | optimiser_tensors(self.optimiser)
@@ -196,6 +279,8 @@ class Search(Phase):
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.current.copy_(tensors["current"])
         self.coefficients.data.copy_(tensors["coefficients"])
+        if "sizes" in tensors:
+            self.objective.take_sizes(tensors["sizes"].cpu())
         if "curvature_step" in tensors:
             self.objective.relative_step = float(tensors["curvature_step"])
         load_optimiser(self.optimiser, tensors)

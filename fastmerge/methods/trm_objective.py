@@ -13,6 +13,9 @@ matrix products are counted in tests/test_trm_objective.py):
 
 `exact` needs attention with a second derivative (unfused) and keeps the activations of forward and backward.
 
+`--trm.scale relative` divides each lambda by the size of its term on the first batch of a search, and `--trm.energy bounded`
+replaces ||g||^2 = E by E / (E + E_0) with E_0 from there, whose gradient is 2 h E_0 / (E + E_0)^2. The paper has neither.
+
 `difference` is h = (grad L_task(theta + s g) - g) / s, with fused attention and the memory of a training step. It is
 computed in full fp32, because rounding to TF32 or bf16 hides the difference. Its error is first order in s, and rounding
 limits s from below, so no fixed step is right for every model: the first step of a search tries STEPS on a few images
@@ -22,7 +25,7 @@ search uses the exact product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +72,48 @@ class Objective:
     """L_tra of a task and its gradient at the learner's present weights.
 
     classes: of the task. weights: `[L]`, omega_l of eq. 7; None without L_pre. relative_step: s ||g|| / ||theta|| of the
-    difference, 0 for the exact product, None before `choose_step`.
+    difference, 0 for the exact product, None before `choose_step`. sizes: `[3]` float64, L_task, L_pre and E at the start
+    of the search; None if they are not needed, or before `measure`.
     """
 
     def __init__(self, learner: Learner, classes: Tensor, weights: Tensor | None):
         self.learner, self.settings, self.classes, self.weights = learner, learner.config.trm, classes, weights
         difference = self.settings.curvature == "difference" and self.settings.lambda2
         self.relative_step: float | None = None if difference else 0.0
+        self.lambdas = (self.settings.lambda0, self.settings.lambda1, self.settings.lambda2)
+        self.needs_sizes = self.settings.scale == "relative" or self.settings.energy == "bounded"
+        self.sizes: Tensor | None = None
+
+    def measure(self, images: Tensor, labels: Tensor, teacher: Tensor | None) -> None:
+        """Take the sizes of the terms from this batch at the present weights."""
+        parts = self.learner.parts.of(len(images), "train")
+        terms, needs_g = Terms(), self.lambdas[0] or self.lambdas[2]
+        g = (self._task_gradient(images, labels, parts) if needs_g else self.learner.flat.gradient.zero_()).clone()
+        with torch.no_grad():
+            for part, share in parts:
+                task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
+                terms.add(share, L_task=task, L_pre=pre)
+        zero = g.new_zeros(())
+        task, pre = terms.get("L_task", zero), terms.get("L_pre", zero)
+        self.learner.ranks.add_(g, task, pre)
+        self.take_sizes(torch.stack([task, pre, g.norm().square()]).double().cpu())
+
+    def take_sizes(self, sizes: Tensor) -> None:
+        """Continue with these sizes. A term of size 0 keeps its lambda."""
+        self.sizes, (task, pre, energy) = sizes, sizes.tolist()
+        if self.settings.scale == "relative":
+            energy = 1.0 if self.settings.energy == "bounded" else energy  # that one is relative already
+            given = (self.settings.lambda0, self.settings.lambda1, self.settings.lambda2)
+            found = [weight / (size or 1.0) for weight, size in zip(given, (task, pre, energy), strict=True)]
+            self.lambdas = (found[0], found[1], found[2])
+
+    def energy(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The term of eq. 13 without its sign, for ||g||^2 = `value`, and its derivative with respect to `value`."""
+        if self.settings.energy == "square":
+            return value, 1.0
+        assert self.sizes is not None
+        start = float(self.sizes[2]) or 1.0
+        return value / (value + start), start / (value + start).square()
 
     def gradient(self, images: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """grad L_tra `[n]`, in memory that the next gradient reuses; and the terms that have a weight, 0-d. Where several
@@ -95,8 +133,10 @@ class Objective:
         if settings.lambda0 or settings.lambda2:
             terms.setdefault("L_task", self.learner.theta.new_zeros(()))
         self.learner.ranks.add_(*(terms[name] for name in ("L_task", "L_pre") if name in terms))
-        weights = {"L_task": settings.lambda0, "L_pre": settings.lambda1, "gradient_energy": -settings.lambda2}
-        loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        weighted = [self.lambdas[k] * terms[name] for k, name in enumerate(("L_task", "L_pre")) if name in terms]
+        if "gradient_energy" in terms:
+            weighted.append(-self.lambdas[2] * self.energy(terms["gradient_energy"])[0])
+        loss = torch.stack(weighted).sum()
         return total, {"loss": loss, **terms}
 
     def choose_step(self, images: Tensor, labels: Tensor, slopes: Callable[[Tensor], Tensor]) -> None:
@@ -124,6 +164,19 @@ class Objective:
         graph = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
         torch.autograd.backward(*_pairs(graph, list(flat.views(g))), inputs=flat.parameters)
         return flat.gradient
+
+    def first_order_terms(self, images: Tensor, labels: Tensor, teacher: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """The gradients `[n]` of lambda0 L_task and lambda1 L_pre, each in memory that the next one reuses."""
+        flat, parts = self.learner.flat, self.learner.parts.of(len(images), "search")
+        if self.lambdas[0]:
+            yield "L_task", self._task_gradient(images, labels, parts).mul_(self.lambdas[0])
+        if teacher is not None and self.lambdas[1]:
+            flat.zero_grad()
+            for part, share in parts:
+                _, pre = self._losses(images[part], labels[part], _cut(teacher, part))
+                assert pre is not None
+                (pre * (self.lambdas[1] * share)).backward(inputs=flat.parameters)
+            yield "L_pre", flat.gradient
 
     # -- the three ways ----------------------------------------------------------------------------------------------
 
@@ -153,18 +206,18 @@ class Objective:
             terms.add(share, L_task=task, L_pre=pre)
             g = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
             along: Sequence[Tensor | None] = [None if x is None else x.detach() for x in g] if whole is None else whole
+            energy = torch.nn.utils.get_total_norm([x for x in along if x is not None]).square()
             # grad of first - 2 lambda2 <g, along>
             graphs, vectors = _pairs(g, along)
-            vectors = [x * (-2 * self.settings.lambda2 * share) for x in vectors]
+            vectors = [x * (self.energy(energy)[1] * -2 * self.lambdas[2] * share) for x in vectors]
             if (first := self._first_order(task, pre)) is not None:
                 graphs, vectors = [*graphs, first], [*vectors, torch.full_like(first, share)]
             torch.autograd.backward(graphs, vectors, inputs=flat.parameters)
-        found = [x for x in (along if whole is None else whole) if x is not None]
-        terms["gradient_energy"] = torch.nn.utils.get_total_norm(found).square()
+        terms["gradient_energy"] = energy
         return flat.gradient
 
     def _difference(self, images: Tensor, labels: Tensor, teacher: Tensor | None, terms: Terms) -> Tensor:
-        flat, settings = self.learner.flat, self.settings
+        flat = self.learner.flat
         flat.zero_grad()
         pull = None if teacher is None else torch.zeros_like(flat.gradient)  # lambda1 grad L_pre
         with full_fp32(self.learner.backbone):
@@ -174,7 +227,7 @@ class Objective:
                 terms.add(share, L_task=task, L_pre=pre)
                 (task * share).backward(inputs=flat.parameters, retain_graph=pre is not None)
                 if pre is not None and pull is not None:
-                    values = torch.autograd.grad(pre * (settings.lambda1 * share), flat.parameters, allow_unused=True)
+                    values = torch.autograd.grad(pre * (self.lambdas[1] * share), flat.parameters, allow_unused=True)
                     for view, value in zip(flat.views(pull), values, strict=True):
                         if value is not None:  # the last projection has no part in the class tokens
                             view += value
@@ -186,8 +239,8 @@ class Objective:
         h = self._difference_of(
             images, labels, g, whole, self.relative_step, self.learner.parts.of(len(images), "train")
         )
-        terms["gradient_energy"] = whole.norm().square()
-        total = h.mul_(-2 * settings.lambda2).add_(g, alpha=settings.lambda0)
+        terms["gradient_energy"] = energy = whole.norm().square()
+        total = h.mul_(self.energy(energy)[1] * -2 * self.lambdas[2]).add_(g, alpha=self.lambdas[0])
         return total if pull is None else total.add_(pull)
 
     # -- their parts ---------------------------------------------------------------------------------------------------
@@ -203,13 +256,13 @@ class Objective:
             assert self.weights is not None
             features, tokens = backbone.class_tokens(images)
             pre = consistency(tokens, teacher, self.weights)
-        if self.settings.lambda0 or self.settings.lambda2:
+        if self.lambdas[0] or self.lambdas[2]:
             task = F.cross_entropy(self.learner.head(features, self.classes), positions(labels, self.classes))
         return task, pre
 
     def _first_order(self, task: Tensor | None, pre: Tensor | None) -> Tensor | None:
         """lambda0 L_task + lambda1 L_pre; None if both weights are 0."""
-        weighted = ((self.settings.lambda0, task), (self.settings.lambda1, pre))
+        weighted = ((self.lambdas[0], task), (self.lambdas[1], pre))
         terms = [weight * value for weight, value in weighted if weight and value is not None]
         return torch.stack(terms).sum() if terms else None
 

@@ -34,6 +34,25 @@ class TRMSettings:
         0.01,
         "Weight of the gradient energy (eq. 14).",
     )
+    teacher: Literal["mean", "current", "previous"] = setting(
+        "mean",
+        "Whose class tokens prediction consistency asks for: the mean of both models' (eq. 7), those of the model trained on "
+        "this task, or those of the merged model before it.",
+    )
+    scale: Literal["absolute", "relative"] = setting(
+        "absolute",
+        "The terms of eq. 14 as they are, or each divided by its size on the first batch of the search, so that the lambdas "
+        "mean the same for every model and task.",
+    )
+    energy: Literal["square", "bounded"] = setting(
+        "square",
+        "The gradient energy E as it is (eq. 13), which has no lower bound, or E / (E + E at the start of the search).",
+    )
+    space: Literal["line", "span"] = setting(
+        "line",
+        "Search along the new task vector (eq. 4), or in the span of the new and the merged task vector, the plane that the "
+        "paper speaks of: gamma moves the model towards or away from the starting weights, which are then kept.",
+    )
     layer_b: int | None = setting(
         None,
         "b of eq. 7, counted from 1. The paper leaves it open.",
