@@ -24,10 +24,13 @@ def _round_up(n: int, multiple: int) -> int:
 class FlatModel:
     """`module` with its trainable floating-point parameters moved into one buffer.
 
+    frozen: the parameters never change from here on: they need no autograd and have no gradient.
+
     Attributes:
         module: the module itself; its trainable parameters become views of `theta`.
         theta: `[n]` parameter, `dtype`; the only parameter to optimise. `theta.grad` is `gradient`.
-        gradient: `[n]`, same dtype; `backward()` adds to it. Clear it with `zero_grad()`, never set it to None.
+        gradient: `[n]`, same dtype; `backward()` adds to it. Clear it with `zero_grad()`, never set it to None. `[0]` if
+            frozen.
         names, parameters, shapes, sizes: per tensor, in buffer order (sorted names).
         offsets: `len(names) + 1` element offsets; tensor i is `theta[offsets[i] : offsets[i] + sizes[i]]`.
 
@@ -38,8 +41,8 @@ class FlatModel:
         ValueError: no parameter is trainable, or a trainable parameter is not floating point.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32):
-        self.module = module
+    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32, frozen: bool = False):
+        self.module, self.frozen = module, frozen
         # by default a tied parameter appears only under its first name in module order: list all, keep the first sorted
         by_name = sorted((n, p) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
         first = {id(p): n for n, p in reversed(by_name)}
@@ -68,7 +71,13 @@ class FlatModel:
             yield flat[offset : offset + size].view(shape)
 
     def _bind(self, buffer: Tensor) -> None:
-        self.theta = nn.Parameter(buffer, requires_grad=True)
+        self.theta = nn.Parameter(buffer, requires_grad=not self.frozen)
+        if self.frozen:
+            self.gradient = buffer.new_zeros(0)
+            for p, value in zip(self.parameters, self.views(buffer), strict=True):
+                p.grad, p.data = None, value
+                p.requires_grad_(False)
+            return
         self.gradient = torch.zeros_like(buffer)
         self.theta.grad = self.gradient
         for p, value, grad in zip(self.parameters, self.views(buffer), self.views(self.gradient), strict=True):
@@ -87,7 +96,8 @@ class FlatModel:
 
     def check_views(self) -> None:
         """Raise RuntimeError if a parameter or gradient is not a view of the buffers (e.g. after `module.to(...)`)."""
-        for kind, flat in (("parameter", self.theta), ("gradient of", self.gradient)):
+        kinds = [("parameter", self.theta)] + [("gradient of", self.gradient)] * (not self.frozen)
+        for kind, flat in kinds:
             for name, p, view in zip(self.names, self.parameters, self.views(flat.detach()), strict=True):
                 tensor = p if kind == "parameter" else p.grad
                 if tensor is None or tensor.data_ptr() != view.data_ptr() or tensor.shape != view.shape:

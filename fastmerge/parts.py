@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fastmerge.errors import UserError, first_line
 from fastmerge.flat import FlatModel
@@ -144,9 +145,10 @@ def _saved(flat: FlatModel, images: int, size: int, unfused: bool) -> int:
         return tensor
 
     x = torch.zeros(images, 3, size, size, device=flat.theta.device)
+    weights = flat.as_dict(flat.theta.detach().requires_grad_())  # also of a frozen model, which prompts train through
     attention = differentiable_attention() if unfused else contextlib.nullcontext()
     with torch.enable_grad(), attention, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        features = flat.module(x)
+        features = functional_call(flat.module, weights, (x,))
     storages.pop(flat.theta.untyped_storage()._cdata, None)
     del features
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())

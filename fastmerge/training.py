@@ -74,7 +74,7 @@ class Learner:
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
         initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
-    frozen: the method never changes the backbone.
+    frozen: the method never changes the backbone, whose weights need no autograd and no gradient buffer then.
     """
 
     def __init__(
@@ -87,11 +87,13 @@ class Learner:
         flip: bool = False,
         frozen: bool = False,
     ):
-        self.flat = FlatModel(backbone.eval()).to(device)  # eval: no dropout, so that a step is a function of its seed
+        self.flat = FlatModel(backbone.eval(), frozen=frozen).to(
+            device
+        )  # eval: no dropout, so that a step is a function of its seed
         self.backbone, self.head = backbone, head.to(device)
         backbone.precision = config.training.precision or "fp32"
         allow_tf32(backbone.precision == "tf32")  # of backward passes
-        if config.training.checkpoint_gradients and not frozen:
+        if config.training.checkpoint_gradients:
             checkpoint_blocks(backbone)
         self.config, self.seed, self.device = config, seed, device
         self.ranks = ranks()

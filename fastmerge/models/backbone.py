@@ -16,6 +16,7 @@ from fastmerge.errors import UserError
 from fastmerge.models.compiled import Compiled
 from fastmerge.models.normalisation import Normalisation
 from fastmerge.models.precision import computing, flags
+from fastmerge.models.prompts import Prompt, prompting
 
 
 class Backbone(nn.Module):
@@ -59,6 +60,10 @@ class Backbone(nn.Module):
         """`[b, 3, s, s]` normalised -> `[b, feature_dim]`, not L2-normalised, in the dtype of the images."""
         return self._run("features", images)
 
+    def prompted(self, images: Tensor, prompt: Prompt) -> Tensor:
+        """The features with prompts in the transformer, see models/prompts.py. Inserted tokens run uncompiled."""
+        return self._run("features", images, prompt)
+
     def class_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[b, feature_dim]` and the class token after every block, `[layers, b, width]`, in one forward.
 
@@ -87,12 +92,13 @@ class Backbone(nn.Module):
             )
         return [f"{linear[-1]}.{name}" for name, _ in self.get_submodule(linear[-1]).named_parameters()]
 
-    def _run(self, what: str, images: Tensor) -> Any:
+    def _run(self, what: str, images: Tensor, prompt: Prompt | None = None) -> Any:
+        hooks = prompt is not None and bool(prompt.tokens)
         with flags(self.precision, images.device):
-            return (self.compiled or self._compute)(what, images)
+            return (self._compute if hooks or self.compiled is None else self.compiled)(what, images, prompt)
 
-    def _compute(self, what: str, images: Tensor) -> Any:
-        with computing(self.precision):
+    def _compute(self, what: str, images: Tensor, prompt: Prompt | None = None) -> Any:
+        with computing(self.precision), prompting(self, prompt):
             if what == "features":
                 return self._features(images).to(images.dtype)
             features, tokens = self._class_tokens(images)

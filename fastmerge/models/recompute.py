@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from fastmerge.errors import UserError
 from fastmerge.models.attention import is_differentiable
-from fastmerge.models.precision import computing
 
 
 def blocks_of(backbone: Any) -> list[nn.Module]:
@@ -62,16 +62,51 @@ def _forward(backbone: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     own = type(block).forward
     if not backbone.recompute or not torch.is_grad_enabled() or is_differentiable():
         return own(block, *args, **kwargs)
-    weights = dict(block.named_parameters(remove_duplicate=False))  # those of a functional_call, inside one
-    precision = backbone.precision
+    weights = dict(
+        _WithoutHooks(block).named_parameters(remove_duplicate=False)
+    )  # those of a functional_call, inside one
+    again = Again()
 
     def run(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         with kept_activations(backbone):
-            return functional_call(block, weights, args, kwargs)
+            return functional_call(_WithoutHooks(block), weights, args, kwargs)
 
     return checkpoint(
         run, weights, *args, **kwargs,
         use_reentrant=False,
         preserve_rng_state=False,  # no dropout in eval mode
-        context_fn=lambda: (contextlib.nullcontext(), computing(precision)),
+        context_fn=lambda: (contextlib.nullcontext(), again),
     )  # fmt: skip
+
+
+class _WithoutHooks(nn.Module):
+    """A block without its hooks, which run outside the checkpoint."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+class Again:
+    """The function modes that are active now (precision, prompts), as a context to enter later, and repeatedly."""
+
+    def __init__(self):
+        self.modes = [_copy(mode) for mode in _get_current_function_mode_stack()]
+        self.inside: list[Any] = []
+
+    def __enter__(self):
+        self.inside = [_copy(mode) for mode in self.modes]
+        for mode in self.inside:
+            mode.__enter__()
+
+    def __exit__(self, *error):
+        for mode in reversed(self.inside):
+            mode.__exit__(*error)
+
+
+def _copy(mode: Any) -> Any:
+    """A mode that counts is copied as it is now."""
+    return mode.again() if hasattr(mode, "again") else mode
