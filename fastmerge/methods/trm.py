@@ -261,10 +261,10 @@ class Search(Phase):
         self.place()
         if self.walked is not None and not self.method.warned and float(self.walked) > WALKED:
             self.method.warned = True
+            alpha = float(self.coefficients.detach()[0])
             self.learner.parts.say(
-                f"{self.task.name}: alpha moved by nearly the same step {self.steps} times in one direction, to "
-                f"{float(self.coefficients.detach()[0]):.2f}; the number of steps decided where. Longer --merge-epochs or a larger "
-                "--trm.lr lets the search settle"
+                f"{self.task.name}: alpha moved by nearly the same step {self.steps} times in one direction, to {alpha:.2f}; "
+                "the number of steps decided where. Longer --merge-epochs or a larger --trm.lr lets the search settle"
             )
         self.learner.flat.zero_grad()
 
