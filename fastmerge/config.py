@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fastmerge.declaration import Declaration, setting
 from fastmerge.errors import UserError
+from fastmerge.settings.lora import InfLoRASettings
 from fastmerge.settings.merging import (
     CLIPAdapterSettings,
     CMMSettings,
@@ -263,7 +264,9 @@ class TrainingSettings:
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
-        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings of the method or "
+        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
+        "inflora. "
+        "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
         derived="trm; for glyphs also finetune",
@@ -446,6 +449,7 @@ class Config:
     coma: ComaSettings = field(default_factory=ComaSettings)
     wise_ft: WiseFTSettings = field(default_factory=WiseFTSettings)
     clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
+    inflora: InfLoRASettings = field(default_factory=InfLoRASettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)
 

@@ -68,7 +68,7 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
         changes[group][known] = value
     its = changed(config, changes, f"--method {spec}") if changes else config
     if its.training.lora_rank and not METHODS[name].lora:
-        raise UserError(f"--lora-rank: {name} works on all weights; omit --lora-rank, or remove {name} from --method")
+        raise UserError(f"--lora-rank: {name} does not read it; omit --lora-rank, or remove {name} from --method")
     return name, its
 
 
@@ -130,7 +130,7 @@ def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> 
             for protocol in method.protocols(its):
                 shared, variant = method.trajectory(its, protocol), _variant(its, config)
                 shared = shared and shared + variant
-                train = its.training.epochs if method.trains and shared not in trained else 0
+                train = method.train_epochs(its) if method.trains and shared not in trained else 0
                 epochs = {"train": train, "merge": method.merge_epochs(its)}
                 if shared:
                     trained.add(shared)

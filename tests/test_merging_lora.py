@@ -6,7 +6,6 @@ import pytest
 import test_merging
 import torch
 import toy
-from torch import nn
 
 from fastmerge.merging import RULES
 from fastmerge.methods.posthoc import PostHoc
@@ -20,19 +19,6 @@ SETTINGS = {
 VARIANTS = [(rule, []) for rule in RULES] + [(rule, ["--ties.scope=tensor"]) for rule in ("ties", "dare-ties")]
 
 
-class Backbone(toy.Backbone):
-    """One fused matrix of query, key and value, among other weights that LoRA does not move."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.Module()
-        self.attn.qkv = nn.Linear(48, 21)
-
-    def forward(self, images):
-        query, key, value = self.attn.qkv(images.flatten(1).to(self.inner.weight)).chunk(3, dim=1)
-        return self.outer(torch.tanh(self.inner(images.flatten(1))) + query + torch.tanh(key) * value)
-
-
 def names_of(blocks, vector):
     pieces = vector.double().split([b.rows * b.columns for b in blocks])
     return {f"{b.name}[{b.first}:]": piece.view(b.rows, b.columns) for b, piece in zip(blocks, pieces, strict=True)}
@@ -41,7 +27,6 @@ def names_of(blocks, vector):
 @pytest.mark.parametrize("protocol", ["full", "running", "strict"])
 @pytest.mark.parametrize(("rule", "flags"), VARIANTS, ids=lambda x: str(x))
 def test_every_rule_merges_what_moved_and_nothing_else(rule, flags, protocol, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "Backbone", Backbone)
     learner = toy.learner("--lora-rank=2", "--lr=3e-2", "--fisher.floor=1e-3", *SETTINGS.get(rule, []), *flags)
     method = PostHoc(learner, toy.nowhere(tmp_path), rule, protocol)
     monkeypatch.setattr(test_merging, "SEED", learner.seed_for("rule", rule))

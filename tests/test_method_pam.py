@@ -115,7 +115,7 @@ def test_targets_and_models_without_attention():
     with pytest.raises(UserError, match="no key or value projection"):
         flat = FlatModel(nn.Linear(2, 2))
         find_blocks(flat.names, flat.shapes, flat.offsets, ("key", "value"))
-    with pytest.raises(UserError, match="ewc works on all weights"):
+    with pytest.raises(UserError, match="ewc does not read it"):
         read_method("ewc", toy.parse(["--lora-rank", "4"]))
 
 

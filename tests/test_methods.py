@@ -20,8 +20,12 @@ from fastmerge.plan import Run
 from fastmerge.runfolder import State
 from fastmerge.training import PHASES
 
-# the toy backbone has neither attention nor class tokens
-FLAGS = ("--epochs=1", "--merge-epochs=1", "--pam.rank=0", "--trm.lambda1=0", "--protocol", "full", "running", "strict")
+# the toy backbone has no class tokens
+FLAGS = (
+    "--epochs=1", "--merge-epochs=1", "--trm.lambda1=0", "--protocol", "full", "running", "strict",
+    "--pam.rank=0",
+    "--inflora.rank=2",
+)  # fmt: skip
 CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind.protocols(toy.parse(list(FLAGS)))]
 
 
@@ -100,7 +104,7 @@ def test_progress_counts_epochs_to_their_number(name, protocol, tmp_path, monkey
     learner, method = build(name, protocol, tmp_path)
     tasks = toy.tasks()
     scenario = SimpleNamespace(kind="cil", tasks=[task for task, _ in tasks])
-    epochs = {"train": 1, "merge": METHODS[name].merge_epochs(learner.config)}
+    epochs = {"train": METHODS[name].train_epochs(learner.config), "merge": METHODS[name].merge_epochs(learner.config)}
     screen.start([Run(name, name, protocol, 0, learner.config, scenario, epochs, None)])
     screen.next_run(0)
     screen.begin(State())

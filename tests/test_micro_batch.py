@@ -38,6 +38,8 @@ def first_step(phase, learner, largest):
     hook.remove()
     fisher = getattr(phase, "fisher", None)  # the tensor of a pass, or the pass of a merge rule
     gradients = [] if fisher is None else [getattr(fisher, "fisher", fisher)]
+    moments = getattr(phase, "moments", phase)  # likewise
+    gradients += getattr(moments, "totals", {}).values()
     if hasattr(phase, "optimiser"):
         gradients += [p.grad for group in phase.optimiser.param_groups for p in group["params"]]
     return terms, [gradient.detach().clone() for gradient in gradients]

@@ -10,6 +10,7 @@ from fastmerge.methods.clip_adapter import CLIPAdapter
 from fastmerge.methods.cmm import CMM
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
+from fastmerge.methods.inflora import InfLoRA
 from fastmerge.methods.lwf import LwF
 from fastmerge.methods.method import Method
 from fastmerge.methods.nearest_mean import NearestMean
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "lwf": LwF,
     "ewc": EWC,
     "clip-adapter": CLIPAdapter,
+    "inflora": InfLoRA,
     "nearest-mean": NearestMean,
     **{rule: method_of(rule) for rule in RULES},
 }

@@ -62,6 +62,11 @@ class Method(ABC):
         return None
 
     @classmethod
+    def train_epochs(cls, config: Config) -> int:
+        """Epochs of the training phase, used to estimate the time left."""
+        return config.training.epochs
+
+    @classmethod
     def merge_epochs(cls, config: Config) -> int:
         """Epochs of the merging phase, used to estimate the time left."""
         return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,33 +117,21 @@ class Projections:
         return functional_call(self.flat.module, self.named(weights), (images,))
 
 
-class LowRank(Projections, Trainable):
-    """An adapter of rank r on these projections.
+class Adapter(Projections, Trainable):
+    """What is added to these projections. base: `[m]`, the adapted weights without it."""
 
-    theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]`
-    (zero) of every block. base: `[m]`, the adapted weights at the start.
-    """
-
-    def __init__(self, flat: FlatModel, rank: int, targets: Sequence[str], generator: torch.Generator):
+    def __init__(self, flat: FlatModel, targets: Sequence[str]):
         super().__init__(flat, targets)
-        self.rank, parts = rank, []
-        for block in self.blocks:
-            a = torch.empty(rank, block.columns).uniform_(-1, 1, generator=generator) / math.sqrt(block.columns)
-            parts += [a.flatten(), torch.zeros(block.rows * rank)]
-        device = flat.theta.device
-        self.theta = nn.Parameter(torch.cat(parts).to(device))
-        self.theta.grad = torch.zeros_like(self.theta)
         self.base = self.gather(flat.theta.detach())
 
+    @abstractmethod
     def shift(self) -> Tensor:
-        """B A of every block, `[m]`; differentiable with respect to `theta`."""
-        sizes = [size for b in self.blocks for size in (self.rank * b.columns, b.rows * self.rank)]
-        pieces = self.theta.split(sizes)
-        products = [
-            b_part.view(b.rows, self.rank) @ a_part.view(self.rank, b.columns)
-            for b, a_part, b_part in zip(self.blocks, pieces[::2], pieces[1::2], strict=True)
-        ]
-        return torch.cat([p.flatten() for p in products])
+        """What is added, `[m]`; differentiable with respect to `theta`."""
+
+    def train(self, pieces: Sequence[Tensor]) -> None:
+        """Make the pieces, one after the other, the one parameter `theta`, with a gradient."""
+        self.theta = nn.Parameter(torch.cat([x.flatten() for x in pieces]).to(self.base))
+        self.theta.grad = torch.zeros_like(self.theta)
 
     def features(self, images: Tensor) -> Tensor:
         return self.at(self.base + self.shift(), images)
@@ -155,3 +144,48 @@ class LowRank(Projections, Trainable):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.theta.data.copy_(tensors["adapter"])
+
+
+class LowRank(Adapter):
+    """An adapter of rank r on these projections.
+
+    theta: `[p]` fp32, the one parameter to train: A `[r, columns]` (Kaiming uniform, a = sqrt 5) and B `[rows, r]`
+    (zero) of every block. base: `[m]`, the adapted weights at the start.
+    """
+
+    def __init__(self, flat: FlatModel, rank: int, targets: Sequence[str], generator: torch.Generator):
+        super().__init__(flat, targets)
+        self.rank = rank
+        self.train([x for b in self.blocks for x in (new_down(rank, b, generator), torch.zeros(b.rows * rank))])
+
+    def shift(self) -> Tensor:
+        """B A of every block."""
+        sizes = [size for b in self.blocks for size in (self.rank * b.columns, b.rows * self.rank)]
+        pieces = self.theta.split(sizes)
+        products = [
+            b_part.view(b.rows, self.rank) @ a_part.view(self.rank, b.columns)
+            for b, a_part, b_part in zip(self.blocks, pieces[::2], pieces[1::2], strict=True)
+        ]
+        return torch.cat([p.flatten() for p in products])
+
+
+def new_down(rank: int, block: Block, generator: torch.Generator) -> Tensor:
+    """A of a new adapter, `[r, columns]`: Kaiming uniform with a = sqrt 5."""
+    return torch.empty(rank, block.columns).uniform_(-1, 1, generator=generator) / math.sqrt(block.columns)
+
+
+class OnlyUp(Adapter):
+    """An adapter of rank r whose A is given and fixed. theta: B `[rows, r]` (zero) of every block. downs: A `[r, columns]`
+    of every block, zero until it is set."""
+
+    def __init__(self, flat: FlatModel, rank: int, targets: Sequence[str]):
+        super().__init__(flat, targets)
+        self.rank = rank
+        self.train([torch.zeros(b.rows, rank) for b in self.blocks])
+        self.downs = [self.base.new_zeros(rank, b.columns) for b in self.blocks]
+
+    def shift(self) -> Tensor:
+        """B A of every block."""
+        ups = self.theta.split([b.rows * self.rank for b in self.blocks])
+        products = [up.view(-1, self.rank) @ down for up, down in zip(ups, self.downs, strict=True)]
+        return torch.cat([p.flatten() for p in products])
