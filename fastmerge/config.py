@@ -29,6 +29,7 @@ from fastmerge.settings.merging import (
     TRMSettings,
     WiseFTSettings,
 )
+from fastmerge.settings.statistics import RanPACSettings
 
 
 def declarations() -> dict[str, dict[str, tuple[Declaration, Any]]]:
@@ -265,7 +266,8 @@ class TrainingSettings:
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
         "finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
-        "inflora. "
+        "inflora, "
+        "ranpac. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
@@ -452,6 +454,7 @@ class Config:
     inflora: InfLoRASettings = field(default_factory=InfLoRASettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)
+    ranpac: RanPACSettings = field(default_factory=RanPACSettings)
 
 
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix

@@ -203,10 +203,13 @@ class Batches:
         """Indices into the task's images, int64 on the CPU."""
         epoch, place = divmod(i, self.per_epoch)
         if epoch != self._epoch:
-            order = torch.randperm(len(self.images), generator=self.learner.generator("order", *self.what, epoch))
-            self._order, self._epoch = order.split(self.learner.config.training.batch_size), epoch
+            self._order, self._epoch = self.order(epoch).split(self.learner.config.training.batch_size), epoch
             self.images.plan(list(self._order[place:]))
         return self._order[place]
+
+    def order(self, epoch: int) -> Tensor:
+        """All rows in the order of an epoch, int64 on the CPU."""
+        return torch.randperm(len(self.images), generator=self.learner.generator("order", *self.what, epoch))
 
 
 def learning_rate(peak: float, i: int, steps: int, warmup: int = 0) -> float:

@@ -21,7 +21,7 @@ from fastmerge import parts
 from fastmerge.data import augment
 from fastmerge.data.cache import TaskImages
 from fastmerge.methods import METHODS
-from fastmerge.models.heads import PrototypeHead, TextHead
+from fastmerge.models.heads import TextHead
 from fastmerge.training import Learner
 
 CUDA = torch.device("cuda", 0)
@@ -108,8 +108,7 @@ class Transfers(TorchDispatchMode):
 def learner(name: str, *flags: str) -> Learner:
     """The toy model on fake CUDA for the method of that name."""
     config = toy.parse(["--model=tiny", "--batch-size=8", "--device=cpu", *flags])
-    prototypes = METHODS[name].head == "prototype"
-    head = PrototypeHead(5, toy.CLASSES) if prototypes else TextHead(torch.randn(toy.CLASSES, 5), 3.0)
+    head = toy.head(METHODS[name].head, TextHead(torch.randn(toy.CLASSES, 5), 3.0))
     return Learner(toy.Backbone().to(CUDA), head, config, 0, CUDA)
 
 

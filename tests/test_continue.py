@@ -53,7 +53,10 @@ CASES = {
         ["--head", "text", "--protocol", "full", "running", "strict"],
     ),
     "text": (["cmm", "pam", "ties"], ["--head", "text", "--protocol", "full"]),
-    "linear": (["trm", "lwf", "magmax"], ["--head", "linear", "--protocol", "running", "--no-nearest-mean"]),
+    "linear": (
+        ["trm", "lwf", "magmax", "ranpac"],
+        ["--head", "linear", "--protocol", "running", "--no-nearest-mean", "--ranpac.projection", "40"],
+    ),
     "prototype": (["trm"], ["--head", "prototype"]),
 }
 

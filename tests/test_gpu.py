@@ -17,7 +17,6 @@ from test_methods import CASES, FLAGS
 from fastmerge.__main__ import main
 from fastmerge.data.cache import TaskImages
 from fastmerge.methods import METHODS
-from fastmerge.models.heads import PrototypeHead
 from fastmerge.runfolder import Record, StopRequest
 from fastmerge.training import Learner
 
@@ -29,8 +28,7 @@ EVERYWHERE += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in CA
 
 def built(name: str, protocol: str, device: str, tmp_path, *flags: str):
     kind, made = METHODS[name], toy.learner("--precision=fp32", *flags, *FLAGS)
-    head = PrototypeHead(5, toy.CLASSES) if kind.head == "prototype" else made.head
-    learner = Learner(made.backbone, head, made.config, 0, torch.device(device))
+    learner = Learner(made.backbone, toy.head(kind.head, made.head), made.config, 0, torch.device(device))
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)
 
 

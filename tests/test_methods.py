@@ -15,7 +15,6 @@ from fastmerge.config import Config
 from fastmerge.loop import kept_bytes
 from fastmerge.methods import METHODS
 from fastmerge.models.features import restore
-from fastmerge.models.heads import PrototypeHead
 from fastmerge.plan import Run
 from fastmerge.runfolder import State
 from fastmerge.training import PHASES
@@ -32,8 +31,7 @@ CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind
 def build(name, protocol, tmp_path, *flags):
     kind = METHODS[name]
     learner = toy.learner(*flags, *FLAGS)
-    if kind.head == "prototype":
-        learner.head = PrototypeHead(5, toy.CLASSES)
+    learner.head = toy.head(kind.head, learner.head)
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)
 
 

@@ -12,7 +12,7 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.flags import parse
 from fastmerge.methods.trajectory import Trajectory
-from fastmerge.models.heads import LinearHead, TextHead
+from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
 from fastmerge.models.precision import computing
 from fastmerge.training import Learner
 
@@ -43,10 +43,18 @@ class Backbone(nn.Module):
 
 def learner(*flags: str, head: str = "text", seed: int = 0) -> Learner:
     torch.manual_seed(0)
-    config = parse(["--model=tiny", "--epochs=2", "--batch-size=8", "--lr=1e-2", "--device=cpu", *flags])
+    config = parse(
+        ["--model=tiny", "--ranpac.projection=50", "--epochs=2", "--batch-size=8", "--lr=1e-2", "--device=cpu", *flags]
+    )
     backbone = Backbone()
     made = TextHead(torch.randn(CLASSES, 5), 3.0) if head == "text" else LinearHead(5, CLASSES)
     return Learner(backbone, made, config, seed, torch.device("cpu"))
+
+
+def head(kind: str | None, made: Head) -> Head:
+    """The head that a method needs (`Method.head`): `made`, or another kind."""
+    others = {"prototype": PrototypeHead, "linear": LinearHead}
+    return others[kind](5, CLASSES) if kind in others else made
 
 
 def tasks() -> list[tuple[Task, TaskImages]]:

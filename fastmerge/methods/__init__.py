@@ -16,6 +16,7 @@ from fastmerge.methods.method import Method
 from fastmerge.methods.nearest_mean import NearestMean
 from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import method_of
+from fastmerge.methods.ranpac import RanPAC
 from fastmerge.methods.trm import TRM
 
 METHODS: dict[str, type[Method]] = {
@@ -29,5 +30,6 @@ METHODS: dict[str, type[Method]] = {
     "clip-adapter": CLIPAdapter,
     "inflora": InfLoRA,
     "nearest-mean": NearestMean,
+    "ranpac": RanPAC,
     **{rule: method_of(rule) for rule in RULES},
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
@@ -16,6 +17,7 @@ from fastmerge.flat import FlatModel
 from fastmerge.models.adapter import ClipAdapter
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.linearised import Linearised
+from fastmerge.models.precision import tf32
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ def adapted(backbone: Backbone, adapter: ClipAdapter) -> Features:
     return Features("clip-adapter", backbone, lambda images: adapter(backbone(images)), dict(adapter.state_dict()))
 
 
+def projected(backbone: Backbone, projection: Tensor) -> Features:
+    """Random features of RanPAC: relu(f P), P `[d, M]`."""
+
+    def function(images: Tensor) -> Tensor:
+        with tf32(False):
+            return torch.relu(backbone(images) @ projection)
+
+    return Features("random-projection", backbone, function, {"projection": projection})
+
+
 def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Features:
     """Rebuild the features that were saved with this kind and these tensors.
 
@@ -59,4 +71,6 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
         return linearised(backbone, Linearised(FlatModel(backbone, tensors["initial"].dtype), tensors["initial"]))
     if kind == "clip-adapter":
         return adapted(backbone, ClipAdapter.of(tensors))
+    if kind == "random-projection":
+        return projected(backbone, tensors["projection"])
     raise UserError(f"this version of fastmerge does not know features of kind {kind!r}; install a newer one")

@@ -77,6 +77,7 @@ class LinearHead(Head):
     """logits = features W^T + b over the classes known so far. Rows start at zero; weight `[known, d]`, bias `[known]`.
 
     In a domain-incremental run all classes are known from the first task on, and training continues with the same rows.
+    A loaded state brings its own d: RanPAC's features are longer than the backbone's.
     """
 
     kind = "linear"
@@ -99,17 +100,16 @@ class LinearHead(Head):
         new = [c for c in classes if self.row[c] < 0]
         known = len(self.weight)
         self.row[new] = torch.arange(known, known + len(new), device=self.row.device)
-        self._resize(known + len(new))
-
-    def _resize(self, rows: int) -> None:
         for name in ("weight", "bias"):
             old = getattr(self, name).detach()
-            value = old.new_zeros(rows, *old.shape[1:])
-            value[: len(old)] = old[:rows]
+            value = old.new_zeros(known + len(new), *old.shape[1:])
+            value[:known] = old
             setattr(self, name, nn.Parameter(value))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self._resize(len(state_dict[prefix + "bias"]))
+        for name in ("weight", "bias"):
+            value = getattr(self, name).new_zeros(state_dict[prefix + name].shape)
+            setattr(self, name, nn.Parameter(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def trainable(self) -> list[nn.Parameter]:
