@@ -30,6 +30,7 @@ from fastmerge.settings.merging import (
     WiseFTSettings,
 )
 from fastmerge.settings.statistics import RanPACSettings
+from fastmerge.settings.text import CoOpSettings, VPTSettings
 
 
 def declarations() -> dict[str, dict[str, tuple[Declaration, Any]]]:
@@ -266,7 +267,7 @@ class TrainingSettings:
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
         "finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
-        "inflora, "
+        "coop, vpt, inflora, "
         "ranpac. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
@@ -452,6 +453,8 @@ class Config:
     wise_ft: WiseFTSettings = field(default_factory=WiseFTSettings)
     clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
     inflora: InfLoRASettings = field(default_factory=InfLoRASettings)
+    coop: CoOpSettings = field(default_factory=CoOpSettings)
+    vpt: VPTSettings = field(default_factory=VPTSettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)
     ranpac: RanPACSettings = field(default_factory=RanPACSettings)

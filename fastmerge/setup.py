@@ -18,10 +18,12 @@ from fastmerge.data.scenario import Scenario, build_scenario
 from fastmerge.errors import UserError
 from fastmerge.flags import DEFAULT_TASKS, settled
 from fastmerge.machine import choose_device
+from fastmerge.methods import METHODS
 from fastmerge.models import load_backbone
 from fastmerge.models.heads import Head, build_head
 from fastmerge.models.normalisation import Normalisation
 from fastmerge.models.precision import choose
+from fastmerge.models.text_context import ClassPrompts
 from fastmerge.training import Learner
 
 if TYPE_CHECKING:
@@ -123,7 +125,20 @@ class Setup:
         if self.earlier and self.head.kind == "text" and (before := self.earlier.text_head()) is not None:
             self.head.adopt(before)  # a class keeps the templates that it was learned with
         self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
+        self.text: ClassPrompts | None = None
+        if any(METHODS[spec.partition(":")[0]].needs_text for spec in self.config.training.method):
+            if self.head.kind != "text" or encoder is None:
+                raise UserError(
+                    f"--method {' '.join(self.config.training.method)}: {self._learns_text()} learns prompts of the text "
+                    "tower, so it needs --head text and a CLIP model"
+                )
+            precision = self.config.training.precision or "fp32"
+            self.text = ClassPrompts(encoder, self.dataset.class_names, self.device, precision)
         self._seed = seed
+
+    def _learns_text(self) -> str:
+        names = [spec.partition(":")[0] for spec in self.config.training.method]
+        return next(name for name in names if METHODS[name].needs_text)
 
     def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:
         return build_head(
@@ -139,10 +154,13 @@ class Setup:
     def learner(
         self, seed: int, head: str | None = None, config: Config | None = None, frozen: bool = False
     ) -> Learner:
-        """The starting model for one run. head: a kind that replaces the command's and needs no text tower. config: the
-        run's config if it differs from the command's. frozen: the method does not change the backbone."""
+        """The starting model for one run, with the text tower where a method of the command needs it. head: a kind that
+        replaces the command's and needs no text tower. config: the run's config if it differs from the command's. frozen:
+        the method does not change the backbone."""
         if self.random_weights and seed != self._seed:
             self._prepare(seed)
         made = self._head(head) if head else copy.deepcopy(self.head)
         config = config or self.config
-        return Learner(copy.deepcopy(self.backbone), made, config, seed, self.device, self.dataset.flip, frozen)
+        learner = Learner(copy.deepcopy(self.backbone), made, config, seed, self.device, self.dataset.flip, frozen)
+        learner.text = self.text
+        return learner

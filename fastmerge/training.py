@@ -27,6 +27,7 @@ from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
 from fastmerge.models.precision import allow_tf32
 from fastmerge.models.recompute import checkpoint_blocks
+from fastmerge.models.text_context import ClassPrompts
 from fastmerge.models.trainable import AllWeights, Trainable
 from fastmerge.parts import Parts, free_bytes, saved_bytes
 from fastmerge.ranks import ranks
@@ -72,6 +73,7 @@ class Learner:
     Attributes:
         parts: how many images a step computes at once.
         flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
+        text: the class names and the text tower, for methods with `needs_text`; else None.
         initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
     frozen: the method never changes the backbone, whose weights need no autograd and no gradient buffer then.
@@ -108,6 +110,7 @@ class Learner:
         )
         if config.training.compile and not config.training.checkpoint_gradients:  # a row may ask for the second alone
             self.backbone.compile_with(self.parts.usual, lambda text: self.parts.say(text))
+        self.text: ClassPrompts | None = None  # set for methods that need it
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property

@@ -109,7 +109,9 @@ def learner(name: str, *flags: str) -> Learner:
     """The toy model on fake CUDA for the method of that name."""
     config = toy.parse(["--model=tiny", "--batch-size=8", "--device=cpu", *flags])
     head = toy.head(METHODS[name].head, TextHead(torch.randn(toy.CLASSES, 5), 3.0))
-    return Learner(toy.Backbone().to(CUDA), head, config, 0, CUDA)
+    made = Learner(toy.Backbone().to(CUDA), head, config, 0, CUDA)
+    made.text = toy.Text(CUDA)
+    return made
 
 
 def tasks(count: int = toy.TASKS):

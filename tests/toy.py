@@ -48,7 +48,24 @@ def learner(*flags: str, head: str = "text", seed: int = 0) -> Learner:
     )
     backbone = Backbone()
     made = TextHead(torch.randn(CLASSES, 5), 3.0) if head == "text" else LinearHead(5, CLASSES)
-    return Learner(backbone, made, config, seed, torch.device("cpu"))
+    its = Learner(backbone, made, config, seed, torch.device("cpu"))
+    its.text = Text()
+    return its
+
+
+class Text:
+    """In place of `ClassPrompts`: rows that depend on the context and the class."""
+
+    width = 6
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        g = torch.Generator().manual_seed(5)
+        self.of_class = torch.randn(CLASSES, 6, generator=g).to(device)
+        self.projection = torch.randn(6, 5, generator=g).to(device)
+
+    def rows(self, context, classes):
+        mixed = torch.tanh(10 * context.mean(-2) + self.of_class[classes])
+        return nn.functional.normalize(mixed @ self.projection, dim=1)
 
 
 def head(kind: str | None, made: Head) -> Head:

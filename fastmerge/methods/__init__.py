@@ -8,6 +8,7 @@ from __future__ import annotations
 from fastmerge.merging import RULES
 from fastmerge.methods.clip_adapter import CLIPAdapter
 from fastmerge.methods.cmm import CMM
+from fastmerge.methods.coop import CoOp
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
 from fastmerge.methods.inflora import InfLoRA
@@ -18,6 +19,7 @@ from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import method_of
 from fastmerge.methods.ranpac import RanPAC
 from fastmerge.methods.trm import TRM
+from fastmerge.methods.vpt import VPT
 
 METHODS: dict[str, type[Method]] = {
     "trm": TRM,
@@ -28,6 +30,8 @@ METHODS: dict[str, type[Method]] = {
     "lwf": LwF,
     "ewc": EWC,
     "clip-adapter": CLIPAdapter,
+    "coop": CoOp,
+    "vpt": VPT,
     "inflora": InfLoRA,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,

@@ -29,13 +29,15 @@ Tensors = dict[str, Tensor]
 class Method(ABC):
     """Class attributes:
 
-    groups: groups of settings that the method reads, its own first. head: the kind of head it needs, None for any. lora:
-    whether `--lora-rank` may be used. frozen: whether the backbone never changes. trains: whether it has a training
+    groups: groups of settings that the method reads, its own first. head: the kind of head it needs, None for any.
+    needs_text: whether it needs a text head and trains through the text tower (`learner.text`). lora: whether
+    `--lora-rank` may be used. frozen: whether the backbone never changes. trains: whether it has a training
     phase. joint: whether all tasks are joined into one.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[str | None] = None
+    needs_text: ClassVar[bool] = False
     lora: ClassVar[bool] = True
     frozen: ClassVar[bool] = False
     trains: ClassVar[bool] = True

@@ -199,6 +199,7 @@ class Objective:
             self.learner.ranks.add_(g_whole)
             whole = list(flat.views(g_whole))
         flat.zero_grad()
+        energy = flat.gradient.new_zeros(()) if whole is None else g_whole.norm().square()
         for part, share in parts:
             with differentiable_attention():
                 task, pre = self._losses(images[part], labels[part], _cut(teacher, part))
@@ -206,7 +207,8 @@ class Objective:
             terms.add(share, L_task=task, L_pre=pre)
             g = torch.autograd.grad(task, flat.parameters, create_graph=True, allow_unused=True)
             along: Sequence[Tensor | None] = [None if x is None else x.detach() for x in g] if whole is None else whole
-            energy = torch.nn.utils.get_total_norm([x for x in along if x is not None]).square()
+            if whole is None:
+                energy = torch.nn.utils.get_total_norm([x for x in along if x is not None]).square()
             # grad of first - 2 lambda2 <g, along>
             graphs, vectors = _pairs(g, along)
             vectors = [x * (self.energy(energy)[1] * -2 * self.lambdas[2] * share) for x in vectors]

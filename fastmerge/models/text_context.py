@@ -1,0 +1,94 @@
+"""Class prompts with a learned context, encoded by a frozen text tower (Zhou et al. 2022, CoOp, arXiv 2109.01134).
+
+A prompt is START, the context, the class name, END; the context stands in the place of tokens, as embeddings. The tower runs
+as it is: a hook on its token embedding puts the context there, so positions, masks and pooling are its own. The classes are
+encoded in chunks; with several, a backward pass encodes each chunk again, so memory does not grow with the classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastmerge.errors import UserError
+from fastmerge.models.precision import computing, flags
+
+if TYPE_CHECKING:
+    from fastmerge.models.openclip import TextEncoder
+
+CHUNK = 64  # prompts that are encoded at once
+PLACES = ("token_embedding", "text.token_embedding")  # in open_clip's CLIP and CustomTextCLIP
+
+
+class ClassPrompts:
+    """The class names as rows of tokens, and the tower that encodes them. width: of a token embedding.
+
+    precision: of the products inside the tower, as in a backbone.
+
+    Raises:
+        UserError: the text tower is not of open_clip's form, or its tokens do not begin and end as CLIP's do.
+    """
+
+    def __init__(self, encoder: TextEncoder, class_names: Sequence[str], device: torch.device, precision: str = "fp32"):
+        self.clip, self.precision = encoder.clip.to(device).requires_grad_(False), precision
+        for place in PLACES:
+            with contextlib.suppress(AttributeError):
+                self.embedding = self.clip.get_submodule(place)
+        if not isinstance(getattr(self, "embedding", None), nn.Embedding):
+            raise UserError(
+                "the model's text tower has no token embedding of open_clip's form, which a learned context needs: choose "
+                "another CLIP model"
+            )
+        self.width = self.embedding.embedding_dim
+        self.tokens = encoder.tokenize([f"{name}." for name in class_names]).to(device)
+        ends = self.tokens.amax(1)
+        if bool((self.tokens[:, 0] != self.tokens[0, 0]).any() or (ends != ends[0]).any()) or len(class_names) < 1:
+            raise UserError(
+                "the model's tokens do not begin with one START token and end with the largest id, as CLIP's do, so a "
+                "learned context has no place: choose another CLIP model"
+            )
+        self.end = int(ends[0])
+
+    def with_room(self, classes: Tensor, count: int) -> Tensor:
+        """The token rows of these classes with `count` places after START. A name that is too long is cut before END."""
+        rows = self.tokens[classes]
+        rows = torch.cat([rows[:, :1], rows[:, :1].expand(-1, count), rows[:, 1:]], 1)[:, : self.tokens.shape[1]]
+        cut = ~(rows == self.end).any(1)
+        rows[:, -1] = torch.where(cut, self.end, rows[:, -1])
+        return rows
+
+    def rows(self, context: Tensor, classes: Tensor) -> Tensor:
+        """`[k, d]` fp32, L2-normalised; differentiable with respect to `context`, `[m, width]` or `[k, m, width]`.
+
+        classes: `[k]` int64.
+        """
+        context = context.expand(len(classes), *context.shape[-2:])
+        tokens = self.with_room(classes, context.shape[1])
+        parts = list(zip(tokens.split(CHUNK), context.split(CHUNK), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._encode(*part) for part in parts])
+        return torch.cat([checkpoint(self._encode, *part, use_reentrant=False) for part in parts])
+
+    def _encode(self, tokens: Tensor, context: Tensor) -> Tensor:
+        with flags(self.precision, tokens.device), computing(self.precision), self._in_place(context):
+            features = self.clip.encode_text(tokens)
+        return F.normalize(features.float(), dim=1)
+
+    @contextlib.contextmanager
+    def _in_place(self, context: Tensor) -> Iterator[None]:
+        """In this context the token embedding gives `context` `[b, m, width]` after the first token."""
+
+        def put(module: nn.Module, args: tuple[Tensor, ...], found: Tensor) -> Tensor:
+            return torch.cat([found[:, :1], context.to(found.dtype), found[:, 1 + context.shape[1] :]], 1)
+
+        hook = self.embedding.register_forward_hook(put)
+        try:
+            yield
+        finally:
+            hook.remove()

@@ -1,0 +1,49 @@
+"""Settings of the methods that learn prompts of the text tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastmerge.declaration import setting
+
+
+@dataclass
+class CoOpSettings:
+    tokens: int = setting(
+        16,
+        "Context vectors before the class name, shared by all classes (paper).",
+        at_least=1,
+    )
+    lr: float = setting(
+        2e-3,
+        "Peak learning rate of SGD (paper).",
+        tiny=1e-1,
+        at_least=0,
+        source="paper",
+    )
+
+
+@dataclass
+class VPTSettings:
+    tokens: int = setting(
+        4,
+        "Context vectors before the class name, shared by all classes (released code).",
+        at_least=1,
+    )
+    lr: float = setting(
+        2e-3,
+        "Peak learning rate of SGD (released code).",
+        tiny=1e-1,
+        at_least=0,
+        source="released code",
+    )
+    samples: int = setting(
+        10,
+        "Draws of the residual per step (released code).",
+        at_least=1,
+    )
+    kl: float = setting(
+        0.001,
+        "Weight of the divergence from the standard normal distribution (released code).",
+        at_least=0,
+    )
