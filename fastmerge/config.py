@@ -28,6 +28,7 @@ from fastmerge.settings.merging import (
     TRMSettings,
     WiseFTSettings,
 )
+from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, L2PSettings
 
 
 def declarations() -> dict[str, dict[str, tuple[Declaration, Any]]]:
@@ -263,7 +264,8 @@ class TrainingSettings:
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
-        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean. NAME:SETTING=VALUE,... changes settings of the method or "
+        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean; prompts in a frozen backbone: l2p, dualprompt, coda. "
+        "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
         derived="trm; for glyphs also finetune",
@@ -448,6 +450,9 @@ class Config:
     clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)
+    l2p: L2PSettings = field(default_factory=L2PSettings)
+    dualprompt: DualPromptSettings = field(default_factory=DualPromptSettings)
+    coda: CodaSettings = field(default_factory=CodaSettings)
 
 
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix

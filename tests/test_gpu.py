@@ -28,7 +28,7 @@ EVERYWHERE += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in CA
 
 
 def built(name: str, protocol: str, device: str, tmp_path, *flags: str):
-    kind, made = METHODS[name], toy.learner("--precision=fp32", *flags, *FLAGS)
+    kind, made = METHODS[name], toy.learner("--precision=fp32", *flags, *FLAGS, method=name)
     head = PrototypeHead(5, toy.CLASSES) if kind.head == "prototype" else made.head
     learner = Learner(made.backbone, head, made.config, 0, torch.device(device))
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)

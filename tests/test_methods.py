@@ -27,7 +27,7 @@ CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind
 
 def build(name, protocol, tmp_path, *flags):
     kind = METHODS[name]
-    learner = toy.learner(*flags, *FLAGS)
+    learner = toy.learner(*flags, *FLAGS, method=name)
     if kind.head == "prototype":
         learner.head = PrototypeHead(5, toy.CLASSES)
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)

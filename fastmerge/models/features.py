@@ -16,6 +16,8 @@ from fastmerge.flat import FlatModel
 from fastmerge.models.adapter import ClipAdapter
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.linearised import Linearised
+from fastmerge.models.prompt_pools import POOLS, Pool
+from fastmerge.models.trainable import Prompted
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def adapted(backbone: Backbone, adapter: ClipAdapter) -> Features:
     return Features("clip-adapter", backbone, lambda images: adapter(backbone(images)), dict(adapter.state_dict()))
 
 
+def prompted(backbone: Backbone, pool: Pool) -> Features:
+    """The frozen backbone with prompts."""
+    return Features(pool.kind, backbone, Prompted.function(backbone, pool), dict(pool.state_dict()))
+
+
 def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Features:
     """Rebuild the features that were saved with this kind and these tensors.
 
@@ -59,4 +66,6 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
         return linearised(backbone, Linearised(FlatModel(backbone, tensors["initial"].dtype), tensors["initial"]))
     if kind == "clip-adapter":
         return adapted(backbone, ClipAdapter.of(tensors))
+    if kind in POOLS:
+        return prompted(backbone, POOLS[kind](tensors))
     raise UserError(f"this version of fastmerge does not know features of kind {kind!r}; install a newer one")
