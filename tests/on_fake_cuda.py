@@ -21,6 +21,7 @@ from fastmerge import parts
 from fastmerge.data import augment
 from fastmerge.data.cache import TaskImages
 from fastmerge.methods import METHODS
+from fastmerge.models import backbone
 from fastmerge.models.heads import TextHead
 from fastmerge.training import Learner
 
@@ -63,6 +64,7 @@ def fake_cuda():
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80 << 30, 80 << 30))
         for name in ("memory_reserved", "memory_allocated"):
             patch.setattr(torch.cuda, name, lambda device=None: 0)
+        patch.setattr(backbone, "hash_tensors", lambda tensors: "")
         patch.setattr(parts, "_saved", lambda flat, images, *args: images << 20)  # it compares addresses
         try:
             yield transfers
@@ -109,7 +111,7 @@ def learner(name: str, *flags: str) -> Learner:
     """The toy model on fake CUDA for the method of that name."""
     config = toy.parse(["--model=tiny", "--batch-size=8", "--device=cpu", *flags])
     head = toy.head(METHODS[name].head, TextHead(torch.randn(toy.CLASSES, 5), 3.0))
-    made = Learner(toy.Backbone().to(CUDA), head, config, 0, CUDA)
+    made = Learner(toy.backbone(name).to(CUDA), head, config, 0, CUDA)
     made.text = toy.Text(CUDA)
     return made
 

@@ -27,7 +27,7 @@ EVERYWHERE += [pytest.param(*case, "cuda", marks=pytest.mark.gpu) for case in CA
 
 
 def built(name: str, protocol: str, device: str, tmp_path, *flags: str):
-    kind, made = METHODS[name], toy.learner("--precision=fp32", *flags, *FLAGS)
+    kind, made = METHODS[name], toy.learner("--precision=fp32", *flags, *FLAGS, method=name)
     learner = Learner(made.backbone, toy.head(kind.head, made.head), made.config, 0, torch.device(device))
     learner.text = toy.Text(device)
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)

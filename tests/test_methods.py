@@ -30,7 +30,7 @@ CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind
 
 def build(name, protocol, tmp_path, *flags):
     kind = METHODS[name]
-    learner = toy.learner(*flags, *FLAGS)
+    learner = toy.learner(*flags, *FLAGS, method=name)
     learner.head = toy.head(kind.head, learner.head)
     return learner, kind.build(learner, toy.nowhere(tmp_path), protocol)
 

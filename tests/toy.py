@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fastmerge.data.cache import TaskImages
@@ -14,6 +15,7 @@ from fastmerge.flags import parse
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
 from fastmerge.models.precision import computing
+from fastmerge.models.timm_vit import TimmBackbone
 from fastmerge.training import Learner
 
 CLASSES, TASKS, IMAGES = 6, 3, 20
@@ -41,14 +43,34 @@ class Backbone(nn.Module):
             return self.outer(torch.tanh(self.inner(flat)) + query + torch.tanh(key) * value) * self.fixed
 
 
-def learner(*flags: str, head: str = "text", seed: int = 0) -> Learner:
+class Transformer(TimmBackbone):
+    """For methods that need attention: a ViT with 4 patches and 4 blocks."""
+
+    def __init__(self):
+        vit = VisionTransformer(4, 2, embed_dim=5, depth=4, num_heads=1, mlp_ratio=2, num_classes=0)
+        vit.pretrained_cfg = {"input_size": (3, 4, 4), "mean": self.values, "std": self.values}
+        for p in vit.parameters():
+            nn.init.normal_(p, std=0.5)
+        super().__init__("toy", vit, weights="random")
+
+    values = (0.5,) * 3
+
+
+ATTENTION = ("l2p", "dualprompt", "coda")  # methods that need it
+
+
+def backbone(method: str = "") -> nn.Module:
+    return Transformer() if method in ATTENTION else Backbone()
+
+
+def learner(*flags: str, head: str = "text", seed: int = 0, method: str = "") -> Learner:
+    """method: the name of the one that it is for."""
     torch.manual_seed(0)
     config = parse(
         ["--model=tiny", "--ranpac.projection=50", "--epochs=2", "--batch-size=8", "--lr=1e-2", "--device=cpu", *flags]
     )
-    backbone = Backbone()
     made = TextHead(torch.randn(CLASSES, 5), 3.0) if head == "text" else LinearHead(5, CLASSES)
-    its = Learner(backbone, made, config, seed, torch.device("cpu"))
+    its = Learner(backbone(method), made, config, seed, torch.device("cpu"))
     its.text = Text()
     return its
 

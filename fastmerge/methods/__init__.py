@@ -8,10 +8,13 @@ from __future__ import annotations
 from fastmerge.merging import RULES
 from fastmerge.methods.clip_adapter import CLIPAdapter
 from fastmerge.methods.cmm import CMM
+from fastmerge.methods.coda import CODA
 from fastmerge.methods.coop import CoOp
+from fastmerge.methods.dualprompt import DualPrompt
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
 from fastmerge.methods.inflora import InfLoRA
+from fastmerge.methods.l2p import L2P
 from fastmerge.methods.lwf import LwF
 from fastmerge.methods.method import Method
 from fastmerge.methods.nearest_mean import NearestMean
@@ -33,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
     "coop": CoOp,
     "vpt": VPT,
     "inflora": InfLoRA,
+    "l2p": L2P,
+    "dualprompt": DualPrompt,
+    "coda": CODA,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,
     **{rule: method_of(rule) for rule in RULES},

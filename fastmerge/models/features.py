@@ -18,6 +18,8 @@ from fastmerge.models.adapter import ClipAdapter
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.linearised import Linearised
 from fastmerge.models.precision import tf32
+from fastmerge.models.prompt_pools import POOLS, Pool
+from fastmerge.models.trainable import Prompted
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ def projected(backbone: Backbone, projection: Tensor) -> Features:
     return Features("random-projection", backbone, function, {"projection": projection})
 
 
+def prompted(backbone: Backbone, pool: Pool) -> Features:
+    """The frozen backbone with prompts."""
+    return Features(pool.kind, backbone, Prompted.function(backbone, pool), dict(pool.state_dict()))
+
+
 def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Features:
     """Rebuild the features that were saved with this kind and these tensors.
 
@@ -73,4 +80,6 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
         return adapted(backbone, ClipAdapter.of(tensors))
     if kind == "random-projection":
         return projected(backbone, tensors["projection"])
+    if kind in POOLS:
+        return prompted(backbone, POOLS[kind](tensors))
     raise UserError(f"this version of fastmerge does not know features of kind {kind!r}; install a newer one")

@@ -1,7 +1,8 @@
 """What a training phase trains: one flat parameter, and the features that depend on it.
 
-`AllWeights` trains the backbone's own vector, `LowRank` (models/lora.py) an adapter of its projections, and `Beside` a
-small module behind a frozen backbone. The method chooses the optimiser and the schedule (`training.Train`).
+`AllWeights` trains the backbone's own vector, `LowRank` (models/lora.py) an adapter of its projections, `Beside` a small
+module behind a frozen backbone, and `Prompted` prompts inside one. The method chooses the optimiser and the schedule
+(`training.Train`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastmerge.flat import FlatModel
+from fastmerge.models.backbone import Backbone
 from fastmerge.models.per_image import Part
+from fastmerge.models.prompt_pools import Pool
 
 
 class Trainable(ABC):
@@ -84,3 +87,30 @@ class Beside(Trainable):
         with torch.no_grad():
             frozen = self.backbone(images)
         return self.flat.module(frozen)
+
+
+class Prompted(Trainable):
+    """Prompts in a frozen backbone. The method that owns `pool` returns its tensors in its `state_dict()`."""
+
+    def __init__(self, backbone: Backbone, pool: Pool):
+        self.backbone, self.pool, self.flat = backbone, pool, FlatModel(pool)
+        self.theta = self.flat.theta
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.function(self.backbone, self.pool)(images)
+
+    def in_training(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of a training batch, and the pool's term of the loss."""
+        prompt, penalty = self.pool.in_training(query(self.backbone, images))
+        return self.backbone.prompted(images, prompt), penalty
+
+    @staticmethod
+    def function(backbone: Backbone, pool: Pool) -> Callable[[Tensor], Tensor]:
+        """Images to features, as at test time."""
+        return lambda images: backbone.prompted(images, pool(query(backbone, images)))
+
+
+@torch.no_grad()
+def query(backbone: Backbone, images: Tensor) -> Tensor:
+    """What chooses the prompts of an image: its feature without any, `[b, feature_dim]`."""
+    return backbone(images)

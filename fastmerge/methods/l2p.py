@@ -1,0 +1,41 @@
+"""L2P, learning to prompt (Wang et al. 2022, CVPR, arXiv 2112.08654): a pool of prompts beside a frozen transformer.
+
+    python -m fastmerge --method l2p --l2p.pool 10 --l2p.top 5
+
+An image's query is its feature under the frozen backbone. The prompts of the N keys nearest to it by cosine are inserted
+as tokens before the first block (section 4.1), and the loss is cross-entropy minus `pull` times the sum of these cosines
+(eq. 5). All tasks train the same pool; its size does not depend on their number.
+
+Differences. Released code (JAX and PILOT) lets a batch vote, also at test time, so that predictions depend on the batch; the
+paper chooses per image, and so does this by default (`--l2p.choice batch` votes, over the images computed at once). The paper
+classifies the mean output at the prompts' positions; here it is the backbone's own feature, as in CODA-Prompt's copy, so that
+every head works. Prompts and keys start uniform in (-1, 1) as in PILOT. The query is the backbone's feature, for CLIP after
+the projection; the papers use an ImageNet ViT, which has none.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastmerge.config import Config
+from fastmerge.errors import UserError
+from fastmerge.methods.prompt_method import PromptMethod
+from fastmerge.models.backbone import Backbone
+from fastmerge.models.prompt_pools import L2PPool
+
+
+class L2P(PromptMethod):
+    groups = ("l2p",)
+    inserted = True
+
+    @classmethod
+    def check(cls, config: Config, backbone: Backbone) -> None:
+        super().check(config, backbone)
+        if config.l2p.top > config.l2p.pool:
+            raise UserError(
+                f"--l2p.top {config.l2p.top}: the pool has {config.l2p.pool} prompts; expected at most as many"
+            )
+
+    def start(self, backbone: Backbone, generator: torch.Generator) -> L2PPool:
+        s, d = self.settings, backbone.feature_dim
+        return L2PPool.start(s.pool, s.length, backbone.width, d, s.top, s.pull, s.choice == "batch", generator)

@@ -1,0 +1,118 @@
+"""Settings of the methods that learn prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastmerge.declaration import setting
+
+CHOICE = (
+    "Each image gets the prompts that its own query chooses, or all images of a batch those that most of them choose, also "
+    "at test time (released code): then predictions depend on the batch."
+)
+
+
+@dataclass
+class L2PSettings:
+    pool: int = setting(
+        10,
+        "Prompts in the pool (paper).",
+        at_least=1,
+    )
+    length: int = setting(
+        5,
+        "Length of a prompt (paper).",
+        unit="tokens",
+        at_least=1,
+    )
+    top: int = setting(
+        5,
+        "Prompts that an image gets (paper).",
+        at_least=1,
+    )
+    pull: float = setting(
+        0.1,
+        "Weight of the summed cosines of a query and its chosen keys (PILOT).",
+        at_least=0,
+    )
+    choice: Literal["image", "batch"] = setting("image", CHOICE)
+    lr: float = setting(
+        0.03,
+        "Rate of Adam, constant, for a batch of 256 images; it is scaled with --batch-size.",
+        at_least=0,
+        source="paper",
+    )
+
+
+@dataclass
+class DualPromptSettings:
+    general_length: int = setting(
+        5,
+        "Prefix keys, and as many values, of the prompt that all tasks share (paper).",
+        unit="tokens",
+        at_least=1,
+    )
+    general_layers: tuple[int, ...] = setting(
+        (0, 1),
+        "Blocks with it, counted from 0 (paper).",
+        at_least=0,
+    )
+    expert_length: int = setting(
+        20,
+        "Prefix keys, and as many values, of a task's own prompt (paper; 5 in PILOT).",
+        unit="tokens",
+        at_least=1,
+    )
+    expert_layers: tuple[int, ...] = setting(
+        (2, 3, 4),
+        "Blocks with it, counted from 0.",
+        tiny=(2, 3),
+        at_least=0,
+        source="paper",
+    )
+    pull: float = setting(
+        0.1,
+        "Weight of the cosine of a query and the task's key (PILOT; 1 in CODA-Prompt's copy).",
+        at_least=0,
+    )
+    choice: Literal["image", "batch"] = setting("image", CHOICE)
+    lr: float = setting(
+        0.03,
+        "Rate of Adam, constant, for a batch of 256 images; it is scaled with --batch-size.",
+        at_least=0,
+        source="paper",
+    )
+
+
+@dataclass
+class CodaSettings:
+    components: int = setting(
+        10,
+        "New components of every task; the paper has 100 for 10 tasks.",
+        at_least=1,
+    )
+    length: int = setting(
+        8,
+        "Length of a component, half of it keys and half values (paper).",
+        unit="tokens",
+        at_least=2,
+    )
+    layers: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4),
+        "Blocks with prompts, counted from 0.",
+        tiny=(0, 1, 2, 3),
+        at_least=0,
+        source="paper",
+    )
+    ortho: float = setting(
+        0.1,
+        "Weight of the orthogonality of components, keys and attention vectors (paper; 0 in the released scripts).",
+        at_least=0,
+    )
+    lr: float = setting(
+        1e-3,
+        "Peak rate of Adam, cosine to zero, at any batch size.",
+        at_least=0,
+        source="paper",
+    )
