@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastmerge.declaration import Declaration, setting
 from fastmerge.errors import UserError
-from fastmerge.settings.lora import InfLoRASettings
+from fastmerge.settings.lora import InfLoRASettings, SDLoRASettings
 from fastmerge.settings.merging import (
     CLIPAdapterSettings,
     CMMSettings,
@@ -21,12 +21,16 @@ from fastmerge.settings.merging import (
     DareSettings,
     EWCSettings,
     FisherSettings,
+    IsoCSettings,
     LwFSettings,
     MagMaxSettings,
+    OPCMSettings,
     PAMSettings,
+    RegMeanSettings,
     TaskArithmeticSettings,
     TiesSettings,
     TRMSettings,
+    TSVSettings,
     WiseFTSettings,
 )
 from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, L2PSettings
@@ -266,9 +270,9 @@ class TrainingSettings:
     method: tuple[str, ...] = setting(
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
-        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft (each with --protocol); the baselines "
-        "finetune, joint, lwf, ewc, clip-adapter, nearest-mean, inflora, ranpac; prompts in a frozen backbone: "
-        "l2p, dualprompt, coda; of the text tower: coop, vpt. "
+        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots (each with "
+        "--protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, ranpac; LoRA: inflora, sdlora; "
+        "prompts in a frozen backbone: l2p, dualprompt, coda; of the text tower: coop, vpt. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
@@ -451,8 +455,13 @@ class Config:
     cofima: CofimaSettings = field(default_factory=CofimaSettings)
     coma: ComaSettings = field(default_factory=ComaSettings)
     wise_ft: WiseFTSettings = field(default_factory=WiseFTSettings)
+    regmean: RegMeanSettings = field(default_factory=RegMeanSettings)
+    iso_c: IsoCSettings = field(default_factory=IsoCSettings)
+    tsv: TSVSettings = field(default_factory=TSVSettings)
+    opcm: OPCMSettings = field(default_factory=OPCMSettings)
     clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
     inflora: InfLoRASettings = field(default_factory=InfLoRASettings)
+    sdlora: SDLoRASettings = field(default_factory=SDLoRASettings)
     coop: CoOpSettings = field(default_factory=CoOpSettings)
     vpt: VPTSettings = field(default_factory=VPTSettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)

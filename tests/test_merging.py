@@ -3,8 +3,10 @@
 Models are "near" each other or on a "lattice", where fp32 is exact and magnitudes, sums and Fishers tie.
 """
 
+import copy
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import fastmerge_kernels as fk
 import pytest
@@ -18,6 +20,7 @@ from fastmerge.merging.rule import Base
 
 SEED = 7
 ROUNDING = {"rtol": 0, "atol": 4e-6}  # 20 models of order 1, merged in sequence in fp32
+TURNING = {"rtol": 0, "atol": 2e-5}  # the same for OPCM, where rounding turns the singular vectors of the next step
 
 
 class Net(nn.Module):
@@ -53,6 +56,7 @@ class Case:
         self.thetas = [self.filled(lambda n, k=k: self.model(kind, n, k, shared[n])) for k in range(count)]
         self.weights = [self.filled(lambda n, k=k: self.fisher(kind, n, k == count - 1)) for k in range(count)]
         self.models, self.fishers = [self.named(x) for x in self.thetas], [self.named(x) for x in self.weights]
+        self.moments = [self.moment() for _ in range(count)]
         self.subsequences, self.shares = range(1, count + 1), [1] * count  # what a restart changes
         self.padding = self.filled(lambda n: torch.ones(self.start[n].shape)) == 0
 
@@ -71,6 +75,18 @@ class Case:
             return (3 * x).floor()
         return x * (name != "b.weight") * (name != "b.bias" or last)  # zero in all models; zero in all but the last
 
+    def moment(self):
+        """G of the two linear layers, the second used as x @ W; the first input is zero in all images."""
+        found = {}
+        for name, axis in (("a.weight", 1), ("b.weight", 0)):
+            x = torch.randn(30, self.start[name].shape[axis]) * torch.linspace(0, 1, self.start[name].shape[axis])
+            found[self.flat.names.index(name)] = axis, x.mT @ x
+        return found
+
+    def about(self, rule, k):
+        """What a rule needs of model k besides its weights."""
+        return self.weights[k] if rule.needs_fisher else self.moments[k] if rule.needs_moments else None
+
     def filled(self, make):
         out = torch.zeros_like(self.base.theta)
         for name, view in zip(self.flat.names, self.flat.views(out), strict=True):
@@ -88,7 +104,7 @@ class Case:
 
     def feed(self, rule, order):
         for k in order:
-            rule.update(self.thetas[k], self.weights[k] if rule.needs_fisher else None)
+            rule.update(self.thetas[k], self.about(rule, k))
         return rule
 
     def merge(self, name, order=None):
@@ -244,7 +260,107 @@ def coma(case):
     return merged
 
 
+def regmean(case):
+    shares = torch.tensor(case.shares).double()
+    merged = each(lambda *ws: (torch.stack(ws, -1) * shares).sum(-1) / shares.sum(), *case.models)
+    names = list(case.start)
+    for k in case.moments[0]:
+        name, axis = names[k], case.moments[0][k][0]
+        ws = [m[name] if axis == 1 else m[name].mT for m in case.models]
+        grams = [m[k][1].double() for m in case.moments]
+        alpha = case.config.regmean.alpha
+        grams = [alpha * g + (1 - alpha) * torch.diag(g.diagonal()) for g in grams]
+        seen = sum(grams).diagonal() > 0
+        inverse = torch.linalg.inv(sum(grams)[seen][:, seen])
+        products = sum(w[:, seen] @ g[seen][:, seen] for w, g in zip(ws, grams, strict=True))
+        out = merged[name] if axis == 1 else merged[name].mT
+        out[:, seen] = products @ inverse
+    return merged
+
+
+def on_matrices(case, of_matrix, of_other):
+    """theta_init + the merged task vector: of_matrix for tensors with two dimensions, of_other for the rest."""
+    return plus(
+        case, 1, each(lambda *ds: (of_matrix if ds[0].dim() == 2 and ds[0].numel() else of_other)(*ds), *case.deltas())
+    )
+
+
+def svd(matrix):
+    """Without the directions that have no singular value."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    rank = torch.linalg.matrix_rank(matrix, rtol=2e-7 * max(matrix.shape))
+    return u[:, :rank], s[:rank], v[:rank]
+
+
+def iso_c(case):
+    scale = case.config.iso_c.scale
+
+    def matrix(*ds):
+        u, s, v = svd(sum(ds))
+        return scale * s.mean() * u @ v if len(s) else torch.zeros_like(ds[0])
+
+    return on_matrices(case, matrix, lambda *ds: scale * mean(*ds))
+
+
+def tsv(case):
+    scale = case.config.tsv.scale
+
+    def matrix(*ds):
+        d = max(1, min(ds[0].shape) // len(ds))
+        parts = [[x[:, :d] if i == 0 else x[:d] for i, x in enumerate(svd(delta))] for delta in ds]
+        us, s, vs = (
+            torch.cat([u for u, _, _ in parts], 1),
+            torch.cat([s for _, s, _ in parts]),
+            torch.cat([v for *_, v in parts]),
+        )
+        if not len(s):
+            return torch.zeros_like(ds[0])
+        (a, _, b), (e, _, f) = svd(us), svd(vs)
+        return scale * a @ b @ torch.diag(s) @ e @ f
+
+    return on_matrices(case, matrix, lambda *ds: scale * mean(*ds))
+
+
+def opcm(case):
+    def norm(delta):
+        return torch.cat([x.flatten() for x in delta.values()]).norm()
+
+    first, *later = case.deltas()
+    lam, norms = case.lam if hasattr(case, "lam") else (1.0, [norm(first)])
+    merged = first
+    for delta in later:
+        norms, cleaned = [*norms, norm(delta)], {}
+        for name, x in delta.items():
+            if x.dim() == 2 and x.numel():
+                u, s, v = svd(merged[name])
+                block = u.T @ x @ v.T
+                keep = torch.ones_like(block) - torch.eye(len(s))
+                split = int((s.cumsum(0) <= case.config.opcm.alpha * s.sum()).sum())
+                keep[:split, :split] = 0
+                x = x - u @ block @ v + u @ (block * keep) @ v
+            cleaned[name] = x
+        total = each(lambda a, b, lam=lam: lam * a + b, merged, cleaned)
+        lam = norm(total) / (sum(norms) / len(norms))
+        merged = each(lambda x, lam=lam: x / lam, total)
+    return plus(case, 1, merged)
+
+
+def knots(case):
+    """TIES of the coordinates in the common basis; `ties` gets them as task vectors."""
+    deltas, turned, bases = case.deltas(), [{} for _ in case.models], {}
+    for name, x in case.start.items():
+        if x.dim() == 2 and x.numel():
+            u, s, _ = torch.linalg.svd(torch.cat([d[name] for d in deltas], 1), full_matrices=False)
+            bases[name] = u[:, s > 1e-5]
+        for new, d in zip(turned, deltas, strict=True):
+            new[name] = bases[name].T @ d[name] if name in bases else d[name]
+    space = SimpleNamespace(start=each(torch.zeros_like, turned[0]), config=case.config)
+    merged = ties(space, turned)
+    return each(torch.add, case.start, {n: bases[n] @ x if n in bases else x for n, x in merged.items()})
+
+
 ORACLES = {
+    "regmean": regmean, "iso-c": iso_c, "tsv": tsv, "opcm": opcm, "knots": knots,
     "average": average, "task-arithmetic": task_arithmetic, "ties": ties, "dare": dare, "dare-ties": dare_ties,
     "magmax": magmax, "randmix": random_mix, "stock": stock, "slerp": slerp, "coma": coma,
     "fisher": lambda case: weighed(case, case.config.fisher), "cofima": lambda case: weighed(case, case.config.cofima),
@@ -267,6 +383,11 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
     *[("cofima", "lattice", {"cofima": {"accumulate": how, "lam": 0.7}}) for how in ("sum", "ema", "last")],
     ("coma", "near", {"coma": {"lam": 0.2}}),
     ("wise-ft", "near", {"wise_ft": {"alpha": 0.8}}),
+    ("regmean", "near", {"regmean": {"alpha": 0.5}}),
+    ("iso-c", "near", {"iso_c": {"scale": 0.6}}),
+    ("tsv", "near", {"tsv": {"scale": 0.6}}),
+    ("opcm", "near", {"opcm": {"alpha": 0.9}}),
+    ("knots", "near", {"ties": {"scope": "tensor", "scale": 0.6, "density": 0.7}}),
 ]  # fmt: skip
 
 
@@ -284,10 +405,18 @@ def test_rule_equals_its_formula(name, kind, groups, count):
     case.flat.theta.data.copy_(merged)
     for n, x in case.module.state_dict().items():
         if n in expected:
-            torch.testing.assert_close(x.double(), expected[n], **ROUNDING, msg=lambda m, n=n: f"{n}: {m}")
+            close = TURNING if name == "opcm" else ROUNDING
+            torch.testing.assert_close(x.double(), expected[n], **close, msg=lambda m, n=n: f"{n}: {m}")
         else:
             assert n.startswith("frozen") or n == "steps"
             assert torch.equal(x, before[n])
+
+
+def tensors_of(about):
+    """The tensors that a rule gets besides the weights."""
+    if isinstance(about, dict):
+        return [moment for _, moment in about.values()]
+    return [] if about is None else [about]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -297,10 +426,13 @@ def test_stream_state_and_aliasing(name):
     with pytest.raises(ValueError, match="no model to merge yet"):
         result(rule)
     for k in range(5):
-        inputs = [case.thetas[k].clone(), case.weights[k].clone()]
-        rule.update(inputs[0], inputs[1] if rule.needs_fisher else None)
-        assert torch.equal(inputs[0], case.thetas[k]) and torch.equal(inputs[1], case.weights[k])
-        for x in inputs:
+        theta, about = case.thetas[k].clone(), copy.deepcopy(case.about(rule, k))
+        rule.update(theta, about)
+        assert torch.equal(theta, case.thetas[k])
+        before = case.about(rule, k)
+        for mine, its in zip(tensors_of(about), tensors_of(before), strict=True):
+            assert torch.equal(mine, its)
+        for x in (theta, *tensors_of(about)):
             x.fill_(torch.nan)  # would reach the result if the rule held it
         if k == 1:  # save, and load into a new rule
             saved = {n: x.clone() for n, x in rule.state_dict().items()}
@@ -316,15 +448,21 @@ def test_stream_state_and_aliasing(name):
     ("name", "groups"), [*((n, {}) for n in RULES), ("fisher", {"fisher": {"accumulate": "ema", "lam": 0.3}})]
 )
 def test_restart_is_a_merge_of_two(name, groups):
-    """A restarted rule merges the stand-in and the new model. It keeps its Fisher and continues its random numbers."""
+    """A restarted rule merges the stand-in and the new model. It keeps its Fisher and continues its random numbers; RegMean
+    keeps its moments, OPCM its scale and the norms."""
     case = Case(4, groups=groups)
     fisher = case.rule(name).needs_fisher
+    left = {"fisher"} if fisher else {f"gram.{k}" for k in case.moments[0]} if name == "regmean" else set()
+    left |= {"sizes"} if name == "opcm" else set()
     merged = []
     for forgets in (False, True):
         rule = case.feed(case.rule(name), [0, 1])
         if forgets:
             rule.forget()
-            assert set(rule.kept) == ({"fisher"} if fisher else set()) and rule.fed == 2
+            assert set(rule.kept) == left and rule.fed == 2
+            if name == "opcm":
+                lam, norms = rule.kept["sizes"].tolist()
+                case.lam = lam, [norms / 2] * 2
         stand_in = case.thetas[2].clone()
         rule.restart(stand_in)
         stand_in.fill_(torch.nan)
@@ -334,6 +472,8 @@ def test_restart_is_a_merge_of_two(name, groups):
     s = getattr(case.config, name, None)
     how = s.accumulate if fisher else "last"
     past = g if how == "last" else each(torch.add, f, g) if how == "sum" else each(mix, f, g, lam=s.lam)
+    one, two, _, end = case.moments
+    case.moments = [{k: (axis, g + two[k][1]) for k, (axis, g) in one.items()}, end]
     case.models, case.fishers, case.subsequences, case.shares = case.models[2:], [past, last], (3, 4), (2, 1)
     expected = case.named(case.filled(lambda n: ORACLES[name](case)[n]))
     each(lambda x, y: torch.testing.assert_close(x, y, **ROUNDING), case.named(merged[0]), expected)
@@ -347,7 +487,9 @@ def test_unscaled_inverts_the_scale(name):
     torch.testing.assert_close(back, plain.merge(name), rtol=0, atol=1e-5)  # the rounding grows by 1 / 0.3
 
 
-@pytest.mark.parametrize("name", ["average", "task-arithmetic", "ties", "magmax", "stock", "fisher"])
+@pytest.mark.parametrize(
+    "name", ["average", "task-arithmetic", "ties", "magmax", "stock", "fisher", "regmean", "iso-c", "tsv"]
+)
 def test_order_of_the_models_does_not_matter(name):
     case = Case(5, groups={"ties": {"keep": "at least"}})
     one, other = case.merge(name), case.merge(name, [3, 0, 4, 2, 1])
@@ -420,6 +562,11 @@ def test_a_refused_model_does_not_count():
         rule.merged(torch.empty(4))
     with pytest.raises(ValueError, match="call restart"):
         rule.update(torch.ones(4), torch.ones(4))
+    rule = build_rule("regmean", base, Config())
+    with pytest.raises(ValueError, match="needs the second moments"):
+        rule.update(torch.ones(4))
+    rule.update(torch.full((4,), 4.0), {})
+    assert rule.merged(torch.empty(4)).tolist() == [4.0] * 4
 
 
 def test_two_rules_do_not_share_a_state():

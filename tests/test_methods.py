@@ -23,7 +23,7 @@ from fastmerge.training import PHASES
 FLAGS = (
     "--epochs=1", "--merge-epochs=1", "--trm.lambda1=0", "--protocol", "full", "running", "strict",
     "--pam.rank=0",
-    "--inflora.rank=2",
+    "--inflora.rank=2", "--sdlora.rank=2",
 )  # fmt: skip
 CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind.protocols(toy.parse(list(FLAGS)))]
 

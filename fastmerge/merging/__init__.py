@@ -6,13 +6,18 @@ from fastmerge.config import Config
 from fastmerge.merging.average import Average
 from fastmerge.merging.dare import Dare, DareTies
 from fastmerge.merging.fisher import CoFiMA, CoMA, Fisher
+from fastmerge.merging.iso_c import IsoC
+from fastmerge.merging.knots import Knots
 from fastmerge.merging.magmax import MagMax
+from fastmerge.merging.opcm import OPCM
 from fastmerge.merging.random_mix import RandomMix
+from fastmerge.merging.regmean import RegMean
 from fastmerge.merging.rule import Base, Rule
 from fastmerge.merging.slerp import Slerp
 from fastmerge.merging.stock import ModelStock
 from fastmerge.merging.task_arithmetic import TaskArithmetic
 from fastmerge.merging.ties import Ties
+from fastmerge.merging.tsv import TSV
 from fastmerge.merging.wise_ft import WiseFT
 
 RULES: dict[str, type[Rule]] = {
@@ -29,6 +34,11 @@ RULES: dict[str, type[Rule]] = {
     "cofima": CoFiMA,
     "coma": CoMA,
     "wise-ft": WiseFT,
+    "regmean": RegMean,
+    "iso-c": IsoC,
+    "tsv": TSV,
+    "opcm": OPCM,
+    "knots": Knots,
 }
 
 

@@ -21,29 +21,45 @@ from fastmerge.models.lora import Projections
 @dataclass
 class Base:
     """theta: `[n]` theta_init. bounds: ascending 0, ..., n; each interval is one tensor and the padding after it.
-    sizes: entries of each tensor without padding. seed: for random rules."""
+    sizes: entries of each tensor without padding. seed: for random rules. shapes: of each tensor, by default of a vector.
+    names: of each tensor in the model, empty if there is none; those of LoRA's projections are of the weight they are in."""
 
     theta: Tensor
     bounds: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     seed: int = 0
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.bounds = self.bounds or [0, self.theta.numel()]
         self.sizes = self.sizes or [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        self.shapes = self.shapes or [(size,) for size in self.sizes]
 
     @classmethod
     def of(cls, model: FlatModel | Projections, seed: int) -> Base:
         """A base with a copy of the current weights of `model`: all of them, or the projections that LoRA adapts alone, each
         of which is one tensor."""
+        shapes: list[tuple[int, ...]]
         if isinstance(model, Projections):
             theta = model.gather(model.flat.theta.detach())
-            return cls(theta, list(accumulate(model.sizes, initial=0)), list(model.sizes), seed)
-        return cls(model.theta.detach().clone(), [*model.offsets[:-1], model.numel], list(model.sizes), seed)
+            shapes = [(b.rows, b.columns) for b in model.blocks]
+            names = [b.name for b in model.blocks]
+            return cls(theta, list(accumulate(model.sizes, initial=0)), list(model.sizes), seed, shapes, names)
+        bounds, shapes = [*model.offsets[:-1], model.numel], [tuple(shape) for shape in model.shapes]
+        return cls(model.theta.detach().clone(), bounds, list(model.sizes), seed, shapes, list(model.names))
 
     def whole(self) -> tuple[list[int], list[int]]:
         """(bounds, sizes) that treat the vector as one tensor."""
         return [0, self.theta.numel()], [sum(self.sizes)]
+
+    def matrices(self, vector: Tensor) -> dict[int, Tensor]:
+        """Views of `vector` `[n]`: the tensors with two dimensions and at least one entry, `[rows, columns]`, by number."""
+        return {
+            k: vector[start : start + size].view(shape)
+            for k, (start, size, shape) in enumerate(zip(self.bounds, self.sizes, self.shapes, strict=False))
+            if len(shape) == 2 and size
+        }
 
 
 class Rule:
@@ -56,7 +72,10 @@ class Rule:
 
     groups: ClassVar[tuple[str, ...]] = ()  # the groups of settings it reads
     needs_base: ClassVar[bool] = True  # whether theta_init must be kept
-    needs_fisher: ClassVar[bool] = False  # whether update() needs the model's diagonal Fisher
+    needs_fisher: ClassVar[bool] = False  # whether update() needs the model's diagonal Fisher, `[n]`
+    needs_moments: ClassVar[bool] = (
+        False  # whether update() needs the second moments of the inputs, see merging/regmean.py
+    )
 
     def __init__(self, base: Base, *settings: Any):
         self.base = base
@@ -64,11 +83,12 @@ class Rule:
         self.count = self.fed = 0
         self.kept: dict[str, Tensor] = {}
 
-    def update(self, theta: Tensor, fisher: Tensor | None = None) -> None:
-        """Take in one more model `[n]`; neither `theta` nor `fisher` `[n]` is changed or kept."""
+    def update(self, theta: Tensor, about: Any = None) -> None:
+        """Take in one more model `[n]`. about: what the rule needs of the model's data, its Fisher or moments. Neither is
+        changed or kept."""
         self.count, self.fed = self.count + 1, self.fed + 1
         try:
-            self._take(theta, fisher)
+            self._take(theta, about)
         except BaseException:  # a refused model does not count
             self.count, self.fed = self.count - 1, self.fed - 1
             raise
@@ -118,7 +138,7 @@ class Rule:
             k: v.to(self.base.theta.device, copy=True) for k, v in tensors.items() if k not in ("count", "fed")
         }
 
-    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
+    def _take(self, theta: Tensor, about: Any) -> None:
         raise TypeError(f"{type(self).__name__} does not define how it takes in a model")
 
     def _write(self, out: Tensor) -> Tensor:

@@ -26,8 +26,13 @@ class Ties(Rule):
 
     def add(self, theta: Tensor, initial: Tensor | None) -> None:
         """Trim and accumulate theta - initial."""
-        state, s = self.zeros(*ACCUMULATORS), self.settings
-        bounds, sizes = self.base.whole() if s.scope == "global" else (self.base.bounds, self.base.sizes)
+        self.accumulate(self.zeros(*ACCUMULATORS), theta, initial, self.base.sizes)
+
+    def accumulate(self, state: list[Tensor], theta: Tensor, initial: Tensor | None, sizes: list[int]) -> None:
+        """Trim theta - initial and add it to `state`. sizes: the entries of each tensor of which trimming takes a share."""
+        s, bounds = self.settings, self.base.bounds
+        if s.scope == "global":
+            (bounds, _), sizes = self.base.whole(), [sum(sizes)]
         counts = [min(n, max(1, int(s.density * n))) for n in sizes]
         limits, cut = fk.magnitude_threshold(theta, counts, initial=initial, segments=bounds, keep=s.keep)
         positive, negative, positives, negatives = state

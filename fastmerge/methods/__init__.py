@@ -21,6 +21,7 @@ from fastmerge.methods.nearest_mean import NearestMean
 from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import method_of
 from fastmerge.methods.ranpac import RanPAC
+from fastmerge.methods.sdlora import SDLoRA
 from fastmerge.methods.trm import TRM
 from fastmerge.methods.vpt import VPT
 
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "l2p": L2P,
     "dualprompt": DualPrompt,
     "coda": CODA,
+    "sdlora": SDLoRA,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,
     **{rule: method_of(rule) for rule in RULES},

@@ -10,7 +10,7 @@ strict    the merged theta_{t-1}                    theta_{t-1} and theta_t; fro
 
 Under `running` the rule takes the merged task vector without the rule's scale, as in MagMax's code. So MagMax and task
 arithmetic give the same result as under `full`. Under `strict` only the merged model exists. Even under `full` no rule
-keeps all models, because sums over them are enough (`fastmerge.merging`).
+but `knots` keeps all models, because sums over them are enough (`fastmerge.merging`).
 
 With `--lora-rank` a rule merges the vector of the adapted weights, each projection one tensor: a density is a share of what
 can move, and a norm is a norm of it. It keeps vectors of that length.
@@ -18,7 +18,7 @@ can move, and a norm is a norm of it. It keeps vectors of that length.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from fastmerge.merging.rule import Base
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trajectory import Trajectory
 from fastmerge.models.lora import Projections
+from fastmerge.moments_pass import MomentsPass
 from fastmerge.training import Learner, Phase, Train
 
 
@@ -78,7 +79,7 @@ class PostHoc(Method):
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
-        return int(RULES[cls.rule_name].needs_fisher)
+        return int(RULES[cls.rule_name].needs_fisher or RULES[cls.rule_name].needs_moments)
 
     def begin(self, task: Task) -> Tensors:
         during = {}
@@ -122,28 +123,42 @@ def method_of(name: str) -> type[PostHoc]:
 
 
 class Merge(Phase):
-    """The merging phase; it has steps only if the rule needs a Fisher. previous: merge of the previous tasks, `[m]`."""
+    """The merging phase; it has steps only if the rule needs a pass over the images. previous: merge of the previous tasks,
+    `[m]`."""
 
     name = "merge"
 
     def __init__(self, method: PostHoc, task: Task, images: TaskImages, previous: Tensor | None):
         self.method, self.task, self.previous = method, task, previous
-        needed = method.rule.needs_fisher
-        self.fisher = FisherPass(method.learner, task, images, adapted=method.adapted) if needed else None
-        self.steps = self.fisher.steps if self.fisher else 0
-        self.batches = self.fisher.batches if self.fisher else None
+        learner, rule, adapted = method.learner, method.rule, method.adapted
+        self.fisher = FisherPass(learner, task, images, adapted=adapted) if rule.needs_fisher else None
+        names = {block.name for block in adapted.blocks} if isinstance(adapted, Projections) else None
+        self.moments = MomentsPass(learner, task, images, names) if rule.needs_moments else None
+        self.over = self.fisher or self.moments
+        self.steps = self.over.steps if self.over else 0
+        self.batches = self.over.batches if self.over else None
 
     def step(self, i: int) -> dict[str, Tensor]:
-        return self.fisher.step(i) if self.fisher else {}
+        return self.over.step(i) if self.over else {}
+
+    def about(self) -> Any:
+        """What the rule needs of the data: the Fisher `[m]`, or the moments by the number of the tensor."""
+        if self.fisher:
+            return self.fisher.result()
+        if not self.moments:
+            return None
+        found, axes = self.moments.result(), self.moments.axes
+        names = enumerate(self.method.rule.base.names)
+        return {k: (axes[name], found[name]) for k, name in names if name in found}
 
     @torch.no_grad()
     def finish(self) -> None:
         method, rule, weights = self.method, self.method.rule, self.method.weights()
-        fisher = self.fisher.result() if self.fisher else None
+        about = self.about()
         if self.previous is not None:
             rule.restart(self.previous)
             self.previous = None
-        rule.update(weights, fisher)
+        rule.update(weights, about)
         if method.protocol != "strict" and method.init == "sequential":
             method.trained = weights.clone()
         if method.protocol != "strict" or self.task.index:  # strict: the first task's model stays as it is
@@ -154,8 +169,8 @@ class Merge(Phase):
             rule.forget()
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.fisher.tensors() if self.fisher else {}
+        return self.over.tensors() if self.over else {}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        if self.fisher:
-            self.fisher.load(tensors)
+        if self.over:
+            self.over.load(tensors)

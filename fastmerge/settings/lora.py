@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastmerge.declaration import setting
 
@@ -40,4 +41,33 @@ class InfLoRASettings:
         10,
         "The number of tasks over which the threshold rises; the released code takes that of the run, 10 in most tables.",
         at_least=1,
+    )
+
+
+@dataclass
+class SDLoRASettings:
+    rank: int = setting(
+        10,
+        "Rank of LoRA on the query and value projections (paper).",
+        at_least=1,
+    )
+    lr: float = setting(
+        8e-3,
+        "Rate of SGD with momentum 0.9, constant: 8e-3 for CIFAR-100, 1e-2 for ImageNet-R and -A, 2e-2 for DomainNet.",
+        tiny=0.1,
+        at_least=0,
+        source="released code",
+    )
+    magnitude: float = setting(
+        0.8,
+        "Where the magnitude of a new direction starts (released code).",
+    )
+    variant: Literal["plain", "rr", "kd"] = setting(
+        "plain",
+        "rr: later adapters have a smaller rank. kd: a direction that the old ones can express is not kept.",
+    )
+    residual: float = setting(
+        9e-4,
+        "For kd: the largest squared distance of a direction of norm 1 from its fit (paper).",
+        at_least=0,
     )

@@ -361,3 +361,42 @@ class LwFSettings:
         "Temperature of both predictions (paper).",
         above=0,
     )
+
+
+@dataclass
+class RegMeanSettings:
+    alpha: float = setting(
+        0.9,
+        "Factor of the off-diagonal entries of X^T X (paper; 1 leaves them, 0 averages with weights per input).",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass
+class IsoCSettings:
+    scale: float = setting(
+        1.0,
+        "Factor of the merged task vector; the paper chooses it on validation data.",
+        above=0,
+    )
+
+
+@dataclass
+class TSVSettings:
+    scale: float = setting(
+        1.0,
+        "Factor of the merged task vector (paper).",
+        above=0,
+    )
+
+
+@dataclass
+class OPCMSettings:
+    alpha: float = setting(
+        0.5,
+        "The leading directions of the merged task vector that new ones must avoid: with this share of the sum of its "
+        "singular values (paper).",
+        at_least=0,
+        at_most=1,
+    )
