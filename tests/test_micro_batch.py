@@ -40,6 +40,8 @@ def first_step(phase, learner, largest):
     gradients = [] if fisher is None else [getattr(fisher, "fisher", fisher)]
     moments = getattr(phase, "moments", phase)  # likewise
     gradients += getattr(moments, "totals", {}).values()
+    if hasattr(phase, "sums"):
+        gradients += [x for x in phase.sums.tensors().values() if x.is_floating_point()]
     if hasattr(phase, "optimiser"):
         gradients += [p.grad for group in phase.optimiser.param_groups for p in group["params"]]
     return terms, [gradient.detach().clone() for gradient in gradients]
