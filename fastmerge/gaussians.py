@@ -54,16 +54,16 @@ class Gaussians:
         self.load_state_dict(state)
 
     def roots(self, ridge: float, shrunk: bool = False) -> Tensor:
-        """Symmetric square roots of covariance + ridge * identity, `[k, d, d]` fp32; shrunk: see `shrink`.
+        """Symmetric square roots of covariance + ridge * identity, `[k, d, d]` fp32; shrunk: of `shrink` of it.
 
         They exist for any covariance, and have no sign that a device could choose; negative eigenvalues, which come from
         rounding, count as zero.
         """
         found = []
         for covariance in self.covariance:
-            matrix = covariance.double()
-            matrix = shrink(matrix) if shrunk else matrix.clone()
+            matrix = covariance.to(torch.float64, copy=True)
             matrix.diagonal().add_(ridge)
+            matrix = shrink(matrix) if shrunk else matrix
             values, vectors = torch.linalg.eigh(matrix)
             found.append((vectors * values.clamp(min=0).sqrt() @ vectors.T).float())
         return torch.stack(found) if found else self.covariance

@@ -21,6 +21,7 @@ from fastmerge.methods.nearest_mean import NearestMean
 from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import method_of
 from fastmerge.methods.ranpac import RanPAC
+from fastmerge.methods.rapf import RAPF
 from fastmerge.methods.slca import SLCA
 from fastmerge.methods.trm import TRM
 from fastmerge.methods.vpt import VPT
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "coda": CODA,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,
+    "rapf": RAPF,
     "slca": SLCA,
     **{rule: method_of(rule) for rule in RULES},
 }

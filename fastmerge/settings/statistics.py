@@ -54,3 +54,36 @@ class SLCASettings:
         "Temperature of the normalised logits in the alignment (paper).",
         above=0,
     )
+
+
+@dataclass
+class RAPFSettings:
+    lr: float = setting(
+        1e-3,
+        "Learning rate of Adam; a tenth of it after 4/15 of the epochs, and a hundredth after 10/15 (released code).",
+        tiny=1e-2,
+        at_least=0,
+        source="released code",
+    )
+    samples: int = setting(
+        20,
+        "Features drawn for every old class in a batch, and twice as many for every pair of near classes (released code: 20 "
+        "on CIFAR-100, 10 on ImageNet-R and CUB).",
+        at_least=1,
+    )
+    threshold: float = setting(
+        0.55,
+        "An old and a new class are near if the distance of their text embeddings, of length 1, is below this (released "
+        "code: 0.55 on CIFAR-100, 0.65 on ImageNet-R).",
+        at_least=0,
+    )
+    fusion_bias: float = setting(
+        0.6,
+        "Smallest share of the new adapter in the fusion (released code: 0.6 on CIFAR-100, 0.7 on ImageNet-R).",
+        at_least=0,
+        at_most=1,
+    )
+    shrink: bool = setting(
+        False,
+        "Shrink the covariances before features are drawn, as the released code does on ImageNet-R.",
+    )
