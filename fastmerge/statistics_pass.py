@@ -57,7 +57,10 @@ class StatisticsPass(Phase):
 
 
 class ByClass(Batches):
-    """The images class by class, so that the host knows where each class begins in a batch."""
+    """The images class by class, so that the host knows where each class begins in a batch.
+
+    present: the classes that have images, as places in `task.classes`.
+    """
 
     def __init__(self, learner: Learner, task: Task, images: TaskImages):
         super().__init__(learner, task, images, "statistics", epochs=1)
@@ -65,6 +68,7 @@ class ByClass(Batches):
         places = positions(images.labels, classes).cpu()
         self.sorted = places.argsort(stable=True)
         self.places = places[self.sorted].split(learner.config.training.batch_size)
+        self.present = sorted({place for i in range(self.steps) for place, _ in self.classes(i)})
 
     def order(self, epoch: int) -> Tensor:
         return self.sorted

@@ -21,7 +21,9 @@ from fastmerge.methods.nearest_mean import NearestMean
 from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import method_of
 from fastmerge.methods.ranpac import RanPAC
+from fastmerge.methods.rapf import RAPF
 from fastmerge.methods.sdlora import SDLoRA
+from fastmerge.methods.slca import SLCA
 from fastmerge.methods.trm import TRM
 from fastmerge.methods.vpt import VPT
 
@@ -43,5 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "sdlora": SDLoRA,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,
+    "rapf": RAPF,
+    "slca": SLCA,
     **{rule: method_of(rule) for rule in RULES},
 }

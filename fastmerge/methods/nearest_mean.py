@@ -2,7 +2,9 @@
 
     python -m fastmerge --method nearest-mean
 
-Mensink et al. 2013, in the cosine form of iCaRL's nearest mean of exemplars and PILOT's SimpleCIL, with all images.
+Mensink et al. 2013, in the cosine form of iCaRL's nearest mean of exemplars, with all images. SimpleCIL (Zhou et
+al. 2024, and in PILOT) differs in one step: it averages the features before it normalises the mean. Here the feature of each
+image is normalised first, so that every image counts alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544): a bottleneck behind a frozen image tower, blended with its input."""
+"""Modules behind a frozen image tower: the bottleneck of CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544); a linear map."""
 
 from __future__ import annotations
 
@@ -35,3 +35,10 @@ class ClipAdapter(nn.Module):
         """`[b, d]` -> `[b, d]`."""
         learned = torch.relu(torch.relu(features @ self.reduce.T) @ self.restore.T)
         return self.ratio * learned + (1 - self.ratio) * features
+
+
+def linear_map(weight: Tensor) -> nn.Linear:
+    """f -> f W^T without bias; weight: W `[d, d]` fp32."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = nn.Parameter(weight)
+    return module

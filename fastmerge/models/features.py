@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
-from fastmerge.models.adapter import ClipAdapter
+from fastmerge.models.adapter import ClipAdapter, linear_map
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.linearised import Linearised
 from fastmerge.models.precision import tf32
@@ -51,6 +51,11 @@ def adapted(backbone: Backbone, adapter: ClipAdapter) -> Features:
     return Features("clip-adapter", backbone, lambda images: adapter(backbone(images)), dict(adapter.state_dict()))
 
 
+def mapped(backbone: Backbone, adapter: nn.Module) -> Features:
+    """A linear map of the features, without bias."""
+    return Features("linear-adapter", backbone, lambda images: adapter(backbone(images)), dict(adapter.state_dict()))
+
+
 def projected(backbone: Backbone, projection: Tensor) -> Features:
     """Random features of RanPAC: relu(f P), P `[d, M]`."""
 
@@ -78,6 +83,8 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
         return linearised(backbone, Linearised(FlatModel(backbone, tensors["initial"].dtype), tensors["initial"]))
     if kind == "clip-adapter":
         return adapted(backbone, ClipAdapter.of(tensors))
+    if kind == "linear-adapter":
+        return mapped(backbone, linear_map(tensors["weight"]))
     if kind == "random-projection":
         return projected(backbone, tensors["projection"])
     if kind in POOLS:

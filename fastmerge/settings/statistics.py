@@ -17,3 +17,73 @@ class RanPACSettings:
         largest=100_000,
         source="paper",
     )
+
+
+@dataclass
+class SLCASettings:
+    lr: float = setting(
+        1e-4,
+        "Learning rate of the backbone; --head-lr is that of the head and of the alignment. SGD with momentum 0.9.",
+        at_least=0,
+        source="paper",
+    )
+    decay_at: float = setting(
+        0.8,
+        "Both rates are a tenth after this part of the epochs (epoch 40 of 50 on ImageNet-R, released code).",
+        unit="fraction",
+        at_least=0,
+        at_most=1,
+    )
+    weight_decay: float = setting(
+        5e-4,
+        "Weight decay of SGD, of the backbone and in the alignment (released code).",
+        at_least=0,
+    )
+    align_epochs: int = setting(
+        5,
+        "Epochs of classifier alignment after every task but the first (released code); 0 leaves it out.",
+        at_least=0,
+    )
+    samples: int = setting(
+        256,
+        "Features drawn for every class in an epoch of the alignment (paper); it is the batch size there too.",
+        at_least=1,
+    )
+    temperature: float = setting(
+        0.1,
+        "Temperature of the normalised logits in the alignment (paper).",
+        above=0,
+    )
+
+
+@dataclass
+class RAPFSettings:
+    lr: float = setting(
+        1e-3,
+        "Learning rate of Adam; a tenth of it after 4/15 of the epochs, and a hundredth after 10/15 (released code).",
+        tiny=1e-2,
+        at_least=0,
+        source="released code",
+    )
+    samples: int = setting(
+        20,
+        "Features drawn for every old class in a batch, and twice as many for every pair of near classes (released code: 20 "
+        "on CIFAR-100, 10 on ImageNet-R and CUB).",
+        at_least=1,
+    )
+    threshold: float = setting(
+        0.55,
+        "An old and a new class are near if the distance of their text embeddings, of length 1, is below this (released "
+        "code: 0.55 on CIFAR-100, 0.65 on ImageNet-R).",
+        at_least=0,
+    )
+    fusion_bias: float = setting(
+        0.6,
+        "Smallest share of the new adapter in the fusion (released code: 0.6 on CIFAR-100, 0.7 on ImageNet-R).",
+        at_least=0,
+        at_most=1,
+    )
+    shrink: bool = setting(
+        False,
+        "Shrink the covariances before features are drawn, as the released code does on ImageNet-R.",
+    )
