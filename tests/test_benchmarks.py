@@ -30,10 +30,12 @@ from published_trees import (
     plant,
 )
 
-from fastmerge.data import DATASETS, load_dataset, wordnet
+from fastmerge.data import DATASETS, imagenet_r, load_dataset, wordnet
 from fastmerge.data.benchmark import usual_domain
 from fastmerge.data.recognise import BENCHMARKS
 from fastmerge.data.scenario import build_scenario
+from fastmerge.data.split import by_hash, digest
+from fastmerge.data.tree import ClassFolder
 from fastmerge.errors import UserError
 
 SUITE = ("eurosat", "resisc45", "sun397", "dtd", "gtsrb")  # tested in test_data_suite.py
@@ -251,6 +253,44 @@ def test_own_split_of_domains_is_by_domain_and_class(tmp_path):
     )
     data = load_dataset("office31", plant(tmp_path, tree))
     assert np.bincount(data.test.labels * 2 + data.test.domains).tolist() == [2, 2, 2, 2]
+
+
+def test_own_split_leaves_no_domain_without_test_images(tmp_path):
+    """Of 10 renditions in each of 3 classes, 6 images are for testing, so renditions are left; each gets one image."""
+    plant(
+        tmp_path,
+        images(*(f"imagenet-r/{w}" for w in WNIDS[:3]), names=[f"{r}_1.jpg" for r in imagenet_r.RENDITIONS[:10]]),
+    )
+    data = load_dataset("imagenet-r", tmp_path)
+    tests, trains = (np.bincount(s.domains, minlength=len(data.domain_names)) for s in (data.test, data.train))
+    assert len(data.domain_names) == 10 and tests.min() >= 1 and trains.min() >= 1
+    assert np.bincount(data.train.labels).min() >= 1
+    assert len(build_scenario(data, "dil", None).tasks) == 10
+
+
+def test_own_split_takes_for_a_domain_what_class_and_domain_can_spare():
+    def folders(*of):
+        return [ClassFolder(domain, name, f"{domain}/{name}", [f"{k}.jpg" for k in range(n)]) for domain, name, n in of]
+
+    def counts(part):
+        return {(f.domain, f.name): len(f.images) for f in part}
+
+    spare = folders(("a", "bee", 5), ("b", "bee", 1), ("b", "cat", 1), ("a", "cat", 5))
+    train, test = map(counts, by_hash(spare))
+    assert sum(test.values()) == 3 and sum(train.values()) == 9
+    assert {d for d, _ in test} == {d for d, _ in train} == {"a", "b"}
+    only = folders(
+        ("a", "bee", 5), ("b", "cat", 1), ("b", "dog", 1), ("c", "bee", 1)
+    )  # the only cat, dog and image of c
+    assert counts(by_hash(only)[1]) == {("a", "bee"): 1}
+
+
+def test_own_split_of_one_domain_is_what_it_was():
+    """The digest was written down before domains without test images were thought of."""
+    classes = [ClassFolder("", f"class {c}", f"class {c}", [f"{k}.jpg" for k in range(c + 1)]) for c in range(12)]
+    assert digest(by_hash(classes)[1]) == "79fb1ce382cc"
+    domains = [folder._replace(domain=domain) for folder in classes for domain in ("real", "sketch")]
+    assert digest(by_hash(domains)[1]) == "5a643a17d53b"
 
 
 CHOSEN = {"train": [f"{w}/{r}" for w in WNIDS for r in RENDITIONS[:3]], "test": [f"{w}/{RENDITIONS[3]}" for w in WNIDS]}

@@ -124,7 +124,7 @@ class Benchmark:
             notes.clear()  # they are about the split of the layout
             images = _listed(self._known(images, notes), split_file, test_part, place)
         else:
-            images = _divided(self._known(images, notes))
+            images = _divided(self._known(images, notes), self.domain_of)
         train, test = self._by_domain((images.train, images.test or []), notes)
         if not test:
             raise UserError(
@@ -280,11 +280,13 @@ def _listed(images: Images, file: str, test_part: str | None, place: Place) -> I
     return Images(train, test, listed.form, f"{listed.form} of --split-file {file}", order or images.order)
 
 
-def _divided(images: Images) -> Images:
+def _divided(images: Images, domain_of: Callable[[str], str | None] | None) -> Images:
     """`images`, divided by our own rule where the layout divides nothing."""
     if images.test is not None:
         return images
-    train, test = by_hash(images.train)
+    if domain_of is not None and any(domain_of(image) is None for f in images.train for image in f.images):
+        domain_of = None  # then there are no domains
+    train, test = by_hash(images.train, domain_of)
     split = (
         f"our own, 20 % of every class by a hash of the file names, digest {digest(test)} (none is published with these "
         "files; --split-file takes a list)"

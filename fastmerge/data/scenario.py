@@ -151,7 +151,8 @@ def build_scenario(
     for t, classes in enumerate(slices):
         task_of_class[list(classes)] = t
     train, test = (_group(task_of_class[split.labels], tasks) for split in (dataset.train, dataset.test))
-    return Scenario("cil", dataset, order, _tasks([f"task {t + 1}" for t in range(tasks)], slices, train, test))
+    names = [f"task {t + 1}" for t in range(tasks)]
+    return Scenario("cil", dataset, order, _tasks(names, slices, train, test, "Add some, or use fewer tasks"))
 
 
 def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str, fewest: int) -> Scenario:
@@ -175,18 +176,18 @@ def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str
                     f"{dataset.domain_names[d]}: no train image of class "
                     f"{some([dataset.class_names[c] for c in missing])}. Every class needs at least one."
                 )
-    sequence = _tasks([dataset.domain_names[d] for d in order], classes, train, test)
+    advice = f"Add images of this {what}, or choose test images with --split-file, or hold out more with --validation"
+    sequence = _tasks([dataset.domain_names[d] for d in order], classes, train, test, advice)
     return Scenario(kind, dataset, tuple(dict.fromkeys(c for own in classes for c in own)), sequence, order)
 
 
 def _tasks(
-    names: Sequence[str], classes: Sequence[tuple[int, ...]], train: Sequence, test: Sequence
+    names: Sequence[str], classes: Sequence[tuple[int, ...]], train: Sequence, test: Sequence, advice: str
 ) -> tuple[Task, ...]:
+    """advice: what to do about a task without images, for the message."""
     for part, groups in (("train", train), ("test", test)):
         if empty := [name for name, group in zip(names, groups, strict=True) if not len(group)]:
-            raise UserError(
-                f"no {part} image for {some(empty)}: a task needs train and test images. Add some, or use fewer tasks."
-            )
+            raise UserError(f"no {part} image for {some(empty)}: a task needs train and test images. {advice}.")
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 
 
