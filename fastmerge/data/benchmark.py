@@ -25,6 +25,7 @@ from fastmerge.data.split import Parts, by_hash, by_list, digest
 from fastmerge.data.split_file import read as read_split_file
 from fastmerge.data.tree import ClassFolder, looked_for
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 
 @dataclass
@@ -240,7 +241,8 @@ class Benchmark:
         every = [*images.train, *(images.test or [])]
         if self.synsets is not None and (strange := sorted({f.name for f in every} - self.synsets())):
             notes.append(
-                f"{len(strange)} class folders are not among the {self.classes} classes of {self.title}: "
+                f"{counted(len(strange), 'class folder is', 'class folders are')} not among the {self.classes} classes of "
+                f"{self.title}: "
                 f"{', '.join(strange[:5])}"
             )
         usual = {f.domain: usual_domain(f.domain, self.domains) for f in every}
@@ -314,7 +316,8 @@ def _gaps(train: list[ClassFolder], classes: set[str], domains: tuple[str, ...])
     )
     for domain, own in sorted(have.items()):
         if lack := sorted(classes - own):
-            notes.append(f"domain {domain} has no training image of {len(lack)} classes: {', '.join(lack[:5])}")
+            lacking = counted(len(lack), "class", "classes")
+            notes.append(f"domain {domain} has no training image of {lacking}: {', '.join(lack[:5])}")
     return notes
 
 
