@@ -31,6 +31,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    from fastmerge import presets
     from fastmerge.flags import parse
     from fastmerge.output import guarded
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as stop:  # --help
             code = int(stop.code or 0)
         except UserError as error:
-            print(f"{of_rank()}error: {error}", file=sys.stderr)
+            message = presets.explained(str(error), config) if config else str(error)
+            print(f"{of_rank()}error: {message}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

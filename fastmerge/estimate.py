@@ -22,6 +22,7 @@ from fastmerge.parts import FACTOR, Parts, free_bytes, saved_bytes
 from fastmerge.plan import Run, images_per_task, shared_trainings
 from fastmerge.ranks import ranks
 from fastmerge.training import PHASES
+from fastmerge.wording import counted
 
 VECTORS = {  # of the model's length
     "training": 5,  # weights, gradient, AdamW's two moments, the weights before the task
@@ -105,7 +106,7 @@ def estimate(runs: Sequence[Run], backbone: Backbone, device: torch.device, budg
     numel = sum(p.numel() for p in backbone.parameters())
     end, most = disk(runs, numel, done)
     largest = memory(runs, backbone, device).items()
-    needed = [f"{kind} step about {size(b)} ({n} images at once)" for kind, (b, n) in largest]
+    needed = [f"{kind} step about {size(b)} ({counted(n, 'image')} at once)" for kind, (b, n) in largest]
     return [
         f"to do: {number(work['train'])} training images in {count['train']:,} steps, {number(work['merge'])} merging "
         f"images in {count['merge']:,} steps, {number(work['evaluate'])} test images; {number(images)} images to decode "

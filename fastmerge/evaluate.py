@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmerge.data.cache import TaskImages
 from fastmerge.errors import UserError
 from fastmerge.training import Learner, positions
+from fastmerge.wording import counted
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -107,8 +108,8 @@ def refuse(broken: Tensor) -> None:
     """Raise UserError if the logits of some images were unusable. Asked once, at the end: it waits for the device."""
     if count := int(broken):
         raise UserError(
-            f"the logits of {count} test images are not finite: the model predicts nothing. Try a smaller learning rate or "
-            "merge factor with another --run-dir; if no task was trained yet, other weights"
+            f"the logits of {counted(count, 'test image')} are not finite: the model predicts nothing. Try a smaller "
+            "learning rate or merge factor with another --run-dir; if no task was trained yet, other weights"
         )
 
 

@@ -27,6 +27,7 @@ from fastmerge.parts import OutOfMemory
 from fastmerge.ranks import ranks
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
 from fastmerge.training import PHASES, Learner, Phase
+from fastmerge.wording import counted
 
 
 class Images:
@@ -206,7 +207,8 @@ def skipped(scenario: Scenario, task: Task, images: TaskImages) -> list[str]:
 
 
 def _left_out(images: TaskImages, part: str) -> str:
-    return f"{images.skipped} of {images.skipped + len(images)} {part} images cannot be read and are left out"
+    are = "is" if images.skipped == 1 else "are"
+    return f"{images.skipped} of {counted(images.skipped + len(images), f'{part} image')} cannot be read and {are} left out"
 
 
 def check_finite(tensors: Tensors, task: Task, phase: str, record: Record) -> None:

@@ -21,6 +21,7 @@ from fastmerge.errors import UserError, first_line
 from fastmerge.flat import FlatModel
 from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.recompute import blocks_of
+from fastmerge.wording import counted
 
 # Peak of live tensors per image, relative to the activations saved with unfused attention (tests/test_parts.py): measured
 # on ViT-Ti/16 and ViT-S/16 in fp32, where they agree within 3 %, and rounded up. bf16 needs less.
@@ -108,15 +109,17 @@ class Parts:
             kind, size = self._last  # read here, where the traceback is gone and with it the tensors of its frames
             if not again or kind in self._halved or size <= 1:
                 raise OutOfMemory(
-                    f"out of memory ({kind}, {size} images at once): {why}. Free memory on the device or take a smaller "
-                    "--cache-gb, and the same command continues; or give a smaller --micro-batch or --model with another "
-                    "--run-dir"
+                    f"out of memory ({kind}, {counted(size, 'image')} at once): {why}. Free memory on the device or take "
+                    "a smaller --cache-gb, and the same command continues; or give a smaller --micro-batch or --model with "
+                    "another --run-dir"
                 )
             self._halved.add(kind)
             self.sizes[kind] = math.ceil(size / 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.say(f"out of memory ({kind}, {size} images at once): from now on {self.sizes[kind]} at once")
+            self.say(
+                f"out of memory ({kind}, {counted(size, 'image')} at once): from now on {self.sizes[kind]} at once"
+            )
 
 
 def free_bytes(device: torch.device) -> int:

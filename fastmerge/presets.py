@@ -8,6 +8,7 @@ Infer after Merging", NeurIPS 2025 (section 4.1).
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from fastmerge.config import Config, flag_of
@@ -156,6 +157,26 @@ def about(config: Config) -> list[str]:
             f"preset {name}: the paper does not use {', '.join(other)}; what it chooses per data set has fastmerge's default"
         )
     return lines
+
+
+def explained(message: str, config: Config) -> str:
+    """An error's `message`, and which of the flags that it names have the value of a preset, since nobody may have typed
+    them."""
+    name = config.training.preset
+    if name is None:
+        return message
+    flags = []
+    for setting, row in rows(name, config.data.dataset, config.scenario.scenario).items():
+        flag = f"--{flag_of(*setting.split('.'))}"
+        group, _, own = setting.partition(".")
+        if getattr(getattr(config, group), own) == row.value and re.search(
+            rf"{flag} {re.escape(shown(row.value))}(?![\w.-])", message
+        ):
+            flags.append((flag, f"{flag} {shown(row.value)} is --preset {name}'s ({row.where})"))
+    if not flags:
+        return message
+    told = "; ".join(text for _, text in flags)
+    return f"{message} {told}: give {' and '.join(flag for flag, _ in flags)} another value."
 
 
 def shown(value: Any) -> str:

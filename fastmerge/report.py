@@ -17,6 +17,7 @@ from fastmerge import presets
 from fastmerge.data.prompts import CONTINUAL_CLIP
 from fastmerge.flags import DEFAULT_TASKS
 from fastmerge.results import METRICS
+from fastmerge.wording import counted
 
 BASELINE = "nearest-mean"  # beside every table
 
@@ -28,11 +29,13 @@ def header(setup: Any, manifest: dict[str, Any], folder: Path) -> list[str]:
     sizes = [len(task.classes) for task in scenario.tasks]
     shown = ", ".join(f"{len(list(same))} x {size}" for size, same in itertools.groupby(sizes))
     fewer = f" ({DEFAULT_TASKS} by default, fewer for so few classes)" if setup.fewer_tasks else ""
-    tasks = f"{len(sizes)} tasks" if len(sizes) > 1 else "1 task"
+    tasks = counted(len(sizes), "task")
     kinds = {"cil": "class-incremental", "dil": "domain-incremental", "datasets": "a data set per task"}
-    earlier = f", after the {len(setup.earlier.scenario.tasks)} tasks of {setup.earlier.path}" if setup.earlier else ""
+    before = setup.earlier
+    earlier = f", after {counted(len(before.scenario.tasks), 'task')} of {before.path}" if before else ""
     return [
-        f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.train)} train and {len(dataset.test)} test images",
+        f"{dataset.name}: {counted(len(dataset.class_names), 'class', 'classes')}, {len(dataset.train)} train and "
+        f"{counted(len(dataset.test), 'test image')}",
         *origin_lines(dataset),
         f"{kinds[scenario.kind]}, {tasks}{fewer} with {shown} classes, order {manifest['order_sha256']}{earlier}",
         f"{backbone.name}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, {backbone.weights}, "
@@ -60,7 +63,7 @@ def warmup_warning(tasks: Sequence[Any], training: Any) -> str | None:
         return None
     highest = training.lr * steps / training.warmup_steps
     return (
-        f"--warmup-steps {training.warmup_steps}: the shortest task has {steps} steps, so its learning rate "
+        f"--warmup-steps {training.warmup_steps}: the shortest task has {counted(steps, 'step')}, so its learning rate "
         f"only rises, to {highest:.2g} instead of {training.lr:.2g}"
     )
 

@@ -32,6 +32,7 @@ from fastmerge.models.text_context import ClassPrompts
 from fastmerge.models.trainable import AllWeights, Trainable
 from fastmerge.parts import Parts, free_bytes, saved_bytes
 from fastmerge.ranks import ranks
+from fastmerge.wording import counted
 
 ADAPTED = ("key", "value")  # projections (P&M, Implementation Details)
 
@@ -341,7 +342,9 @@ def positions(labels: Tensor, classes: Tensor) -> Tensor:
     """
     hit = labels[:, None] == classes[None, :]
     if labels.device.type == "cpu" and not bool(hit.any(1).all()):
-        raise ValueError(f"label {int(labels[~hit.any(1)][0])} is not among the {len(classes)} classes of this task")
+        raise ValueError(
+            f"label {int(labels[~hit.any(1)][0])} is not among the {counted(len(classes), 'class', 'classes')} of this task"
+        )
     return hit.int().argmax(1)
 
 

@@ -110,10 +110,10 @@ KINDS = ("art", "sketch", "toy", "videogame")
 TREES: dict[tuple[str, str], Case] = {
     ("imagenet-r", "official"): (
         images(*(f"imagenet-r/{w}" for w in WNIDS), names=RENDITIONS) | {"imagenet-r/README.txt": "text"},
-        FISH, KINDS, 12, 3,
+        FISH, KINDS, 10, 5,
     ),
     ("imagenet-r", "CoOp tree"): (
-        images(*(f"imagenet-rendition/imagenet-r/{w}" for w in WNIDS), names=RENDITIONS), FISH, KINDS, 12, 3,
+        images(*(f"imagenet-rendition/imagenet-r/{w}" for w in WNIDS), names=RENDITIONS), FISH, KINDS, 10, 5,
     ),
     ("imagenet-r", "LAMDA zip"): (both("imagenet-r/{part}/{}", WNIDS, names=RENDITIONS), FISH, KINDS, 15, 15),
     ("imagenet-r", "MagMax's and CMM's conversion"): (  # in the order of the wnids, not of the folders

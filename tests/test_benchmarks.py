@@ -30,10 +30,12 @@ from published_trees import (
     plant,
 )
 
-from fastmerge.data import DATASETS, load_dataset, wordnet
+from fastmerge.data import DATASETS, imagenet_r, load_dataset, wordnet
 from fastmerge.data.benchmark import usual_domain
 from fastmerge.data.recognise import BENCHMARKS
 from fastmerge.data.scenario import build_scenario
+from fastmerge.data.split import by_hash, digest
+from fastmerge.data.tree import ClassFolder
 from fastmerge.errors import UserError
 
 SUITE = ("eurosat", "resisc45", "sun397", "dtd", "gtsrb")  # tested in test_data_suite.py
@@ -168,7 +170,7 @@ def test_the_car_with_a_slash_in_its_name(tmp_path, slash):
 
 def test_a_domain_that_lacks_a_class_shifts_no_label(tmp_path):
     data = load_dataset("domainnet", plant(tmp_path, domainnet()))
-    assert any("quickdraw has no training image of 1 classes: airplane" in note for note in data.notes)
+    assert any("quickdraw has no training image of 1 class: airplane" in note for note in data.notes)
     assert data.class_names[data.train.labels[data.train.domains == 3].min()] == "The Eiffel Tower"
     assert data.keys == ("airplane", "The_Eiffel_Tower", "train")  # the order of the lists' labels
     scenario = build_scenario(data, "dil", None, "natural")
@@ -197,7 +199,7 @@ def test_a_part_of_the_data_says_so(tmp_path, name, layout):
     assert held.origin.comparable.startswith("none, since") and data.origin.comparable in held.origin.comparable
     top = data.most_populous(1)
     assert top.keys == (data.keys[data.class_names.index(top.class_names[0])],)
-    assert top.origin.comparable.startswith("results on the same 1 classes only") and not top.test.labels.any()
+    assert top.origin.comparable.startswith("results on the same 1 class only") and not top.test.labels.any()
 
 
 def test_domains_that_are_not_on_disk_are_left_out_of_the_lists(tmp_path):
@@ -253,6 +255,44 @@ def test_own_split_of_domains_is_by_domain_and_class(tmp_path):
     assert np.bincount(data.test.labels * 2 + data.test.domains).tolist() == [2, 2, 2, 2]
 
 
+def test_own_split_leaves_no_domain_without_test_images(tmp_path):
+    """Of 10 renditions in each of 3 classes, 6 images are for testing, so renditions are left; each gets one image."""
+    plant(
+        tmp_path,
+        images(*(f"imagenet-r/{w}" for w in WNIDS[:3]), names=[f"{r}_1.jpg" for r in imagenet_r.RENDITIONS[:10]]),
+    )
+    data = load_dataset("imagenet-r", tmp_path)
+    tests, trains = (np.bincount(s.domains, minlength=len(data.domain_names)) for s in (data.test, data.train))
+    assert len(data.domain_names) == 10 and tests.min() >= 1 and trains.min() >= 1
+    assert np.bincount(data.train.labels).min() >= 1
+    assert len(build_scenario(data, "dil", None).tasks) == 10
+
+
+def test_own_split_takes_for_a_domain_what_class_and_domain_can_spare():
+    def folders(*of):
+        return [ClassFolder(domain, name, f"{domain}/{name}", [f"{k}.jpg" for k in range(n)]) for domain, name, n in of]
+
+    def counts(part):
+        return {(f.domain, f.name): len(f.images) for f in part}
+
+    spare = folders(("a", "bee", 5), ("b", "bee", 1), ("b", "cat", 1), ("a", "cat", 5))
+    train, test = map(counts, by_hash(spare))
+    assert sum(test.values()) == 3 and sum(train.values()) == 9
+    assert {d for d, _ in test} == {d for d, _ in train} == {"a", "b"}
+    only = folders(
+        ("a", "bee", 5), ("b", "cat", 1), ("b", "dog", 1), ("c", "bee", 1)
+    )  # the only cat, dog and image of c
+    assert counts(by_hash(only)[1]) == {("a", "bee"): 1}
+
+
+def test_own_split_of_one_domain_is_what_it_was():
+    """The digest was written down before domains without test images were thought of."""
+    classes = [ClassFolder("", f"class {c}", f"class {c}", [f"{k}.jpg" for k in range(c + 1)]) for c in range(12)]
+    assert digest(by_hash(classes)[1]) == "79fb1ce382cc"
+    domains = [folder._replace(domain=domain) for folder in classes for domain in ("real", "sketch")]
+    assert digest(by_hash(domains)[1]) == "5a643a17d53b"
+
+
 CHOSEN = {"train": [f"{w}/{r}" for w in WNIDS for r in RENDITIONS[:3]], "test": [f"{w}/{RENDITIONS[3]}" for w in WNIDS]}
 
 
@@ -305,7 +345,9 @@ def test_a_published_list_divides_any_copy(tmp_path, form, copy):
     assert data.keys == (WNIDS[::-1] if turned else WNIDS)
     assert (form if form != "lines" else "text") in data.origin.split
     assert any("left out, such as n02437616/test_img_R.py" in n for n in data.notes) == (form == "text with sections")
-    assert any("of val are left out" in n for n in data.notes) == (form == "CoOp JSON")
+    assert any("3 images of val are left out" in n or "1 image of val is left out" in n for n in data.notes) == (
+        form == "CoOp JSON"
+    )
 
 
 @pytest.mark.parametrize("name, layout", [key for key in TREES if key[0] in ("cub200", "domainnet", "pacs")], ids=str)

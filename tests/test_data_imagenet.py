@@ -93,7 +93,7 @@ def test_val_of_all_classes_beside_a_train_subset(tmp_path):
     tree(tmp_path, *SOME)
     write_tree(tmp_path, "val/n02007558")
     data = load_dataset("imagenet1k", tmp_path)
-    assert len(data.class_names) == 3 and "1 classes of val are left out" in data.notes[1]
+    assert len(data.class_names) == 3 and "1 class of val is left out" in data.notes[1]
 
 
 def test_empty_wnid_folder(tmp_path):

@@ -81,7 +81,7 @@ def test_skipped_images_are_counted_and_a_lost_class_is_a_warning(capsys, tmp_pa
     out = " ".join(capsys.readouterr().out.split())
     assert "task 1: 2 of 4 training images cannot be read and are left out" in out
     assert "no training image is left of class colour 1, so the model cannot learn it" in out
-    assert "task 2: 1 of 4 test images cannot be read and are left out" in out
+    assert "task 2: 1 of 4 test images cannot be read and is left out" in out
     rows = [line.split("|") for line in (tmp_path / "r" / "results.md").read_text().splitlines()]
     assert {row[1].strip(): row[-2].strip() for row in rows if "-" * 3 not in row[1]} == {
         "method": "skipped images", "finetune": "3", "nearest-mean": "3",

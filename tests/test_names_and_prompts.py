@@ -116,7 +116,7 @@ def test_class_names_file(tmp_path, text):
     [
         ("gold\nshark\n", "2 names for 3 classes"),
         ("gold\nshark\ngold\n", "'gold' is the name of several classes"),
-        ("n01443537 gold\n", "2 of 3 classes have no name in it, such as 'great white shark'"),
+        ("n01443537 gold\n", "2 of 3 classes without a name in it, such as 'great white shark'"),
         ('["gold", "shark", 3]', "3 is not a name"),
         ("[1", "cannot read it"),
     ],

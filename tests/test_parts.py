@@ -83,7 +83,7 @@ def test_attempts():
         its.attempt(lambda: work({"evaluate": 60}), again=False)
     assert calls == [("evaluate", 100)]
     one = parts(0)
-    with pytest.raises(OutOfMemory, match="train, 1 images"):
+    with pytest.raises(OutOfMemory, match="train, 1 image at once"):
         one.attempt(lambda: [one.of(1, "train"), (_ for _ in ()).throw(torch.OutOfMemoryError("full"))][1].__next__())
 
 

@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from published_trees import TREES, plant
 
+from fastmerge.__main__ import main
 from fastmerge.config import Config, check, declarations, to_dict
 from fastmerge.data import DATASETS
 from fastmerge.errors import UserError
 from fastmerge.flags import as_flags, parse
-from fastmerge.presets import PRESETS, USED, about
+from fastmerge.presets import PRESETS, USED, about, explained
 
 CASES = [(name, dataset) for name in PRESETS for dataset in (*USED[name], "cifar10", "glyphs", "folder")]
 
@@ -105,3 +107,33 @@ def test_several_data_sets_have_what_the_paper_chooses_for_all_of_them():
 def test_an_unknown_preset_is_refused():
     with pytest.raises(UserError, match="--preset tmr: expected trm | cmm | pam Did you mean: trm"):
         parse(["--preset", "tmr"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            "--preset trm",
+            "--tasks 10: imagenet-r has 3 classes; choose 1 to 3 tasks. --tasks 10 is --preset trm's (Table 1, of 5, 10 and "
+            "20): give --tasks another value.",
+        ),
+        ("--preset trm --tasks 100", "--tasks 100: imagenet-r has 3 classes; choose 1 to 3 tasks."),
+        ("--method trm --tasks 10", "--tasks 10: imagenet-r has 3 classes; choose 1 to 3 tasks."),
+    ],
+)
+def test_an_error_about_a_flag_that_nobody_typed_names_the_preset(flags, says, tmp_path, capsys):
+    root = plant(tmp_path, TREES["imagenet-r", "LAMDA zip"][0])
+    place = ["--dataset", "imagenet-r", "--data-root", str(root), "--model", "tiny", "--run-dir", str(tmp_path / "run")]
+    assert main([*flags.split(), *place]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {says}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_flags_of_a_preset_in_an_error_are_named():
+    config = parse("--preset cmm --dataset cub200 --lr 0.1".split())
+    named = explained("--tasks 10 and --epochs 30, not --lr 0.1, --epochs 300 or --batch-size 12.", config)
+    assert named.endswith(
+        "--batch-size 12. --epochs 30 is --preset cmm's (Implementation details); --tasks 10 is --preset cmm's (Datasets, "
+        "of 5, 10 and 20): give --epochs and --tasks another value."
+    )
+    assert explained("no flag", config) == "no flag"

@@ -368,7 +368,9 @@ def test_class_without_train_images_is_named(kind):
 def test_task_without_test_images_is_named():
     with pytest.raises(UserError, match="no test image for task 2.*fewer tasks"):
         build_scenario(dataset(classes=2, test=split([0, 0])), "cil", 2)
-    with pytest.raises(UserError, match="no test image for place 1"):
+    with pytest.raises(
+        UserError, match="no test image for place 1.*Add images of this domain, or .*--split-file, or .*--validation"
+    ):
         build_scenario(dataset(classes=2, domains=2, test=split([0, 1])), "dil", None)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastmerge import analysis
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
 
         after = own.after or tasks
         if after > tasks:
-            raise UserError(f"--after {after}: the scenario has {tasks} tasks")
+            raise UserError(f"--after {after}: the scenario has {counted(tasks, 'task')}")
         return landscape(setup, after, own.points, out)
     from fastmerge.analysis.embeddings import embeddings
 

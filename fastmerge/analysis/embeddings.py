@@ -17,6 +17,7 @@ from fastmerge.analysis.stages import Stages, work
 from fastmerge.errors import UserError
 from fastmerge.methods.cmm import CMM
 from fastmerge.setup import Setup
+from fastmerge.wording import counted
 
 MODELS = ("previous", "merged", "aligned")
 COLUMNS = ("class", "image", "model", "x", "y", "distance")
@@ -34,7 +35,8 @@ def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
     labels = two.tests[0].labels.tolist()
     rows = [k for k, label in enumerate(labels) if label in chosen]
     if len(rows) < 2:
-        raise UserError(f"the first {len(chosen)} classes have {len(rows)} test images; t-SNE needs at least two")
+        first = counted(len(chosen), "class", "classes")
+        raise UserError(f"{counted(len(rows), 'test image')} of the first {first}; t-SNE needs at least two")
     features = {"previous": embed(two, rows)}
     phase = two.method.merge(two.tasks[1], two.train(1), two.during)
     phase.merge()

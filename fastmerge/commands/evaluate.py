@@ -27,6 +27,7 @@ from fastmerge.flags import as_flags, read_flags, resolve
 from fastmerge.machine import choose_device
 from fastmerge.models.saved import Model, load, model_file
 from fastmerge.setup import prepared
+from fastmerge.wording import counted
 
 MOST_CLASSES = 100  # a larger confusion matrix cannot be read as a picture
 
@@ -117,7 +118,7 @@ def evaluate(model: Model, dataset: Dataset, batch_size: int) -> dict[str, Any]:
             true.append(label)
             domains.append(domain)
     if not correct:
-        raise UserError(f"data set {dataset.name}: none of {len(split)} test images can be read")
+        raise UserError(f"data set {dataset.name}: none of {counted(len(split), 'test image')} can be read")
     hit, label = np.array(correct), np.array(true)
     per_class = {model.class_names[c]: percent(hit[label == c]) for c in sorted(set(true))}
     summary = {
@@ -142,7 +143,8 @@ def columns(model: Model, dataset: Dataset) -> np.ndarray:
     known = {name: c for c, name in enumerate(model.class_names)}
     if unknown := [name for name in dataset.class_names if name not in known]:
         raise UserError(
-            f"data set {dataset.name} has {len(unknown)} classes that the model does not know, such as {unknown[0]!r}."
+            f"data set {dataset.name} has {counted(len(unknown), 'class', 'classes')} that the model does not know, "
+            f"such as {unknown[0]!r}."
             f"{nearest(unknown[0], known)} Evaluate on a data set with the model's classes: "
             f"{', '.join(model.class_names[:5])}{', ...' if len(known) > 5 else ''}"
         )
@@ -202,9 +204,9 @@ def draw(path: Path, confusion: np.ndarray, names: list[str]) -> None:
 
 def text(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    bad = f", {summary['bad_images']} unreadable ones skipped" if summary["bad_images"] else ""
+    bad = f", {counted(summary['bad_images'], 'unreadable one')} skipped" if summary["bad_images"] else ""
     lines = [
-        f"{summary['model']} on {summary['dataset']}: {summary['images']} test images{bad}",
+        f"{summary['model']} on {summary['dataset']}: {counted(summary['images'], 'test image')}{bad}",
         f"accuracy {summary['accuracy']:.2f} %, mean over classes {summary['accuracy_per_class_mean']:.2f} %",
     ]
     for what in ("task", "class"):

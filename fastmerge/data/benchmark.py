@@ -25,6 +25,7 @@ from fastmerge.data.split import Parts, by_hash, by_list, digest
 from fastmerge.data.split_file import read as read_split_file
 from fastmerge.data.tree import ClassFolder, looked_for
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Benchmark:
             notes.clear()  # they are about the split of the layout
             images = _listed(self._known(images, notes), split_file, test_part, place)
         else:
-            images = _divided(self._known(images, notes))
+            images = _divided(self._known(images, notes), self.domain_of)
         train, test = self._by_domain((images.train, images.test or []), notes)
         if not test:
             raise UserError(
@@ -240,7 +241,8 @@ class Benchmark:
         every = [*images.train, *(images.test or [])]
         if self.synsets is not None and (strange := sorted({f.name for f in every} - self.synsets())):
             notes.append(
-                f"{len(strange)} class folders are not among the {self.classes} classes of {self.title}: "
+                f"{counted(len(strange), 'class folder is', 'class folders are')} not among the {self.classes} classes of "
+                f"{self.title}: "
                 f"{', '.join(strange[:5])}"
             )
         usual = {f.domain: usual_domain(f.domain, self.domains) for f in every}
@@ -280,11 +282,13 @@ def _listed(images: Images, file: str, test_part: str | None, place: Place) -> I
     return Images(train, test, listed.form, f"{listed.form} of --split-file {file}", order or images.order)
 
 
-def _divided(images: Images) -> Images:
+def _divided(images: Images, domain_of: Callable[[str], str | None] | None) -> Images:
     """`images`, divided by our own rule where the layout divides nothing."""
     if images.test is not None:
         return images
-    train, test = by_hash(images.train)
+    if domain_of is not None and any(domain_of(image) is None for f in images.train for image in f.images):
+        domain_of = None  # then there are no domains
+    train, test = by_hash(images.train, domain_of)
     split = (
         f"our own, 20 % of every class by a hash of the file names, digest {digest(test)} (none is published with these "
         "files; --split-file takes a list)"
@@ -312,7 +316,8 @@ def _gaps(train: list[ClassFolder], classes: set[str], domains: tuple[str, ...])
     )
     for domain, own in sorted(have.items()):
         if lack := sorted(classes - own):
-            notes.append(f"domain {domain} has no training image of {len(lack)} classes: {', '.join(lack[:5])}")
+            lacking = counted(len(lack), "class", "classes")
+            notes.append(f"domain {domain} has no training image of {lacking}: {', '.join(lack[:5])}")
     return notes
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastmerge.data.dataset import Split
 from fastmerge.data.files import host_pixels
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 CHUNK = 256  # images decoded and copied to the device at a time; a decoder can be stopped between chunks
 HOST_BYTES = 8_000_000_000  # of images in memory on a machine without a GPU
@@ -140,7 +141,9 @@ class ImageCache:
         else:
             images = self._on_device(*self._decode(split, indices, self.device))
         if not len(images):
-            raise UserError(f"none of {len(indices)} images can be read; the first is {split.ids[indices[0]]}.")
+            raise UserError(
+                f"none of {counted(len(indices), 'image')} can be read; the first is {split.ids[indices[0]]}."
+            )
         if keep:
             self._kept[key] = images
             self._kept_bytes += needed

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from fastmerge.data import wordnet
 from fastmerge.data.tree import WNID
 from fastmerge.errors import UserError, nearest
+from fastmerge.wording import counted
 
 NUMBERED = re.compile(r"\d+\.(?=.)")  # as in CUB-200-2011
 
@@ -60,13 +61,14 @@ def from_file(path: str, names: Sequence[str], keys: Sequence[str]) -> tuple[str
     if isinstance(found, dict):
         chosen = [found.get(key, found.get(name)) for key, name in zip(keys or names, names, strict=True)]
         if lack := [name for name, new in zip(names, chosen, strict=True) if new is None]:
-            raise UserError(f"{where}: {len(lack)} of {n} classes have no name in it, such as {lack[0]!r}.")
+            every = counted(n, "class", "classes")
+            raise UserError(f"{where}: {len(lack)} of {every} without a name in it, such as {lack[0]!r}.")
     else:
         chosen = list(found)
         if len(chosen) != n:
             raise UserError(
-                f"{where}: {len(chosen)} names for {n} classes. Expected a name for every class, in the order of the "
-                f"classes ({', '.join(names[:3])}, ...), or lines with a folder, a tab and a name."
+                f"{where}: {counted(len(chosen), 'name')} for {counted(n, 'class', 'classes')}. Expected a name for every "
+                f"class, in the order of the classes ({', '.join(names[:3])}, ...), or lines with a folder, a tab and a name."
             )
     if bad := [name for name in chosen if not isinstance(name, str) or not name.strip()]:
         raise UserError(f"{where}: {bad[0]!r} is not a name.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,9 @@ class Dataset:
         """
         classes = len(self.class_names)
         if number > classes:
-            raise UserError(f"--top-classes {number}: {self.name} has {classes} classes; choose 1 to {classes}.")
+            raise UserError(
+                f"--top-classes {number}: {self.name} has {counted(classes, 'class', 'classes')}; choose 1 to {classes}."
+            )
         counts = np.bincount(self.train.labels, minlength=classes)
         kept = np.sort(np.argsort(-counts, kind="stable")[:number])
         label = np.full(classes, -1)
@@ -131,7 +134,8 @@ class Dataset:
         )
         names = tuple(self.class_names[c] for c in kept)
         least = counts[kept].min()
-        note = f"--top-classes: the {number} of {classes} classes with the most training images ({least} or more)"
+        total = counted(classes, "class", "classes")
+        note = f"--top-classes: the {number} of {total} with the most training images ({least} or more)"
         templates = self.templates
         if isinstance(templates[0], tuple):
             templates = tuple(self.templates_of(c) for c in kept)
@@ -143,7 +147,7 @@ class Dataset:
             test=test,
             notes=(*self.notes, note),
             keys=tuple(self.keys[c] for c in kept) if self.keys else (),
-            origin=self._part_of_origin(f"results on the same {number} classes only"),
+            origin=self._part_of_origin(f"results on the same {counted(number, 'class', 'classes')} only"),
         )
 
     def held_out(self, part: float) -> Dataset:
@@ -159,7 +163,8 @@ class Dataset:
             members = order[groups == group]
             held[members[: min(round(part * len(members)), len(members) - 1)]] = True
         train, test = (self.train.subset(np.flatnonzero(rows)) for rows in (~held, held))
-        note = f"--validation: {len(test)} of {len(self.train)} training images are held out; accuracies are on these"
+        whole = counted(len(self.train), "training image")
+        note = f"--validation holds out {len(test)} of {whole}; accuracies are on what is held out"
         origin = self._part_of_origin("none, since the accuracies are on training images")
         return replace(self, train=train, test=test, notes=(*self.notes, note), origin=origin)
 

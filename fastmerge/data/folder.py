@@ -45,6 +45,7 @@ from fastmerge.data.tree import (
     subfolders,
 )
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 
 def load(
@@ -199,7 +200,9 @@ def parts(root: str, notes: list[str], test_part: str | None = None) -> tuple[li
             }
         ):
             shown = ", ".join("/".join(filter(None, key)) for key in only[:5])
-            notes.append(f"{len(only)} class folders only in {what}: {shown}{', ...' if len(only) > 5 else ''}")
+            notes.append(
+                f"{counted(len(only), 'class folder')} only in {what}: {shown}{', ...' if len(only) > 5 else ''}"
+            )
     domains = {d: {f.name for f in train if f.domain == d} for d in sorted({f.domain for f in train})}
     if len(domains) > 1 and not set.intersection(*domains.values()):
         notes.append(f"no class is in every domain ({', '.join(domains)})")
@@ -210,11 +213,11 @@ def _nearest(root: str) -> str:
     """What a tree without train and test folders looks like, and what it lacks."""
     images, folders = listing(root)
     if folders and (classes := [name for name in folders if listing(os.path.join(root, name))[0]]):
-        found = f"<class>/<image>, with {len(classes)} class folders such as {classes[0]}"
+        found = f"<class>/<image>, with {counted(len(classes), 'class folder')} such as {classes[0]}"
     elif folders and holds_domains(root, ""):
-        found = f"<domain>/<class>/<image>, with {len(folders)} domains such as {folders[0]}"
+        found = f"<domain>/<class>/<image>, with {counted(len(folders), 'domain')} such as {folders[0]}"
     else:
-        return f"\nNearest: {len(images)} images in no class folder." if images else ""
+        return f"\nNearest: {counted(len(images), 'image')} in no class folder." if images else ""
     return f"\nNearest: {found}. Nothing says what is for testing: give --split-file, or make train and test folders."
 
 

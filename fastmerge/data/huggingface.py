@@ -25,6 +25,7 @@ from fastmerge.data.files import ImageReader, data_root, decode, files_hash
 from fastmerge.data.split import by_hash, digest
 from fastmerge.data.tree import TESTS, ClassFolder
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 LAYOUT = (
     "Expected a folder of DatasetDict.save_to_disk (dataset_dict.json), or parquet files that are named after their split, "
@@ -155,7 +156,8 @@ def _index(columns: list[Any], names: list[str] | None) -> tuple[tuple[str, ...]
     for column in values:
         if bad := [value for value in column if not 0 <= value < len(names)]:
             raise UserError(
-                f"data set 'huggingface': {len(bad)} images have no label ({bad[0]}); choose another --test-part."
+                f"data set 'huggingface': {counted(len(bad), 'image has', 'images have')} no label ({bad[0]}); "
+                "choose another --test-part."
             )
     return tuple(names), [np.array(column, np.int64) for column in values]
 

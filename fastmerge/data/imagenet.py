@@ -17,6 +17,7 @@ from fastmerge.data.folder import assemble
 from fastmerge.data.tree import class_folders, find_parts, looked_for
 from fastmerge.data.wordnet import class_names
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 BASES = (
     "",
@@ -42,8 +43,9 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
         images, folders = listing(os.path.join(root, part))
         if images and not folders:
             raise UserError(
-                f"{os.path.join(root, part)} is flat: {len(images)} images are directly in it, so their classes are "
-                "unknown. Sort them into one folder per wnid (the script valprep.sh does this for val). " + LAYOUT
+                f"{os.path.join(root, part)} is flat: {counted(len(images), 'image is', 'images are')} directly in it, of an "
+                "unknown class. Sort images into one folder per wnid (the script valprep.sh does this for val). "
+                + LAYOUT
             )
     train, test = (class_folders(root, part) for part in parts)
     names = class_names()
@@ -55,10 +57,11 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
             )
     notes, present = [], {folder.name for folder in train}
     if len(present) < 1000:
-        notes.append(f"{len(present)} of the 1000 classes of ImageNet-1K are present: not the usual benchmark")
+        notes.append(f"{len(present)} of the 1000 classes of ImageNet-1K: not the usual benchmark")
     if left_out := {folder.name for folder in test} - present:
         test = [folder for folder in test if folder.name in present]
-        notes.append(f"{len(left_out)} classes of {parts[1]} are left out: {parts[0]} has no folder for them")
+        lost = counted(len(left_out), f"class of {parts[1]} is", f"classes of {parts[1]} are")
+        notes.append(f"{lost} left out: {parts[0]} has no such folder")
     whole = not notes
     return assemble(
         "imagenet1k",

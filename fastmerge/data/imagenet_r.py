@@ -15,6 +15,7 @@ from fastmerge.data import wordnet
 from fastmerge.data.benchmark import Benchmark, Images, Layout, Place, Published
 from fastmerge.data.layouts import PARTS, flat_wnids, parts
 from fastmerge.data.tree import WNID, ClassFolder
+from fastmerge.wording import counted
 
 RENDITIONS = (
     "art", "cartoon", "deviantart", "embroidery", "graffiti", "graphic", "misc", "origami", "painting", "sculpture",
@@ -37,9 +38,10 @@ def named_parts(place: Place) -> Images:
     known = wnids_of(place.base)
     wnids = {name: known.get(_plain(name)) for name in names}
     if lost := sorted(name for name, wnid in wnids.items() if wnid is None):
+        one, many = "class folder is neither a wnid nor a name", "class folders are neither wnids nor names"
         place.notes.append(
-            f"{len(lost)} class folders are neither wnids nor names that we know, such as {lost[0]}; so classes are in the "
-            "order of their folders' names"
+            f"{counted(len(lost), one, many)} that we know, such as {lost[0]}; so classes are in the order of "
+            "their folders' names"
         )
         return images
 

@@ -22,6 +22,7 @@ from fastmerge.data.class_names import renamed
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.order_file import some
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 CPU = torch.device("cpu")
 
@@ -43,8 +44,8 @@ def load_datasets(
         places = list(roots)
     else:
         raise UserError(
-            f"--data-root names {len(roots)} folders for {len(names)} data sets ({', '.join(names)}); give one that "
-            "contains them all, or one for each in the same order"
+            f"--data-root names {counted(len(roots), 'folder')} for {counted(len(names), 'data set')} ({', '.join(names)}); "
+            "give one that contains them all, or one for each in the same order"
         )
     if len(names) == 1:
         dataset = load_dataset(names[0], places[0], download=download, **options)
@@ -128,7 +129,9 @@ def union(parts: Sequence[Dataset]) -> Union:
         notes += [f"{name}: {note}" for note in (*origin, *part.notes)]
     if shared:
         shared = list(dict.fromkeys(shared))
-        notes.append(f"{len(shared)} classes are in several data sets and count as one each: {some(shared)}")
+        one = "class is in several data sets and counts as one"
+        many = "classes are in several data sets and count as one each"
+        notes.append(f"{counted(len(shared), one, many)}: {some(shared)}")
     flip = [name for name, part in zip(called, parts, strict=True) if part.flip]
     if flip and len(flip) < len(parts):
         notes.append(f"no flips, which only {some(flip)} allow; --flip mirrors the images of all data sets")

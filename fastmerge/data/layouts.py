@@ -10,6 +10,7 @@ from fastmerge.data.benchmark import Images, Place, usual_domain
 from fastmerge.data.split import by_list
 from fastmerge.data.tree import TESTS, WNID, class_folders, descend, folders_with_images, subfolders
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 PARTS = ("train", "test|val|valid|validation")  # what a folder with parts needs
 
@@ -64,7 +65,7 @@ def lists(*where: str) -> Callable[[Place], Images]:
                 split = split_file.read_files((os.path.join(source, n) for n in files), source, place.test_part)
                 (train, test), order = by_list(split, on_disk, place.base)
                 place.notes += split.notes
-                return Images(train, test, "official", f"official, {len(files)} lists", order)
+                return Images(train, test, "official", f"official, {counted(len(files), 'list')}", order)
         raise UserError(f"{place.base}: none of its lists of images is of a domain whose folder is there.")
 
     return read

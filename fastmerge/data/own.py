@@ -25,6 +25,7 @@ from PIL import Image
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import ImageReader, decode, files_hash, square
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 
 def make_dataset(
@@ -56,7 +57,8 @@ def _split(what: str, part: str, images: Sequence[Any], labels: Sequence[int], c
     index = np.asarray(labels)
     if index.shape != (len(images),):
         raise UserError(
-            f"{what}: {len(images)} images and labels of shape {list(index.shape)}; expected one label per image."
+            f"{what}: {counted(len(images), 'image')} and labels of shape {list(index.shape)}; expected one label "
+            "per image."
         )
     if len(index) and (index.dtype.kind not in "iu" or not 0 <= index.min() <= index.max() < classes):
         raise UserError(f"{what}: expected labels 0..{classes - 1}, got {index.min()}..{index.max()} ({index.dtype}).")

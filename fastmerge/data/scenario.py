@@ -26,6 +26,7 @@ from fastmerge.data.joined import union, unused
 from fastmerge.data.order_file import some
 from fastmerge.data.tree import WNID
 from fastmerge.errors import UserError, nearest
+from fastmerge.wording import counted
 
 KINDS = ("cil", "dil", "datasets")
 FEW_TEST_IMAGES = 5  # a class with fewer gets a warning: one image changes its accuracy by more than 20 %
@@ -151,7 +152,8 @@ def build_scenario(
     for t, classes in enumerate(slices):
         task_of_class[list(classes)] = t
     train, test = (_group(task_of_class[split.labels], tasks) for split in (dataset.train, dataset.test))
-    return Scenario("cil", dataset, order, _tasks([f"task {t + 1}" for t in range(tasks)], slices, train, test))
+    names = [f"task {t + 1}" for t in range(tasks)]
+    return Scenario("cil", dataset, order, _tasks(names, slices, train, test, "Add some, or use fewer tasks"))
 
 
 def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str, fewest: int) -> Scenario:
@@ -160,7 +162,7 @@ def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str
         raise UserError(f"{dataset.name} has one {what} only; use --scenario cil, or data with a folder per domain.")
     if tasks not in (None, n):
         raise UserError(
-            f"--tasks {tasks}: there is one task per {what}, and {dataset.name} has {n} {what}s "
+            f"--tasks {tasks}: there is one task per {what}, and {dataset.name} has {counted(n, what)} "
             f"({', '.join(dataset.domain_names)}); leave --tasks out."
         )
     order = read_order(domain_order, dataset.domain_names, what)
@@ -175,18 +177,18 @@ def _by_domain(dataset: Dataset, kind: str, tasks: int | None, domain_order: str
                     f"{dataset.domain_names[d]}: no train image of class "
                     f"{some([dataset.class_names[c] for c in missing])}. Every class needs at least one."
                 )
-    sequence = _tasks([dataset.domain_names[d] for d in order], classes, train, test)
+    advice = f"Add images of this {what}, or choose test images with --split-file, or hold out more with --validation"
+    sequence = _tasks([dataset.domain_names[d] for d in order], classes, train, test, advice)
     return Scenario(kind, dataset, tuple(dict.fromkeys(c for own in classes for c in own)), sequence, order)
 
 
 def _tasks(
-    names: Sequence[str], classes: Sequence[tuple[int, ...]], train: Sequence, test: Sequence
+    names: Sequence[str], classes: Sequence[tuple[int, ...]], train: Sequence, test: Sequence, advice: str
 ) -> tuple[Task, ...]:
+    """advice: what to do about a task without images, for the message."""
     for part, groups in (("train", train), ("test", test)):
         if empty := [name for name, group in zip(names, groups, strict=True) if not len(group)]:
-            raise UserError(
-                f"no {part} image for {some(empty)}: a task needs train and test images. Add some, or use fewer tasks."
-            )
+            raise UserError(f"no {part} image for {some(empty)}: a task needs train and test images. {advice}.")
     return tuple(Task(t, *parts) for t, parts in enumerate(zip(names, classes, train, test, strict=True)))
 
 
@@ -202,6 +204,7 @@ def task_sizes(
     Raises UserError naming the flag that does not fit the number of classes.
     """
     n, name = len(dataset.class_names), dataset.name
+    has = f"{name} has {counted(n, 'class', 'classes')}"
     if sizes is not None:
         flag, start, later = f"--task-sizes {' '.join(map(str, sizes))}", list(sizes), sizes[-1]
     elif first is not None and tasks is None:
@@ -209,20 +212,20 @@ def task_sizes(
     elif first is not None and tasks is not None:
         if not 1 < tasks <= n - first + 1:
             raise UserError(
-                f"--first-classes {first} --tasks {tasks}: {name} has {n} classes; there must be a second task, and a "
+                f"--first-classes {first} --tasks {tasks}: {has}; there must be a second task, and a "
                 "class for every task."
             )
         return [first, *evenly(n - first, tasks - 1)]
     elif tasks is None or not 1 <= tasks <= n:
-        raise UserError(f"--tasks {tasks}: {name} has {n} classes; choose 1 to {n} tasks.")
+        raise UserError(f"--tasks {tasks}: {has}; choose {'1 task' if n == 1 else f'1 to {n} tasks'}.")
     else:
         return evenly(n, tasks)
     left = n - sum(start)
     if left < 0 or (sizes is None and not left):
-        raise UserError(f"{flag}: {name} has {n} classes" + (f", not {sum(start)}." if left else ", none for task 2."))
+        raise UserError(f"{flag}: {has}" + (f", not {sum(start)}." if left else ", none for task 2."))
     found = start + [later] * (left // later) + [left % later] * (left % later > 0)
     if tasks not in (None, len(found)):
-        raise UserError(f"--tasks {tasks}: {flag} gives {len(found)} tasks of {name}; leave --tasks out.")
+        raise UserError(f"--tasks {tasks}: {flag} gives {counted(len(found), 'task')} of {name}; leave --tasks out.")
     return found
 
 
@@ -355,11 +358,12 @@ def _warnings(dataset: Dataset) -> list[str]:
     counts = np.bincount(dataset.test.labels, minlength=len(names))
     if few := [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts < FEW_TEST_IMAGES)]:
         found.append(
-            f"{len(few)} classes have fewer than {FEW_TEST_IMAGES} test images, so the mean over images (micro) and the mean "
-            f"over tasks (macro) can differ: {some(few)}"
+            f"{counted(len(few), 'class has', 'classes have')} fewer than {FEW_TEST_IMAGES} test images, so the mean over "
+            f"images (micro) and the mean over tasks (macro) can differ: {some(few)}"
         )
     if double := [name for name, count in Counter(names).items() if count > 1]:
         found.append(
-            f"{len(double)} names belong to several classes each, which a text head cannot tell apart: {some(double)}"
+            f"{counted(len(double), 'name belongs', 'names belong')} to several classes, which a text head "
+            f"cannot tell apart: {some(double)}"
         )
     return found

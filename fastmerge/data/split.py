@@ -4,16 +4,18 @@ A list names images by paths on another machine. A path is matched from its end,
 common end of folder names decides, and names of parts (`train`, `test`) do not count, since copies differ in them.
 
 Our own rule: of every class folder (of every domain) the 20 % of the images with the smallest sha256 of
-`<domain>/<class>/<file>` (`/<class>/<file>` without domains) are for testing, at least one of them and not all. It depends on
-nothing but names, so it gives the same images on every machine. `digest` identifies the result.
+`<domain>/<class>/<file>` (`/<class>/<file>` without domains) are for testing, at least one of them and not all. A domain that
+gets no test image by this (its class folders have one image each, or the names of files tell domains) gives the image with
+the smallest hash, if its domain and its class keep another one for training. The rule depends on nothing but names, so it
+gives the same images on every machine. `digest` identifies the result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 from fastmerge.data.split_file import SplitList
 from fastmerge.data.tree import ClassFolder, meaning
@@ -23,14 +25,34 @@ TEST_SHARE = 0.2
 Parts = tuple[list[ClassFolder], list[ClassFolder]]  # train, test
 
 
-def by_hash(folders: Iterable[ClassFolder]) -> Parts:
-    """Our own rule. A class folder of a single image gives it to training."""
+def by_hash(folders: Sequence[ClassFolder], domain_of: Callable[[str], str | None] | None = None) -> Parts:
+    """Our own rule. A class folder of a single image gives it to training, unless its domain needs it for testing.
+
+    domain_of: the domain of an image by the name of its file, where folders do not tell it.
+    """
+    ranked = [sorted(folder.images, key=lambda image: _rank(folder, image)) for folder in folders]
+    sizes = [min(max(1, round(TEST_SHARE * len(images))), len(images) - 1) for images in ranked]
+    chosen = [set(images[:n]) for images, n in zip(ranked, sizes, strict=True)]
+    domains: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for i, folder in enumerate(folders):
+        for image in ranked[i]:
+            domains[(domain_of(image) if domain_of else None) or folder.domain].append((i, image))
+    left: Counter[str] = Counter()  # training images by class
+    for i, folder in enumerate(folders):
+        left[folder.name] += len(folder.images) - len(chosen[i])
+    for _, images in sorted(domains.items()) if len(domains) > 1 else ():
+        if len(images) == 1 or any(image in chosen[i] for i, image in images):
+            continue
+        if spare := [(i, image) for i, image in images if left[folders[i].name] > 1]:
+            i, image = min(spare, key=lambda at: _rank(folders[at[0]], at[1]))
+            chosen[i].add(image)
+            left[folders[i].name] -= 1
     train, test = [], []
-    for folder in folders:
-        ranked = sorted(folder.images, key=lambda image: _rank(folder, image))
-        n = min(max(1, round(TEST_SHARE * len(ranked))), len(ranked) - 1)
-        test += [folder._replace(images=sorted(ranked[:n]))] if n else []
-        train += [folder._replace(images=sorted(ranked[n:]))]
+    for folder, own in zip(folders, chosen, strict=True):
+        if rest := sorted(set(folder.images) - own):
+            train.append(folder._replace(images=rest))
+        if own:
+            test.append(folder._replace(images=sorted(own)))
     return train, test
 
 

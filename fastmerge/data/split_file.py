@@ -24,6 +24,7 @@ import yaml
 from fastmerge.data.files import image_suffixes
 from fastmerge.data.tree import TESTS
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 FORM = (
     'Expected JSON {"train": [path, ...], "test": [path, ...]}, lines "train path" / "test path", sections "train" and '
@@ -90,15 +91,16 @@ def chosen(form: str, entries: list[Entry], source: str, test_part: str | None =
     tested = {entry.path for entry in entries if entry.part == test}
     unused = [entry for entry in entries if entry.part not in ("train", test) and entry.path not in tested]
     if unused:
-        notes.append(
-            f"{source}: {test} is used for testing, the {len(unused)} images of {unused[0].part} are left out "
-            f"(--test-part {unused[0].part} tests on them)"
-        )
+        part = unused[0].part
+        rest = counted(len(unused), f"image of {part} is", f"images of {part} are")
+        notes.append(f"{source}: {test} is used for testing, {rest} left out (--test-part {part} tests on that part)")
     entries = [entry for entry in entries if entry.part in ("train", test)]
     is_image = [_is_image(entry.path) for entry in entries]
     if not all(is_image):
         other = [entry.path for entry, good in zip(entries, is_image, strict=True) if not good]
-        notes.append(f"{source}: {len(other)} entries are no images and left out, such as {other[0]}")
+        notes.append(
+            f"{source}: {counted(len(other), 'entry is no image', 'entries are no images')} and left out, such as {other[0]}"
+        )
         entries = [entry for entry, good in zip(entries, is_image, strict=True) if good]
     train = {entry.path for entry in entries if entry.part == "train"}
     shared = [entry for entry in entries if entry.part != "train" and entry.path in train]

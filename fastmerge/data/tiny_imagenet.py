@@ -14,6 +14,7 @@ from fastmerge.data.files import listing
 from fastmerge.data.layouts import PARTS, only_test, parts
 from fastmerge.data.tree import ClassFolder, class_folders
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 PLACES = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
 
@@ -34,7 +35,9 @@ def official(place: Place) -> Images:
                 )
             found[wnid].append(image)
     if rest_of := len(images) - sum(map(len, found.values())):
-        place.notes.append(f"{rest_of} images of val are not in val_annotations.txt and left out")
+        place.notes.append(
+            f"{counted(rest_of, 'image of val is', 'images of val are')} not in val_annotations.txt and left out"
+        )
     test = [ClassFolder("", wnid, "val/images", sorted(names)) for wnid, names in found.items()]
     return Images(class_folders(place.base, "train"), test, "official", "official (val_annotations.txt)")
 

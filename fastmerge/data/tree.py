@@ -14,6 +14,7 @@ from typing import NamedTuple
 from fastmerge.data.archives import archives
 from fastmerge.data.files import listing
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 TESTS = ("test", "val", "valid", "validation")  # the usual names of a part for testing, best first
 WNID = re.compile(r"n\d{8}")
@@ -129,7 +130,8 @@ def class_folders(root: str, path: str, domain: str = "", layouts: str = LAYOUTS
     if unlabelled(full):
         loose = loose or listing(os.path.join(full, folders[0]))[0]
         raise UserError(
-            f"{full}: {len(loose)} images are in no class folder; sort them into <class>/ folders.\n{layouts}"
+            f"{full}: {counted(len(loose), 'image is', 'images are')} in no class folder; sort images into <class>/ "
+            f"folders.\n{layouts}"
         )
     if not folders:
         raise UserError(f"{full} is empty: expected class folders in it.\n{layouts}{archives([full])}")
@@ -144,7 +146,8 @@ def class_folders(root: str, path: str, domain: str = "", layouts: str = LAYOUTS
         if not images:
             empty.append((name, below))
     if empty:
-        others = f"; {len(empty) - 1} other folders have none either" if len(empty) > 1 else ""
+        more = counted(len(empty) - 1, "other folder has", "other folders have")
+        others = f"; {more} none either" if len(empty) > 1 else ""
         name, below = empty[0]
         instead = f" but the folders {', '.join(below[:3])}" if below else ""
         raise UserError(

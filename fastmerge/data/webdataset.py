@@ -22,6 +22,7 @@ from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import ImageReader, data_root, decode, files_hash, image_suffixes
 from fastmerge.data.tree import TESTS
 from fastmerge.errors import UserError
+from fastmerge.wording import counted
 
 LAYOUT = "Expected {train,test}/*.tar, or train-*.tar and test-*.tar, with <key>.jpg and <key>.cls in them."
 
@@ -118,7 +119,9 @@ def _classes(root: str, samples: list[Sample]) -> tuple[tuple[str, ...], dict[st
             names = [line.strip() for line in file if line.strip()]
         place = {str(i): i for i in range(len(names))} if numbers else {name: i for i, name in enumerate(names)}
         if strange := sorted(found - place.keys()):
-            raise UserError(f"{path} has {len(names)} names; class {strange[0]!r} of the shards is none of them.")
+            raise UserError(
+                f"{path} has {counted(len(names), 'name')}; class {strange[0]!r} of the shards is none of them."
+            )
         return tuple(names), place
     every = sorted(found, key=int) if numbers else sorted(found)
     return tuple(label.replace("_", " ") for label in every), {label: i for i, label in enumerate(every)}

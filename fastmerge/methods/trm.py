@@ -43,6 +43,7 @@ from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trm_objective import Objective
 from fastmerge.models.backbone import Backbone
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors
+from fastmerge.wording import counted
 
 
 class TRM(Method):
@@ -72,7 +73,7 @@ class TRM(Method):
             backbone.check_class_tokens()
             if config.trm.layer_b is not None and config.trm.layer_b > backbone.layers:
                 raise UserError(
-                    f"--trm.layer-b {config.trm.layer_b}: {backbone.name} has {backbone.layers} layers; "
+                    f"--trm.layer-b {config.trm.layer_b}: {backbone.name} has {counted(backbone.layers, 'layer')}; "
                     f"expected 1 to {backbone.layers}"
                 )
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from fastmerge.errors import UserError, first_line
 from fastmerge.models.attention import self_attention, written_out
 from fastmerge.models.recompute import blocks_of
+from fastmerge.wording import counted
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def check_prompts(backbone: Any, blocks: Collection[int], flag: str, tokens: boo
         why = "no transformer blocks with a class token, which prompts need"
         raise UserError(f"model {backbone.name} has {why}: choose a ViT")
     if wrong := [i for i in blocks if i >= found]:
-        raise UserError(f"{flag} {wrong[0]}: model {backbone.name} has {found} blocks; expected 0 to {found - 1}")
+        raise UserError(
+            f"{flag} {wrong[0]}: model {backbone.name} has {counted(found, 'block')}; expected 0 to {found - 1}"
+        )
     device = next(backbone.parameters()).device
     images = torch.zeros(1, 3, backbone.image_size, backbone.image_size, device=device)
     own = torch.ones(1, 1, backbone.width, device=device)

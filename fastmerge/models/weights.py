@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmerge.errors import UserError, first_line
+from fastmerge.wording import counted
 
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first one found is used, as in timm
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -120,8 +121,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError that names the tensors with a value that is not finite. where: how the message begins."""
     if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise UserError(
-            f"{where}: {len(bad)} tensors hold values that are not finite: {some(bad)}. A model with them predicts nothing; "
-            "use another file"
+            f"{where}: {counted(len(bad), 'tensor holds', 'tensors hold')} values that are not finite: {some(bad)}. A model "
+            "with them predicts nothing; use another file"
         )
 
 
