@@ -14,6 +14,7 @@ from fastmerge.declaration import Declaration, setting
 from fastmerge.errors import UserError
 from fastmerge.settings.lora import InfLoRASettings, SDLoRASettings
 from fastmerge.settings.merging import (
+    BreadcrumbsSettings,
     CLIPAdapterSettings,
     CMMSettings,
     CofimaSettings,
@@ -27,6 +28,7 @@ from fastmerge.settings.merging import (
     OPCMSettings,
     PAMSettings,
     RegMeanSettings,
+    SCESettings,
     TaskArithmeticSettings,
     TiesSettings,
     TRMSettings,
@@ -270,7 +272,8 @@ class TrainingSettings:
     method: tuple[str, ...] = setting(
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
-        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots (each with "
+        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
+        "karcher, nuslerp (each with "
         "--protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, ranpac; LoRA: inflora, sdlora; "
         "prompts in a frozen backbone: l2p, dualprompt, coda; of the text tower: coop, vpt. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
@@ -459,6 +462,8 @@ class Config:
     iso_c: IsoCSettings = field(default_factory=IsoCSettings)
     tsv: TSVSettings = field(default_factory=TSVSettings)
     opcm: OPCMSettings = field(default_factory=OPCMSettings)
+    breadcrumbs: BreadcrumbsSettings = field(default_factory=BreadcrumbsSettings)
+    sce: SCESettings = field(default_factory=SCESettings)
     clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
     inflora: InfLoRASettings = field(default_factory=InfLoRASettings)
     sdlora: SDLoRASettings = field(default_factory=SDLoRASettings)

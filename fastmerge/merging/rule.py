@@ -53,6 +53,11 @@ class Base:
         """(bounds, sizes) that treat the vector as one tensor."""
         return [0, self.theta.numel()], [sum(self.sizes)]
 
+    def tensors(self, vector: Tensor) -> list[Tensor]:
+        """Views of `vector` `[..., n]`: the entries of every tensor, without padding, `[..., size]`."""
+        places = zip(self.bounds, self.sizes, strict=False)
+        return [vector[..., start : start + size] for start, size in places if size]
+
     def matrices(self, vector: Tensor) -> dict[int, Tensor]:
         """Views of `vector` `[n]`: the tensors with two dimensions and at least one entry, `[rows, columns]`, by number."""
         return {
