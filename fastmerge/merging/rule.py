@@ -1,7 +1,8 @@
 """The interface of merge rules: `update` takes in one model at a time, `merged` writes the merged model.
 
-A rule keeps a fixed number of accumulators instead of T models; `state_dict()` is its whole state. Models are flat
-vectors `[n]` fp32; `Base` has what they share: the initial weights, and the positions of the tensors in the vector.
+A rule keeps a fixed number of accumulators instead of T models (except for `keeps_all.py`); `state_dict()` is its whole
+state. Models are flat vectors `[n]` fp32; `Base` has what they share: the initial weights, and the places and shapes of the
+tensors in the vector.
 """
 
 from __future__ import annotations
