@@ -14,6 +14,7 @@ from fastmerge.declaration import Declaration, setting
 from fastmerge.errors import UserError
 from fastmerge.settings.lora import InfLoRASettings, SDLoRASettings
 from fastmerge.settings.merging import (
+    BreadcrumbsSettings,
     CLIPAdapterSettings,
     CMMSettings,
     CofimaSettings,
@@ -27,6 +28,7 @@ from fastmerge.settings.merging import (
     OPCMSettings,
     PAMSettings,
     RegMeanSettings,
+    SCESettings,
     TaskArithmeticSettings,
     TiesSettings,
     TRMSettings,
@@ -270,9 +272,9 @@ class TrainingSettings:
     method: tuple[str, ...] = setting(
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
-        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots (each with "
-        "--protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, ranpac, rapf, slca; LoRA: "
-        "inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda; of the text tower: coop, vpt. "
+        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
+        "karcher, nuslerp (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, ranpac, "
+        "rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda; of the text tower: coop, vpt. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
@@ -467,6 +469,8 @@ class Config:
     iso_c: IsoCSettings = field(default_factory=IsoCSettings)
     tsv: TSVSettings = field(default_factory=TSVSettings)
     opcm: OPCMSettings = field(default_factory=OPCMSettings)
+    breadcrumbs: BreadcrumbsSettings = field(default_factory=BreadcrumbsSettings)
+    sce: SCESettings = field(default_factory=SCESettings)
     clip_adapter: CLIPAdapterSettings = field(default_factory=CLIPAdapterSettings)
     inflora: InfLoRASettings = field(default_factory=InfLoRASettings)
     sdlora: SDLoRASettings = field(default_factory=SDLoRASettings)

@@ -359,7 +359,77 @@ def knots(case):
     return each(torch.add, case.start, {n: bases[n] @ x if n in bases else x for n, x in merged.items()})
 
 
+def breadcrumbs(case):
+    s = case.config.breadcrumbs
+
+    def masked(d):
+        order = d.abs().flatten().argsort(descending=True)
+        outliers, kept = int(s.gamma * d.numel()), int(s.density * d.numel())
+        mask = torch.zeros(d.numel(), dtype=torch.bool)
+        mask[order[outliers : outliers + kept]] = True
+        return d * mask.view(d.shape)
+
+    return plus(case, s.scale, each(lambda *ds: sum(masked(d) for d in ds), *case.deltas()))
+
+
+def sce(case):
+    def tensor(*ds):
+        rows = torch.stack([d.flatten() for d in ds])
+        if not rows.numel():
+            return ds[0]
+        variance = (rows - rows.mean(0)).square().mean(0)
+        count = int(case.config.sce.density * int((variance > 0).sum()))
+        if count:
+            rows = rows * (variance >= variance.sort(descending=True).values[count - 1])
+        weights, merged = [float(row @ row) for row in rows], torch.zeros_like(rows[0])
+        for k in range(rows.shape[1]):
+            sign = 1 if rows[:, k].sum() >= 0 else -1
+            agree = [(w, x) for w, x in zip(weights, rows[:, k].tolist(), strict=True) if sign * x > 0]
+            merged[k] = sum(w * x for w, x in agree) / sum(w for w, _ in agree) if agree else 0
+        return merged.view(ds[0].shape)
+
+    return plus(case, 1, each(tensor, *case.deltas()))
+
+
+def karcher(case):
+    """A longer iteration, and the sum of the logarithms there is zero."""
+
+    def tensor(*ws):
+        norms = torch.stack([w.norm() for w in ws])
+        units = [w / n for w, n in zip(ws, norms, strict=True) if n > 0]
+        if not units:
+            return torch.zeros_like(ws[0])
+        mean = sum(units) / sum(units).norm()
+
+        def log(u):
+            angle = (mean * u).sum().clamp(-1, 1).acos()
+            return (angle / angle.sin() if angle > 1e-7 else 1.0) * (u - (mean * u).sum() * mean)
+
+        for _ in range(60):
+            step = sum(log(u) for u in units) / len(units)
+            if step.norm() > 0:
+                mean = step.norm().cos() * mean + step.norm().sin() * step / step.norm()
+        assert sum(log(u) for u in units).norm() < 1e-7
+        return norms.mean() * mean
+
+    return each(tensor, *case.models)
+
+
+def nuslerp(case):
+    def turned(a, b, t):
+        if not (a.any() and b.any()):
+            return mix(a, b, t)
+        w = ((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1).acos()
+        return (((1 - t) * w).sin() * a + (t * w).sin() * b) / w.sin() if w > 1e-6 else mix(a, b, t)
+
+    merged, *later = case.deltas()
+    for count, delta in enumerate(later, 2):
+        merged = each(turned, merged, delta, t=1 / count)
+    return plus(case, 1, merged)
+
+
 ORACLES = {
+    "breadcrumbs": breadcrumbs, "sce": sce, "karcher": karcher, "nuslerp": nuslerp,
     "regmean": regmean, "iso-c": iso_c, "tsv": tsv, "opcm": opcm, "knots": knots,
     "average": average, "task-arithmetic": task_arithmetic, "ties": ties, "dare": dare, "dare-ties": dare_ties,
     "magmax": magmax, "randmix": random_mix, "stock": stock, "slerp": slerp, "coma": coma,
@@ -387,6 +457,8 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
     ("iso-c", "near", {"iso_c": {"scale": 0.6}}),
     ("tsv", "near", {"tsv": {"scale": 0.6}}),
     ("opcm", "near", {"opcm": {"alpha": 0.9}}),
+    ("breadcrumbs", "near", {"breadcrumbs": {"density": 0.5, "gamma": 0.1, "scale": 1.0}}),
+    ("sce", "near", {"sce": {"density": 1.0}}),
     ("knots", "near", {"ties": {"scope": "tensor", "scale": 0.6, "density": 0.7}}),
 ]  # fmt: skip
 

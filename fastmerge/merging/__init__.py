@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from fastmerge.config import Config
 from fastmerge.merging.average import Average
+from fastmerge.merging.breadcrumbs import Breadcrumbs
 from fastmerge.merging.dare import Dare, DareTies
 from fastmerge.merging.fisher import CoFiMA, CoMA, Fisher
 from fastmerge.merging.iso_c import IsoC
+from fastmerge.merging.karcher import Karcher
 from fastmerge.merging.knots import Knots
 from fastmerge.merging.magmax import MagMax
 from fastmerge.merging.opcm import OPCM
 from fastmerge.merging.random_mix import RandomMix
 from fastmerge.merging.regmean import RegMean
 from fastmerge.merging.rule import Base, Rule
-from fastmerge.merging.slerp import Slerp
+from fastmerge.merging.sce import SCE
+from fastmerge.merging.slerp import NuSlerp, Slerp
 from fastmerge.merging.stock import ModelStock
 from fastmerge.merging.task_arithmetic import TaskArithmetic
 from fastmerge.merging.ties import Ties
@@ -39,6 +42,10 @@ RULES: dict[str, type[Rule]] = {
     "tsv": TSV,
     "opcm": OPCM,
     "knots": Knots,
+    "breadcrumbs": Breadcrumbs,
+    "sce": SCE,
+    "karcher": Karcher,
+    "nuslerp": NuSlerp,
 }
 
 

@@ -15,18 +15,13 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
+from fastmerge.merging.keeps_all import KeepsAll
 from fastmerge.merging.ties import ACCUMULATORS, Ties
 
 SUPPORTED = 1e-5  # the smallest singular value of a direction that counts (released code)
 
 
-class Knots(Ties):
-    """kept: `tasks` `[T, n]`, the task vectors."""
-
-    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
-        new = fk.axpy(theta, self.base.theta, -1.0)[None]
-        self.kept["tasks"] = torch.cat([self.kept["tasks"], new]) if "tasks" in self.kept else new
-
+class Knots(KeepsAll, Ties):
     def _write(self, out: Tensor) -> Tensor:
         turned = list(self.kept["tasks"].clone())
         views, sizes, bases = [self.base.matrices(x) for x in turned], list(self.base.sizes), {}

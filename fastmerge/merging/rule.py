@@ -1,7 +1,8 @@
 """The interface of merge rules: `update` takes in one model at a time, `merged` writes the merged model.
 
-A rule keeps a fixed number of accumulators instead of T models; `state_dict()` is its whole state. Models are flat
-vectors `[n]` fp32; `Base` has what they share: the initial weights, and the positions of the tensors in the vector.
+A rule keeps a fixed number of accumulators instead of T models (except for `keeps_all.py`); `state_dict()` is its whole
+state. Models are flat vectors `[n]` fp32; `Base` has what they share: the initial weights, and the places and shapes of the
+tensors in the vector.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class Base:
     def whole(self) -> tuple[list[int], list[int]]:
         """(bounds, sizes) that treat the vector as one tensor."""
         return [0, self.theta.numel()], [sum(self.sizes)]
+
+    def tensors(self, vector: Tensor) -> list[Tensor]:
+        """Views of `vector` `[..., n]`: the entries of every tensor, without padding, `[..., size]`."""
+        places = zip(self.bounds, self.sizes, strict=False)
+        return [vector[..., start : start + size] for start, size in places if size]
 
     def matrices(self, vector: Tensor) -> dict[int, Tensor]:
         """Views of `vector` `[n]`: the tensors with two dimensions and at least one entry, `[rows, columns]`, by number."""

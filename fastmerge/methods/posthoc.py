@@ -9,8 +9,8 @@ running   the un-merged theta_{t-1}                 the merge of t - 1 tasks, an
 strict    the merged theta_{t-1}                    theta_{t-1} and theta_t; from t = 2 on  C
 
 Under `running` the rule takes the merged task vector without the rule's scale, as in MagMax's code. So MagMax and task
-arithmetic give the same result as under `full`. Under `strict` only the merged model exists. Even under `full` no rule
-but `knots` keeps all models, because sums over them are enough (`fastmerge.merging`).
+arithmetic give the same result as under `full`. Under `strict` only the merged model exists. Even under `full` most
+rules keep no models, because sums over them are enough; `merging/keeps_all.py` is the base of those that do.
 
 With `--lora-rank` a rule merges the vector of the adapted weights, each projection one tensor: a density is a share of what
 can move, and a norm is a norm of it. It keeps vectors of that length.

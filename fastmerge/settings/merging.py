@@ -400,3 +400,37 @@ class OPCMSettings:
         at_least=0,
         at_most=1,
     )
+
+
+@dataclass
+class BreadcrumbsSettings:
+    density: float = setting(
+        0.14,
+        "Share of a tensor's entries that is kept.",
+        unit="fraction",
+        above=0,
+        at_most=1,
+    )
+    gamma: float = setting(
+        0.01,
+        "Share of a tensor's largest entries that is dropped (mergekit).",
+        unit="fraction",
+        at_least=0,
+        below=1,
+    )
+    scale: float = setting(
+        0.3,
+        "Factor of the summed task vectors. It does not shrink with the number of tasks: choose it on held-out images.",
+        above=0,
+    )
+
+
+@dataclass
+class SCESettings:
+    density: float = setting(
+        0.1,
+        "Share of a tensor's entries that is selected, those with the largest variance over the models (paper).",
+        unit="fraction",
+        above=0,
+        at_most=1,
+    )

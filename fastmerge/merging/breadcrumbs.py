@@ -1,0 +1,30 @@
+"""Model Breadcrumbs (Davari & Belilovsky 2024, arXiv 2312.06795): without the small entries and without the outliers.
+
+    theta_init + scale * sum of the masked task vectors; of each tensor the largest share `gamma` is dropped, of the rest the
+    largest share `density` is kept
+
+As in mergekit, which has density and gamma; the paper names the two thresholds beta and gamma as percentiles. The defaults
+keep what is between the smallest 85 % and the largest 1 %. The sum is enough, so it keeps Theta(n).
+"""
+
+from __future__ import annotations
+
+import fastmerge_kernels as fk
+from torch import Tensor
+
+from fastmerge.merging.rule import Rule
+
+
+class Breadcrumbs(Rule):
+    groups = ("breadcrumbs",)
+
+    def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
+        (total,) = self.zeros("total")
+        delta, s = fk.axpy(theta, self.base.theta, -1.0), self.settings
+        for mine, out in zip(self.base.tensors(delta), self.base.tensors(total), strict=True):
+            outliers, kept = int(s.gamma * len(mine)), int(s.density * len(mine))
+            order = mine.abs().topk(min(len(mine), outliers + kept)).indices[outliers:]
+            out[order] += mine[order]
+
+    def _write(self, out: Tensor) -> Tensor:
+        return fk.axpy(self.base.theta, self.kept["total"], self.settings.scale, out=out)
