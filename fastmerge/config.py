@@ -368,6 +368,14 @@ class TrainingSettings:
         "trains all weights. For the methods with ordinary training; P&M has --pam.rank.",
         at_least=0,
     )
+    prompt_length: int = setting(
+        0,
+        "Train prefix keys and values of this length in every block and nothing else of the backbone; merge rules merge "
+        "these prefixes. 0 trains the weights. For the methods that take --lora-rank. Prefixes need a larger rate than "
+        "weights: average:prompt_length=8,lr=0.01.",
+        unit="tokens",
+        at_least=0,
+    )
     warmup_steps: int = setting(
         0,
         "Linear warm-up at the start of every task. The released code of MagMax and CMM uses 500, more than most "

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastmerge.training import Learner
 
 # what the kept state of every method depends on; epochs, rates and the like may change from task to task
-SAME = ("model.model", "model.head", "training.lora_rank", "training.init")
+SAME = ("model.model", "model.head", "training.lora_rank", "training.prompt_length", "training.init")
 CONTENTS = ("starting weights", "text tower", "normalisation")
 NEEDED = {"bad_images": NUMBER, "bytes_written": NUMBER, "peak_memory_bytes_per_task": [NUMBER], "kept_bytes": [NUMBER]}
 

@@ -220,5 +220,5 @@ def check_finite(tensors: Tensors, task: Task, phase: str, record: Record) -> No
 
 
 def kept_bytes(learner: Learner, method: Method) -> int:
-    """Bytes kept from task to task: the learner's state (model and head) and the method's state."""
-    return resident(learner.state_dict()) + resident(method.state_dict())
+    """Bytes kept from task to task: the learner's model and head, and the method's state."""
+    return learner.frozen_bytes + resident(learner.state_dict()) + resident(method.state_dict())

@@ -69,6 +69,10 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
     its = changed(config, changes, f"--method {spec}") if changes else config
     if its.training.lora_rank and not METHODS[name].lora:
         raise UserError(f"--lora-rank: {name} does not read it; omit --lora-rank, or remove {name} from --method")
+    if its.training.prompt_length and not METHODS[name].lora:
+        raise UserError(f"--prompt-length: {name} does not train prefixes; omit it, or remove {name} from --method")
+    if its.training.prompt_length and its.training.lora_rank:
+        raise UserError("--prompt-length and --lora-rank: each says what is trained; give one of them")
     return name, its
 
 
@@ -91,7 +95,7 @@ def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
         if method.trajectory(changed_config, "full") != "independent":
             unread.add("init")
         if not method.lora:
-            unread.add("lora_rank")
+            unread |= {"lora_rank", "prompt_length"}
         places += [("training", s) for s in vars(config.training) if f"training.{s}" not in FREE and s not in unread]
     for group, setting in places:
         found.setdefault(setting, (group, setting))

@@ -26,6 +26,7 @@ from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import Head
 from fastmerge.models.lora import LowRank, Projections
 from fastmerge.models.precision import allow_tf32
+from fastmerge.models.prompts import drawn_prefix
 from fastmerge.models.recompute import checkpoint_blocks
 from fastmerge.models.text_context import ClassPrompts
 from fastmerge.models.trainable import AllWeights, Trainable
@@ -72,7 +73,8 @@ class Learner:
 
     Attributes:
         parts: how many images a step computes at once.
-        flat: the backbone's parameters as one buffer; `theta` is `flat.theta` without autograd, `[n]` fp32.
+        flat: the backbone's parameters as one buffer, with `--prompt-length` those of its prefix alone; `theta` is
+            `flat.theta` without autograd, `[n]` fp32.
         text: the class names and the text tower, for methods with `needs_text`; else None.
         initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
@@ -89,15 +91,18 @@ class Learner:
         flip: bool = False,
         frozen: bool = False,
     ):
-        self.flat = FlatModel(backbone.eval(), frozen=frozen).to(
-            device
-        )  # eval: no dropout, so that a step is a function of its seed
+        self.config, self.seed, self.device = config, seed, device
+        self.frozen_bytes = 0  # of weights that are not in theta
+        if config.training.prompt_length and not frozen:
+            self.frozen_bytes = sum(p.nbytes for p in backbone.parameters())
+            backbone.add_prefix(drawn_prefix(backbone, config.training.prompt_length, self.generator("prefix")))
+        # eval: no dropout, so that a step is a function of its seed
+        self.flat = FlatModel(backbone.eval(), frozen=frozen).to(device)
         self.backbone, self.head = backbone, head.to(device)
         backbone.precision = config.training.precision or "fp32"
         allow_tf32(backbone.precision == "tf32")  # of backward passes
         if config.training.checkpoint_gradients:
             checkpoint_blocks(backbone)
-        self.config, self.seed, self.device = config, seed, device
         self.ranks = ranks()
         self.flip = flip if config.data.flip is None else config.data.flip
         self.parts = Parts(

@@ -64,6 +64,8 @@ LONG = {
     "test_parts.py",
     "test_peers.py",
     "test_precision.py",
+    "test_prefix_tuning.py",
+    "test_prompt_methods.py",
     "test_ranks.py",
     "test_readme.py",
     "test_recompute.py",

@@ -186,7 +186,7 @@ def test_what_prompts_do_not_reach_is_refused():
         block.attn.fused_attn = False  # attention in its own products
     with pytest.raises(UserError, match=r"do not reach its attention \(.*\); choose a plain ViT"):
         check_prompts(unfused, [0], "--x.layers")
-    with pytest.raises(UserError, match="no list of transformer blocks, which prompts need"):
+    with pytest.raises(UserError, match="no transformer blocks with a class token"):
         blocks = backbone("timm")
         blocks.tower = torch.nn.Flatten()
         check_prompts(blocks, [0], "--x.layers")

@@ -55,6 +55,7 @@ CASES = {  # which methods, with which flags
     "linear": (["cmm", "ewc"], ["--model", "tiny", "--head", "linear"]),
     "prototype": (["trm"], ["--model", "tiny", "--pretrained", "none", "--head", "prototype"]),
     "lora": (["magmax"], [*PROTOCOLS, "--model", "tiny", "--lora-rank", "2"]),
+    "prefix": (["fisher", "finetune"], [*PROTOCOLS, "--model", "tiny", "--head", "text", "--prompt-length", "2"]),
     "timm": (["cmm", "pam"], ["--model", "test_vit", "--pretrained", "none", "--pam.rank", "2"]),
     "all classes": (["trm"], ["--model", "tiny", "--eval-classes", "all", "--head", "linear"]),
 }

@@ -17,6 +17,7 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.models.features import Features, plain
 from fastmerge.models.lora import check_rank
+from fastmerge.models.prompts import check_prompts
 from fastmerge.training import ADAPTED, Learner, Phase
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Method(ABC):
 
     groups: groups of settings that the method reads, its own first. head: the kind of head it needs, None for any.
     needs_text: whether it needs a text head and trains through the text tower (`learner.text`). lora: whether
-    `--lora-rank` may be used. frozen: whether the backbone never changes. trains: whether it has a training
-    phase. joint: whether all tasks are joined into one.
+    `--lora-rank` and `--prompt-length` may be used. frozen: whether the backbone never changes. trains: whether it has a
+    training phase. joint: whether all tasks are joined into one.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
@@ -78,6 +79,8 @@ class Method(ABC):
         """Raise UserError for a setting that the backbone cannot serve, before anything is trained."""
         if cls.lora and cls.trains and config.training.lora_rank:
             check_rank("--lora-rank", config.training.lora_rank, backbone, ADAPTED)
+        if cls.lora and cls.trains and config.training.prompt_length:
+            check_prompts(backbone, range(backbone.layers), "--prompt-length")
 
     def begin(self, task: Task) -> Tensors:
         """Set the model to where training on `task` starts; return the tensors that are needed during the task."""

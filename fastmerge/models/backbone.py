@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Backbone(nn.Module):
 
     name: as the user gives it; family: the library. weights: their source; weights_sha256: hash of their values.
     image_size: pixels; mean, std: of `normalisation`, which also says where they come from. feature_dim, width: length
-    of a feature, a token; layers: blocks.
+    of a feature, a token; layers: blocks. prefix: of every block, `[2, p, width]` keys and values, or none (add_prefix).
     """
 
     family: str
@@ -52,13 +52,25 @@ class Backbone(nn.Module):
         self.normalisation = Normalisation(tuple(mean), tuple(std), source)
         self.mean, self.std = self.normalisation.mean, self.normalisation.std
         self.width, self.layers, self.has_class_token = 0, 0, False  # set by subclasses with class tokens
+        self.prefix = nn.ParameterList()
         self.requires_grad_(True)
         self.float()
         self.weights_sha256 = hash_tensors(self.state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
         """`[b, 3, s, s]` normalised -> `[b, feature_dim]`, not L2-normalised, in the dtype of the images."""
-        return self._run("features", images)
+        return self._run("features", images, self._own())
+
+    def add_prefix(self, prefix: Iterable[Tensor]) -> None:
+        """Prefix tuning (Li & Liang 2021): `prefix`, `[2, p, width]` for every block, is from now on a part of the model, and
+        all of it that can be trained."""
+        self.requires_grad_(False)
+        self.prefix = nn.ParameterList(prefix)
+
+    def _own(self) -> Prompt | None:
+        return (
+            Prompt({i: (own[0][None], own[1][None]) for i, own in enumerate(self.prefix)}) if len(self.prefix) else None
+        )
 
     def prompted(self, images: Tensor, prompt: Prompt) -> Tensor:
         """The features with prompts in the transformer, see models/prompts.py. Inserted tokens run uncompiled."""
@@ -71,7 +83,7 @@ class Backbone(nn.Module):
             UserError: the model has no class token.
         """
         self.check_class_tokens()
-        return self._run("class tokens", images)
+        return self._run("class tokens", images, self._own())
 
     def check_class_tokens(self) -> None:
         """Raise UserError if the model has no class token."""

@@ -119,11 +119,12 @@ def check_prompts(backbone: Any, blocks: Collection[int], flag: str, tokens: boo
     """Raise UserError unless the backbone has these blocks (from 0), and prompts reach them. flag: names the blocks in
     messages. tokens: whether prompts are inserted tokens."""
     try:
-        found = len(blocks_of(backbone))
+        found = len(blocks_of(backbone)) * bool(backbone.width)
     except UserError:
         found = 0
     if not found:
-        raise UserError(f"model {backbone.name} has no list of transformer blocks, which prompts need: choose a ViT")
+        why = "no transformer blocks with a class token, which prompts need"
+        raise UserError(f"model {backbone.name} has {why}: choose a ViT")
     if wrong := [i for i in blocks if i >= found]:
         raise UserError(f"{flag} {wrong[0]}: model {backbone.name} has {found} blocks; expected 0 to {found - 1}")
     device = next(backbone.parameters()).device
@@ -148,3 +149,9 @@ def check_prompts(backbone: Any, blocks: Collection[int], flag: str, tokens: boo
         why = "its blocks have no attention of the usual form"
     if why:
         raise UserError(f"model {backbone.name}: prompts do not reach its attention ({why}); choose a plain ViT")
+
+
+def drawn_prefix(backbone: Any, length: int, generator: torch.Generator) -> list[Tensor]:
+    """A prefix `[2, length, width]` for every block, normal with standard deviation 0.02."""
+    device, shape = next(backbone.parameters()).device, (2, length, backbone.width)
+    return [0.02 * torch.randn(shape, generator=generator).to(device) for _ in blocks_of(backbone)]

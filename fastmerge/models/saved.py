@@ -228,9 +228,10 @@ def starting_model(
         raise UserError(
             f"--pretrained {path} is a run of model {settings['model']}, not of {name}: pass --model {settings['model']}"
         )
-    if about["features"] not in ("backbone", "linearised"):
+    added = "prefix" if about["config"]["training"].get("prompt_length") else about["features"]
+    if added not in ("backbone", "linearised"):
         raise UserError(
-            f"--pretrained {path}: {about['method']} leaves the backbone as it was and adds {about['features']!r}, which "
+            f"--pretrained {path}: {about['method']} leaves the backbone as it was and adds {added!r}, which "
             f"cannot start another run; use its own start, --pretrained {settings['pretrained']}"
         )
     torch.manual_seed(about["seed"])  # of a run with --pretrained none, which drew its text tower from it
@@ -245,11 +246,16 @@ def starting_model(
 def restore_backbone(backbone: Backbone, tensors: dict[str, Tensor]) -> None:
     """Copy the weights of a model file, or the flat vector of a file of `--keep-trajectory`, into `backbone`."""
     if "learner.theta" in tensors:
+        if tensors["learner.theta"].numel() < sum(p.numel() for p in backbone.parameters()):
+            raise UserError("a file of --keep-trajectory with prefixes alone; give the run's model.safetensors instead")
         FlatModel(backbone).theta.data.copy_(tensors["learner.theta"])
         for parameter in backbone.parameters():
             parameter.grad = None
     else:
-        backbone.load_state_dict(select(tensors, "backbone"))
+        own = select(tensors, "backbone")
+        if prefix := [own[name] for name in own if name.startswith("prefix.")]:
+            backbone.add_prefix(prefix)
+        backbone.load_state_dict(own)
 
 
 def load(path: str | Path) -> Model:
