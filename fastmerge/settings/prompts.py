@@ -115,7 +115,7 @@ class CodaSettings:
     lr: float = setting(
         1e-3,
         "Peak rate of Adam, cosine to zero, at any batch size.",
-        tiny=1e-2,
+        tiny=3e-2,
         at_least=0,
         source="paper",
     )
