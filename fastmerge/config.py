@@ -273,8 +273,9 @@ class TrainingSettings:
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
-        "karcher, nuslerp (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, ranpac, "
-        "rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda; of the text tower: coop, vpt. "
+        "karcher, nuslerp (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
+        "ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda; of the text tower: "
+        "coop, vpt. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",

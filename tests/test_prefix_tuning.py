@@ -77,10 +77,13 @@ def test_the_fisher_of_a_prefix():
     torch.testing.assert_close(found.result(), expected, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("rule", ["fisher", "ties", "magmax", "stock", "dare", "trm"])
-def test_rules_move_prefixes_alone(rule, tmp_path):
-    made = learner()
-    method = METHODS[rule].build(made, toy.nowhere(tmp_path), "full")
+@pytest.mark.parametrize(
+    "name", [name for name, kind in METHODS.items() if kind.lora and kind.trains and not kind.joint]
+)
+def test_methods_move_prefixes_alone(name, tmp_path):
+    made = learner("--pam.rank=0", "--merge-epochs=1")
+    METHODS[name].check(made.config, made.backbone)
+    method = METHODS[name].build(made, toy.nowhere(tmp_path), METHODS[name].protocols(made.config)[0])
     before = {k: v.clone() for k, v in made.backbone.state_dict().items()}
     toy.drive(made, method)
     moved = {name for name, value in made.backbone.state_dict().items() if not torch.equal(value, before[name])}
@@ -118,6 +121,8 @@ def test_refused(spec, flags, message):
         read_method(spec, toy.parse(["--model=tiny", *flags]))
     _, config = read_method("average:prompt_length=4,lr=0.01", toy.parse(["--model=tiny"]))
     assert (config.training.prompt_length, config.training.lr) == (4, 0.01)
+    with pytest.raises(UserError, match="--pam.rank 10: with --prompt-length prefixes are trained; give --pam.rank 0"):
+        METHODS["pam"].check(config, toy.learner(method="l2p").backbone)
     with pytest.raises(UserError, match="has no transformer blocks with a class token, which prompts need"):
         backbone = toy.learner(method="l2p").backbone
         backbone.width = 0

@@ -30,6 +30,7 @@ from torch import Tensor
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.backbone import Backbone
@@ -60,6 +61,10 @@ class PAM(Method):
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
+        if config.pam.rank and config.training.prompt_length:
+            raise UserError(
+                f"--pam.rank {config.pam.rank}: with --prompt-length prefixes are trained; give --pam.rank 0"
+            )
         if config.pam.rank:
             check_rank("--pam.rank", config.pam.rank, backbone, ADAPTED)
 

@@ -28,8 +28,10 @@ class L2PSettings:
     )
     top: int = setting(
         5,
-        "Prompts that an image gets (paper).",
+        "Prompts that an image gets.",
+        tiny=1,
         at_least=1,
+        source="paper",
     )
     pull: float = setting(
         0.1,
@@ -113,6 +115,7 @@ class CodaSettings:
     lr: float = setting(
         1e-3,
         "Peak rate of Adam, cosine to zero, at any batch size.",
+        tiny=3e-2,
         at_least=0,
         source="paper",
     )
