@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import Any
+
+    from torch import Tensor
 
     from fastmerge.data.dataset import Dataset
     from fastmerge.models.saved import Model
@@ -19,6 +22,13 @@ def load(path: str | Path) -> Model:
     from fastmerge.models.saved import load
 
     return load(path)
+
+
+def merge(models: list[Any], rule: str, **options: Any) -> dict[str, Tensor]:
+    """Merge checkpoints, paths or state dicts, by a rule; see `fastmerge.files.merge.merge`."""
+    from fastmerge.files.merge import merge
+
+    return merge(models, rule, **options)
 
 
 def register_dataset(name: str, loader: Callable[..., Dataset]) -> None:

@@ -56,6 +56,7 @@ LONG = {
     "test_lists.py::test_magmax",
     "test_lists.py::test_one_model",
     "test_lists.py::test_weighted_sum",
+    "test_merge_peers.py",
     "test_method_cmm.py::test_linearised_serves_both_families",
     "test_method_pam.py::test_lora_equals_peft_on_separate_projections",
     "test_method_trm.py::test_state_goes_on_in_a_new_search",

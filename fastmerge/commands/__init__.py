@@ -1,8 +1,9 @@
-"""The commands besides `train`: what one can do with finished runs. One file per command."""
+"""The commands besides `train`: what one can do with finished runs and with checkpoints. One file per command."""
 
 COMMANDS = {  # name -> (function that takes the rest of the command line and returns the exit code, help)
     "evaluate": ("fastmerge.commands.evaluate:main", "accuracy of a saved model on a data set, per task and class"),
     "export": ("fastmerge.commands.export:main", "a saved model as a file of open_clip, timm or transformers"),
+    "merge": ("fastmerge.commands.merge:main", "one checkpoint of several: average, TIES, DARE, SLERP, ..."),
     "table": ("fastmerge.commands.table:main", "one table of several run folders"),
     "analyse": ("fastmerge.analysis.__main__:main", "figures: models between tasks, loss landscape, bars of runs"),
 }

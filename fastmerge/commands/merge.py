@@ -1,0 +1,135 @@
+"""Merge checkpoint files of one architecture, tensor by tensor, without loading a model.
+
+  fastmerge merge ties --models a.safetensors b_dir/ --base clip.safetensors --set density=0.2 --out merged/
+  fastmerge merge average --models a.pt b.pt --weights 1 3 --tensors 'head\\..*:take=1' --dtype bf16 --out merged.safetensors
+  fastmerge merge --recipe merged/          # merges again from the recorded inputs and compares every bit
+
+A model is a .safetensors or .pt file, a folder with shards, a folder of a run, or a folder of a peft LoRA adapter. All
+headers are compared before data is read. An interrupted merge goes on where it was with the same command. See
+docs/MERGE.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fastmerge merge`; returns the exit code.
+
+    Raises:
+        UserError: wrong flags, inputs that do not fit together, an output that cannot be written.
+    """
+    given = parsed(argv)
+    from fastmerge.files.merge import repeat, write  # imports torch: not for --help
+    from fastmerge.files.plan import Options, make_plan
+    from fastmerge.files.report import save_report
+    from fastmerge.files.stream import MEMORY, Stream
+
+    memory = MEMORY if given.max_memory is None else read_size("--max-memory", given.max_memory)
+    if given.recipe is not None:
+        if given.rule or given.models or given.out:
+            raise UserError("--recipe repeats a merge as it was: leave the rule, --models and --out away")
+        count = repeat(given.recipe, memory, given.allow_nonfinite)
+        print(f"{given.recipe}: merged again from the same inputs, {count} tensors with the same bits")
+        return 0
+    if not given.rule:
+        raise UserError("give a rule, such as `fastmerge merge ties --models A B --base C --out DIR`, or --recipe")
+    if not given.models:
+        raise UserError("--models is not given; name the files or folders to merge")
+    if given.out is None and not given.dry_run:
+        raise UserError("--out is not given; name a folder or a .safetensors file, or pass --dry-run")
+    shard = None if given.shard is None else read_size("--shard", given.shard)
+    settings: dict[str, Any] = {}
+    for word in given.set:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--set {word!r}: expected NAME=VALUE, such as density=0.2")
+        settings[name] = value
+    options = Options(
+        given.rule,
+        given.models,
+        given.base,
+        given.weights,
+        settings,
+        given.tensors,
+        given.missing,
+        given.mismatch,
+        given.dtype,
+        shard,
+        given.seed,
+    )
+    plan = make_plan(options)
+    for line in plan.lines(memory):
+        print(line)
+    if given.dry_run:
+        print("--dry-run: nothing is merged or written")
+        return 0
+    stream = Stream(plan, memory, given.report is not None, not given.allow_nonfinite)
+    found = write(plan, stream, given.out.expanduser(), print)
+    bad = sum(about["nonfinite"] for about in found.values())
+    print(f"{given.out}: written" + (f", with {bad} values that are NaN or inf" if bad else ""))
+    if given.report is not None:
+        save_report(given.report, plan, found)
+        print(f"{given.report}: one row per tensor; {given.report.with_suffix('.png')}: the same as a picture")
+    return 0
+
+
+def parsed(argv: Sequence[str]) -> Any:
+    from fastmerge.flags import Parser
+
+    made = Parser("fastmerge merge", description=__doc__, allow_abbrev=False)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = made.add_argument
+    add(
+        "rule",
+        nargs="?",
+        help="average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp, wise-ft, coma",
+    )
+    add("--models", nargs="+", default=[], metavar="PATH", help="what to merge, in this order")
+    add("--base", metavar="PATH", help="the model that the others were fine-tuned from; task-vector rules need it")
+    add("--weights", nargs="+", type=float, metavar="W", help="one number per model (default: all 1)")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the rule; the defaults are the papers'")
+    add(
+        "--tensors",
+        nargs="+",
+        default=[],
+        metavar="PATTERN:NAME=VALUE",
+        help="settings for tensors whose whole name matches the regular expression; the last match counts. Also "
+        "take=base or take=2 (copy from the base or a model), weights=1/0.5",
+    )
+    add("--out", type=Path, help="folder, or .safetensors file, to write")
+    add("--missing", default="error", help="tensors that not all inputs have: error, base, average or skip")
+    add("--mismatch", default="error", help="tensors of different shapes: error, or base, the base's tensor")
+    add("--dtype", help="fp32, bf16 or fp16 for all floats (default: as in the base, or in the first model)")
+    add("--shard", metavar="SIZE", help="largest size of a file, such as 2GB (default: files like those of the base)")
+    add("--seed", type=int, default=0, help="of random rules")
+    add("--max-memory", metavar="SIZE", help="bound of the parts that are merged at a time (default: 256MB)")
+    add("--report", type=Path, metavar="CSV", help="write norm, cosines, sign conflicts per tensor, and a picture")
+    add("--allow-nonfinite", action="store_true", help="NaN and inf in the output are no error")
+    add("--dry-run", action="store_true", help="compare the inputs, print the plan, write nothing")
+    add("--recipe", type=Path, metavar="MERGED", help="repeat a merge from its recorded recipe and compare")
+    return made.parse_args(argv)
+
+
+def read_size(flag: str, text: str) -> int:
+    """Bytes from '2GB', '500MB', '1GiB' or a plain number.
+
+    Raises:
+        UserError: no positive size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    count = (
+        0
+        if not match
+        else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    )
+    if not count:
+        raise UserError(f"{flag} {text}: expected a size such as 500MB, 2GB or 1GiB")
+    return count

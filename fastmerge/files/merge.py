@@ -1,0 +1,123 @@
+"""One merge from beginning to end: plan, stream, output. `fastmerge.merge` in Python, `fastmerge merge` on the command
+line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmerge.errors import UserError
+from fastmerge.files.inputs import open_input
+from fastmerge.files.plan import Item, Options, Plan, make_plan
+from fastmerge.files.recipe import KEY, Hashes, check_inputs, identity, options_of, read_recipe, recipe
+from fastmerge.files.report import save_report
+from fastmerge.files.stream import MEMORY, Memory, Stream
+from fastmerge.files.write import Output
+
+
+def merge(
+    models: list[Any],
+    rule: str,
+    *,
+    base: Any = None,
+    out: str | Path | None = None,
+    memory: int = MEMORY,
+    allow_nonfinite: bool = False,
+    report: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge checkpoints by a rule of `fastmerge merge`.
+
+    models, base: paths, or mappings of names to tensors, which are not changed. out: a folder or a .safetensors file to
+    write; without it the merged tensors are returned, on the CPU. memory: bytes that bound the parts. report: a .csv
+    file to write. options: weights, settings, tensors, missing, mismatch, dtype, shard, seed, as on the command line.
+
+    Raises:
+        UserError: what is wrong with the inputs or the output; nothing is written then.
+    """
+    try:
+        asked = Options(rule, list(models), base, **options)
+    except TypeError as error:
+        raise UserError(f"merge: {error}") from None
+    plan = make_plan(asked)
+    stream = Stream(plan, memory, report is not None, not allow_nonfinite)
+    if out is None:
+        sink = Memory()
+        found = stream.run(sink)
+    else:
+        sink = None
+        found = write(plan, stream, Path(out).expanduser())
+    if report is not None:
+        save_report(Path(report), plan, found)
+    return {} if sink is None else sink.tensors
+
+
+def write(
+    plan: Plan, stream: Stream, out: Path, say: Callable[[str], None] = lambda text: None
+) -> dict[str, dict[str, Any]]:
+    """Write the merged files; returns what `Stream.run` does.
+
+    Raises:
+        UserError: see `Output` and `Stream.run`; nothing is left then.
+    """
+    for one in plan.inputs:
+        for file in one.files:
+            if out.resolve() in (file.resolve(), *file.resolve().parents):
+                raise UserError(f"--out {out}: the input {file} is there; choose another name")
+    about, pending = recipe(plan)
+    text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
+    output = Output(out, plan, text, identity(plan))
+    if output.done:
+        say(f"going on after {len(output.done)} of {len(plan.items)} tensors")
+    hashes = Hashes(list(pending))
+    try:
+        found = stream.run(output)
+        known = hashes.wait()
+    except UserError:
+        output.delete()
+        raise
+    source = plan.base if plan.base is not None else plan.models[0]
+    output.finish({pending[file]: known[file] for file in pending}, source.folder)
+    return found
+
+
+class Comparison(Memory):
+    """A sink that compares every tensor with one that exists, bit by bit."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.entries = dict(open_input(path).entries)
+        self.different: list[str] = []
+
+    def finished(self, item: Item, about: dict[str, Any]) -> None:
+        new, old = self.tensors.pop(item.name).view(-1), self.entries.pop(item.name, None)
+        if (
+            old is None
+            or (old.dtype, old.shape) != (item.dtype, item.shape)
+            or not torch.equal(new.view(torch.uint8), old.whole().view(torch.uint8))
+        ):
+            self.different.append(item.name)
+
+
+def repeat(path: Path, memory: int, allow_nonfinite: bool) -> int:
+    """Merge again what the recipe of `path` says, and compare; returns the number of tensors.
+
+    Raises:
+        UserError: no recipe, inputs that changed, or tensors that are not the same bits.
+    """
+    about = read_recipe(path)
+    check_inputs(about)
+    plan, sink = make_plan(options_of(about)), Comparison(path)
+    Stream(plan, memory, finite=not allow_nonfinite).run(sink)
+    different = [*sink.different, *sink.entries]
+    if different:
+        raise UserError(
+            f"{path}: {len(different)} of its tensors are not what the recipe gives, such as {different[0]}; it was "
+            f"changed, or written with other versions (fastmerge {about['fastmerge']}, torch {about['torch']})"
+        )
+    return len(plan.items)

@@ -1,0 +1,344 @@
+"""The plan of a merge, from headers alone: which tensor becomes what, and every problem, before a byte of data is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmerge.errors import UserError, nearest
+from fastmerge.files.adapter import Adapter
+from fastmerge.files.align import align
+from fastmerge.files.headers import Entry
+from fastmerge.files.inputs import Input, open_input, shown
+from fastmerge.files.rules import FileRule
+from fastmerge.files.settings import check_patterns, defaults, known_rule, read_override, read_values, read_weights
+
+OUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MISSING = ("error", "base", "average", "skip")
+MISMATCH = ("error", "base")
+SMALLEST_PART = 4096
+LARGEST_PART = 1 << 20  # entries: more does not make it faster, less does not fit more into a cache
+
+
+@dataclass
+class Options:
+    """What a merge is asked for; see `fastmerge merge --help`. models, base: paths, or mappings of names to tensors."""
+
+    rule: str
+    models: list[Any]
+    base: Any = None
+    weights: list[float] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    tensors: list[str] = field(default_factory=list)
+    missing: str = "error"
+    mismatch: str = "error"
+    dtype: str | None = None
+    shard: int | None = None
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the recipe; paths as text."""
+        paths = {"models": [_path(model) for model in self.models], "base": _path(self.base)}
+        return {name: value for name, value in asdict(_plain(self)).items() if name not in paths} | paths
+
+
+def _plain(options: Options) -> Options:
+    return Options(**{**vars(options), "models": [], "base": None})
+
+
+def _path(source: Any) -> str | None:
+    return None if source is None else str(Path(source).absolute()) if isinstance(source, str | Path) else "state dict"
+
+
+@dataclass
+class Item:
+    """One tensor of the output. action: 'merge' by the rule, 'average', or 'copy' of the only entry of `models`.
+    position: of its first entry in all tensors."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    action: str
+    models: list[Entry]
+    base: Entry | None
+    position: int
+    settings: dict[str, Any]
+    weights: tuple[float, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.models[0].numel
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass
+class Plan:
+    options: Options
+    rule: FileRule
+    models: list[Input]
+    base: Input | None
+    items: list[Item]  # sorted by name
+    notes: list[str]
+    shards: dict[str, str]  # name -> file of the input whose sharding is kept
+    aliases: dict[str, str]  # tied tensors that are written under another name
+
+    @property
+    def inputs(self) -> list[Input]:
+        return [*self.models, *([self.base] if self.base is not None else [])]
+
+    def part(self, item: Item, memory: int) -> int:
+        """Entries of a part of this tensor."""
+        if self.rule.whole and item.action == "merge":
+            return max(1, item.numel)
+        entry = sum(e.dtype.itemsize for e in [*item.models, *([item.base] if item.base else [])])
+        return max(SMALLEST_PART, min(LARGEST_PART, memory // (entry + 4 * self.rule.buffers + item.dtype.itemsize)))
+
+    def memory(self, memory: int) -> int:
+        """Bytes that the largest part takes: the mapped inputs, the buffers of the rule, the output."""
+
+        def taken(item: Item) -> int:
+            entries = [*item.models, *([item.base] if item.base else [])]
+            each = sum(e.dtype.itemsize for e in entries) + 4 * self.rule.buffers + item.dtype.itemsize
+            return min(self.part(item, memory), item.numel) * each
+
+        return max(map(taken, self.items), default=0)
+
+    def lines(self, memory: int) -> list[str]:
+        """What --dry-run prints."""
+        count = {kind: sum(item.action == kind for item in self.items) for kind in ("merge", "average", "copy")}
+        read = sum(e.nbytes for item in self.items for e in [*item.models, *([item.base] if item.base else [])])
+        bases = "" if self.base is None else f", base {self.base.label}"
+        kinds = ", ".join(
+            f"{n} {word}" for n, word in zip(count.values(), ("merged", "averaged", "copied"), strict=True) if n
+        )
+        return [
+            f"{self.options.rule} of {len(self.models)} models{bases}",
+            f"{len(self.items)} tensors ({kinds}), {sum(item.numel for item in self.items):,} entries",
+            f"read {size(read)} in {self.rule.passes} passes, write {size(sum(i.nbytes for i in self.items))}, "
+            f"memory {size(self.memory(memory))} beside the libraries",
+            *self.notes,
+        ]
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def make_plan(options: Options) -> Plan:
+    """Open the inputs, compare their headers, and plan every tensor.
+
+    Raises:
+        UserError: with all problems found.
+    """
+    rule = known_rule(options.rule)
+    for flag, value, known in (("missing", options.missing, MISSING), ("mismatch", options.mismatch, MISMATCH)):
+        if value not in known:
+            raise UserError(f"--{flag} {value}: expected one of {', '.join(known)}.{nearest(value, known)}")
+    if options.dtype is not None and options.dtype not in OUT_DTYPES:
+        raise UserError(
+            f"--dtype {options.dtype}: expected one of {', '.join(OUT_DTYPES)}.{nearest(options.dtype, OUT_DTYPES)}"
+        )
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
+    count = len(options.models)
+    if count < rule.least or (rule.most is not None and count > rule.most):
+        needed = f"exactly {rule.most}" if rule.most == rule.least else f"at least {rule.least}"
+        raise UserError(f"--models: {options.rule} merges {needed} model{'s' * (rule.least > 1)}, got {count}")
+    if options.base is None and (rule.needs_base or "base" in (options.missing, options.mismatch)):
+        why = f"{options.rule} merges task vectors" if rule.needs_base else "--missing and --mismatch base take it"
+        raise UserError(f"--base is not given, but {why}; name the model that the others were fine-tuned from")
+    settings = defaults(options.rule) | read_values(options.rule, options.settings, "--set")
+    weights = (1.0,) * count
+    if options.weights is not None:
+        weights = read_weights(options.rule, options.weights, count, "--weights")
+    overrides = [read_override(options.rule, text, count) for text in options.tensors]
+    models, base, notes = _open(options)
+    everything = [*models, *([base] if base is not None else [])]
+    reference = base if base is not None else models[0]
+    aliases = _aliases(everything)
+    names = sorted({name for one in everything for name in one.entries} - aliases.keys())
+    check_patterns(overrides, names)
+    items: list[Item] = []
+    problems: list[str] = []
+    position = 0
+    for name in names:
+        here = [model.entries.get(name) for model in models]
+        start = None if base is None else base.entries.get(name)
+        first = start or next(entry for entry in here if entry is not None)
+        matching = [override for override in overrides if re.fullmatch(override.pattern, name)]
+        mine, own, take = dict(settings), weights, None
+        for override in matching:
+            mine |= override.values
+            own = override.weights or own
+            take = override.take
+        try:
+            chosen = _choose(name, here, start, base is not None, rule, options, take, len(models), models)
+        except UserError as problem:
+            problems.append(str(problem))
+            continue
+        if chosen is not None:
+            action, entries = chosen
+            shares = own if action == "merge" else (1.0,) * len(entries)
+            dtype = _dtype(first if action != "copy" else entries[0], action, options)
+            used = start if action == "merge" else None
+            items.append(Item(name, entries[0].shape, dtype, action, entries, used, position, mine, shares))
+        else:
+            notes.append(f"left out: {name}")
+        position += first.numel
+    if problems:
+        more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
+        raise UserError("; ".join(problems[:3]) + more)
+    if not items:
+        raise UserError("no tensor is left to merge: the inputs share no name")
+    notes += [f"tied: {alias} is {kept}, written once" for alias, kept in aliases.items()]
+    wide = [item.name for item in items if any(e.dtype == torch.float64 for e in item.models) and item.action != "copy"]
+    if wide:
+        notes.append(f"float64 is merged in fp32: {shown(wide)}")
+    return Plan(options, rule, models, base, items, notes, _shards(reference), aliases)
+
+
+def _open(options: Options) -> tuple[list[Input], Input | None, list[str]]:
+    base = None if options.base is None else open_input(options.base)
+    if isinstance(base, Adapter):
+        raise UserError(f"--base {base.label}: an adapter is no base; name the model that it adapts")
+    models: list[Input] = []
+    for source in options.models:
+        model = open_input(source)
+        if isinstance(model, Adapter):
+            if base is None:
+                raise UserError(f"{model.label}: an adapter needs --base, the model that it adapts")
+            models.append(model.on(base))
+            continue
+        reference = base or (models[0] if models else model)
+        model = align(model, reference)
+        same = sum(name in reference.entries for name in model.entries)
+        if same < min(len(model.entries), len(reference.entries)) / 4:
+            raise UserError(
+                f"{model.label}: another architecture than {reference.label}: only {same} of its {len(model.entries)} tensor "
+                f"names are there (here {shown(sorted(model.entries), 2)}; there {shown(sorted(reference.entries), 2)})"
+            )
+        models.append(model)
+    seen: dict[tuple[Path, ...], int] = {}
+    for k, model in enumerate(models):
+        files = tuple(file.resolve() for file in model.files)
+        if files and files in seen:
+            raise UserError(
+                f"--models: {model.label} is model {seen[files] + 1} and {k + 1}; name it once, with a larger weight"
+            )
+        seen[files] = k
+    notes = [note for one in [*models, *([base] if base is not None else [])] for note in one.notes]
+    if base is not None and tuple(file.resolve() for file in base.files) in seen and base.files:
+        notes.append(f"the base {base.label} is also one of the models: its task vector is zero")
+    return models, base, notes
+
+
+def _choose(
+    name: str,
+    here: list[Entry | None],
+    start: Entry | None,
+    has_base: bool,
+    rule: FileRule,
+    options: Options,
+    take: str | None,
+    count: int,
+    models: Sequence[Input],
+) -> tuple[str, list[Entry]] | None:
+    """(action, entries) of a tensor; None leaves it out.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    if take is not None:
+        entry = start if take == "base" else here[int(take) - 1]
+        if entry is None:
+            raise UserError(f"--tensors take={take}: {name} is not in it")
+        return "copy", [entry]
+    present = [entry for entry in here if entry is not None]
+    if len(present) < count or (has_base and start is None):
+        absent = [model.label for model, entry in zip(models, here, strict=True) if entry is None]
+        absent += ["the base"] if has_base and start is None else []
+        if options.missing == "skip":
+            return None
+        if options.missing == "average" and present:
+            if len({entry.shape for entry in present}) > 1:
+                raise UserError(f"{name}: cannot average shapes {', '.join(str(list(e.shape)) for e in present)}")
+            if all(entry.dtype.is_floating_point for entry in present):
+                return "average", present
+            return _equal(name, present)
+        if options.missing == "base" and start is not None:
+            present = [entry or start for entry in here]
+        elif options.missing == "average" and start is not None:
+            return "copy", [start]
+        else:
+            raise UserError(
+                f"{name}: not in {shown(absent)}; choose --missing base, average or skip, or --tensors "
+                f"'{re.escape(name)}:take=...'"
+            )
+    every = [*present, *([start] if start is not None else [])]
+    shapes = {entry.shape for entry in every}
+    if len(shapes) > 1:
+        if options.mismatch == "base" and start is not None:
+            return "copy", [start]
+        owners = [m.label for m in models] + ["base"] * (start is not None)
+        told = ", ".join(f"{list(e.shape)} in {o}" for e, o in zip(every, owners, strict=True))
+        raise UserError(
+            f"{name}: shapes differ: {told}; choose --mismatch base, or --tensors '{re.escape(name)}:take=...'"
+        )
+    kinds = {entry.dtype.is_floating_point for entry in every}
+    if len(kinds) > 1:
+        raise UserError(f"{name}: {', '.join(sorted({str(e.dtype) for e in every}))} in different inputs")
+    return ("merge", present) if kinds == {True} else _equal(name, every)
+
+
+def _equal(name: str, entries: list[Entry]) -> tuple[str, list[Entry]]:
+    """Whole numbers cannot be merged: they are copied where all inputs agree."""
+    first = entries[0].whole()
+    for entry in entries[1:]:
+        if entry.dtype != entries[0].dtype or not torch.equal(first, entry.whole()):
+            raise UserError(
+                f"{name}: {entries[0].dtype} values differ, and whole numbers are not merged; choose --tensors "
+                f"'{re.escape(name)}:take=base' or take=1"
+            )
+    return "copy", [entries[0]]
+
+
+def _dtype(entry: Entry, action: str, options: Options) -> torch.dtype:
+    if options.dtype is not None and entry.dtype.is_floating_point:
+        return OUT_DTYPES[options.dtype]
+    return torch.float32 if entry.dtype == torch.float64 and action != "copy" else entry.dtype
+
+
+def _aliases(inputs: Sequence[Input]) -> dict[str, str]:
+    """Names to leave out because every input that has them ties them to another name, which is kept."""
+    tied: list[dict[str, str]] = []
+    for one in inputs:
+        first: dict[Any, str] = {}
+        mine = {alias: kept for alias, kept in one.metadata.items() if kept in one.entries and alias not in one.entries}
+        for name in sorted(one.entries):
+            tie = one.entries[name].tie
+            if tie is not None and first.setdefault(tie, name) != name:
+                mine[name] = first[tie]
+        tied.append(mine)
+    found = {}
+    for alias, kept in {pair for mine in tied for pair in mine.items()}:
+        if all(mine.get(alias) == kept or alias not in one.entries for mine, one in zip(tied, inputs, strict=True)):
+            found[alias] = kept
+    return dict(sorted(found.items()))
+
+
+def _shards(reference: Input) -> dict[str, str]:
+    return reference.shards if len(set(reference.shards.values())) > 1 else {}

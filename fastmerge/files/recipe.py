@@ -1,0 +1,124 @@
+"""The recipe of a merge: what was asked for, the hashes of all inputs, the versions. It is in the metadata of every
+output file.
+
+`fastmerge merge --recipe merged/` reads it, checks the inputs by their hashes and merges again, to the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastmerge
+from fastmerge.errors import UserError
+from fastmerge.files.headers import read_header
+from fastmerge.files.inputs import open_input
+from fastmerge.files.plan import Options, Plan
+
+KEY = "fastmerge_merge"
+BLOCK = 1 << 22
+
+
+class Hashes:
+    """SHA-256 of files, computed beside the merge by a thread of its own (hashing releases the interpreter)."""
+
+    def __init__(self, files: list[Path]):
+        self.files = list(dict.fromkeys(files))
+        self.found: dict[Path, str] = {}
+        self.error: OSError | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for file in self.files:
+                self.found[file] = sha256(file)
+        except OSError as error:
+            self.error = error
+
+    def wait(self) -> dict[Path, str]:
+        self.thread.join()
+        if self.error is not None:
+            raise UserError(f"an input changed or went away while it was merged ({self.error}); run the command again")
+        return self.found
+
+
+def sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def placeholder(number: int) -> str:
+    """Text of the length of a hash, in its place until the hash is known."""
+    return f"hash-of-file-{number}".ljust(64, "-")
+
+
+def recipe(plan: Plan) -> tuple[dict[str, Any], dict[Path, str]]:
+    """(the recipe with placeholders for hashes, file -> placeholder)."""
+    pending: dict[Path, str] = {}
+    inputs = []
+    for one in plan.inputs:
+        for file in one.files:
+            pending.setdefault(file, placeholder(len(pending)))
+        inputs.append({"name": one.label, "files": {str(file.absolute()): pending[file] for file in one.files}})
+    about = {
+        "fastmerge": fastmerge.__version__,
+        "torch": torch.__version__,
+        "options": plan.options.to_dict(),
+        "inputs": inputs,
+    }
+    return about, pending
+
+
+def identity(plan: Plan) -> str:
+    """What must be equal for an interrupted merge to go on: options, versions, and the files as they are."""
+    about, _ = recipe(plan)
+    about["inputs"] = [
+        [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
+        for one in plan.inputs
+        for file in one.files
+    ]
+    return json.dumps(about, sort_keys=True)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe in a merged file or folder.
+
+    Raises:
+        UserError: it was not written by `fastmerge merge`.
+    """
+    source = open_input(path)
+    _, metadata = read_header(source.files[0])
+    try:
+        about = json.loads(metadata[KEY])
+        if "state dict" in (*about["options"]["models"], about["options"]["base"]):
+            raise UserError(f"{path}: merged from tensors in memory, which cannot be read again")
+        return about
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path}: no recipe in its metadata; `fastmerge merge` did not write it") from None
+
+
+def check_inputs(about: dict[str, Any]) -> None:
+    """Compare the inputs of a recipe with their hashes.
+
+    Raises:
+        UserError: one is missing or has changed.
+    """
+    for one in about["inputs"]:
+        for file, expected in one["files"].items():
+            if not Path(file).is_file():
+                raise UserError(f"{file}: no such file, but the recipe needs it (SHA-256 {expected})")
+            if (found := sha256(Path(file))) != expected:
+                raise UserError(f"{file}: changed since it was merged: SHA-256 {found}, the recipe has {expected}")
+
+
+def options_of(about: dict[str, Any]) -> Options:
+    return Options(**about["options"])

@@ -1,0 +1,59 @@
+"""The report of a merge: a CSV file with one row per tensor, and a picture of the same beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from fastmerge.checkpoint import replace, text_writer
+from fastmerge.files.plan import Plan
+
+
+def save_report(path: Path, plan: Plan, found: dict[str, dict[str, Any]]) -> None:
+    """Write `path` (.csv) and the picture with the ending .png.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    count = len(plan.models)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    cosines = [f"cosine_{k + 1}" for k in range(count)]
+    table.writerow(["tensor", "shape", "action", "nonfinite", "norm", "conflicts", "kept", *cosines])
+    for item in plan.items:
+        about = found[item.name]
+        row = [item.name, "x".join(map(str, item.shape)), about["action"], about["nonfinite"]]
+        if "norm" in about:
+            row += [f"{about[name]:.6g}" for name in ("norm", "conflicts", "kept")] + [
+                f"{c:.4f}" for c in about["cosines"]
+            ]
+        else:
+            row += [""] * (3 + count)
+        table.writerow(row)
+    replace(path, text_writer(text.getvalue()))
+    measured = [(item.name, found[item.name]) for item in plan.items if "norm" in found[item.name]]
+    if measured:
+        replace(path.with_suffix(".png"), lambda temporary: _draw(temporary, plan, measured))
+
+
+def _draw(path: Path, plan: Plan, measured: list[tuple[str, dict[str, Any]]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    norms, cosines, shares = figure.subplots(3, 1, sharex=True)
+    places = range(len(measured))
+    norms.semilogy(places, [max(about["norm"], 1e-12) for _, about in measured], ".")
+    norms.set_ylabel("norm of the merged\ntask vector" if plan.rule.needs_base else "norm")
+    for k, model in enumerate(plan.models):
+        cosines.plot(places, [about["cosines"][k] for _, about in measured], ".", label=Path(model.label).name)
+    cosines.set_ylabel("cosine to each input")
+    cosines.legend(fontsize=7)
+    shares.plot(places, [about["conflicts"] for _, about in measured], ".", label="sign conflicts")
+    shares.plot(places, [about["kept"] for _, about in measured], ".", label="changed entries")
+    shares.set_ylabel("share")
+    shares.set_xlabel("tensor, sorted by name")
+    shares.legend(fontsize=7)
+    figure.suptitle(f"{plan.options.rule} of {len(plan.models)} models")
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,226 @@
+"""The merge rules on parts of tensors. Formulas, papers and defaults: `fastmerge.merging` and `fastmerge.settings.merging`.
+
+A rule that has one formula per entry takes any part of a tensor, so a tensor of any size needs little memory.
+Thresholds of TIES over the whole vector come from histograms, which add up over parts. Model Stock and SLERP need norms
+of a tensor and read it as a whole, straight from the file. Random numbers are functions of the position in all tensors,
+sorted by name. Hence no bit depends on the size of the parts, on shards, or on the order in the files.
+
+Weights: `average` divides them by their sum (mergekit's linear); task arithmetic multiplies the task vectors; DARE divides by
+their sum, as its rule averages; TIES elects the sign of the weighted sum and divides by the weights that agree
+(mergekit); SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with more. The others refuse weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import fastmerge_kernels as fk
+import torch
+from torch import Tensor
+
+from fastmerge.files.thresholds import Trim
+from fastmerge.merging.slerp import PARALLEL
+
+
+@dataclass
+class Part:
+    """Entries start..start + n of one tensor. models: T tensors [n]; base: [n]; out: [n], written; bad: int64 [1],
+    receives how many NaN and inf were written. position: of the first entry in all tensors. settings: of the rule, for
+    this tensor."""
+
+    models: list[Tensor]
+    base: Tensor
+    out: Tensor
+    bad: Tensor
+    start: int
+    position: int
+    seed: int
+    weights: Sequence[float]
+    settings: dict[str, Any]
+    trims: list[Trim] = field(default_factory=list)
+
+
+class FileRule:
+    """groups: of settings. whole: the rule needs a tensor as a whole. needs_base: it merges task vectors. weighted: it takes
+    weights. buffers: fp32 buffers of a part that it needs. least, most: numbers of models."""
+
+    groups: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = True
+    weighted: ClassVar[bool] = True
+    buffers: ClassVar[int] = 0
+    least: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
+    passes: ClassVar[str] = "1"
+
+    def write(self, part: Part) -> None:
+        raise TypeError(f"{type(self).__name__} does not say how it merges")
+
+
+class Average(FileRule):
+    needs_base = False
+
+    def write(self, part: Part) -> None:
+        total = sum(part.weights)
+        fk.weighted_sum(part.models, [w / total for w in part.weights], out=part.out, nonfinite=part.bad)
+
+
+class TaskArithmetic(FileRule):
+    groups = ("task_arithmetic",)
+
+    def write(self, part: Part) -> None:
+        weights = [part.settings["scale"] * w for w in part.weights]
+        fk.weighted_sum(part.models, weights, initial=part.base, out=part.out, nonfinite=part.bad)
+
+
+class MagMax(FileRule):
+    groups = ("magmax",)
+    weighted = False
+
+    def write(self, part: Part) -> None:
+        models = part.models if part.settings["ties"] == "later" else part.models[::-1]
+        fk.magmax_merge(models, initial=part.base, scale=part.settings["scale"], out=part.out, nonfinite=part.bad)
+
+
+class Dare(FileRule):
+    groups = ("dare",)
+
+    def write(self, part: Part) -> None:
+        total, s = sum(part.weights), part.settings
+        fk.dare_merge(
+            part.models,
+            s["p"],
+            [s["scale"] * w / total for w in part.weights],
+            initial=part.base,
+            seed=part.seed,
+            subsequence=1,  # as the rule of a stream counts its models
+            offset=part.position,
+            out=part.out,
+            nonfinite=part.bad,
+        )
+
+
+class Ties(FileRule):
+    groups: ClassVar[tuple[str, ...]] = ("ties",)
+    buffers = 4
+    passes = "1, and up to 3 for the thresholds"
+
+    def delta(self, part: Part, k: int) -> tuple[Tensor, Tensor | None]:
+        """(x, base) of model k: its task vector is the difference, or x itself where the base is None."""
+        return part.models[k], part.base
+
+    def write(self, part: Part) -> None:
+        zero = part.settings["zero"]
+        self.finish(part, self.accumulate(part), "positive" if zero == "majority" else zero)
+
+    def accumulate(self, part: Part) -> list[Tensor]:
+        state = [torch.zeros(part.out.numel()) for _ in range(4)]
+        for k, (weight, trim) in enumerate(zip(part.weights, part.trims, strict=True)):
+            (x, base), (limit, cut) = self.delta(part, k), trim.at(part.start)
+            p, n, more, less = state
+            fk.ties_update_(p, n, more, less, x, initial=base, threshold=limit, cut=cut, weight=weight, count="weights")
+        return state
+
+    def finish(self, part: Part, state: list[Tensor], zero: str) -> None:
+        fk.ties_finalize(
+            *state, initial=part.base, scale=part.settings["scale"], zero=zero, out=part.out, nonfinite=part.bad
+        )
+
+
+class DareTies(Ties):
+    groups = ("dare", "ties")
+    buffers = 5
+
+    def delta(self, part: Part, k: int) -> tuple[Tensor, Tensor | None]:
+        model = part.models[k]
+        delta = fk.dare_delta(
+            model,
+            part.settings["p"],
+            initial=part.base,
+            seed=part.seed,
+            subsequence=1 + k,
+            offset=part.position,
+            out=torch.empty(model.numel()),
+        )
+        return delta, None
+
+
+class RandomMix(FileRule):
+    needs_base = False
+    weighted = False
+
+    def write(self, part: Part) -> None:
+        key = {"seed": part.seed, "subsequence": 0, "offset": part.position}
+        fk.random_mix(part.models, out=part.out, nonfinite=part.bad, **key)
+
+
+class ModelStock(FileRule):
+    whole = True
+    weighted = False
+    passes = "3"
+
+    def write(self, part: Part) -> None:
+        fk.stock_merge(part.models, initial=part.base, out=part.out, nonfinite=part.bad)
+
+
+class Slerp(FileRule):
+    whole = True
+    needs_base = False
+    least = 2
+    passes = "3"
+
+    def write(self, part: Part) -> None:
+        merged, total = part.models[0], part.weights[0]
+        for k, (theta, weight) in enumerate(zip(part.models[1:], part.weights[1:], strict=True)):
+            total += weight
+            out = part.out if k == len(part.models) - 2 else torch.empty(part.out.numel())
+            fk.weighted_sum([merged, theta], _shares(merged, theta, weight / total), out=out, nonfinite=part.bad)
+            merged = out
+
+
+def _shares(a: Tensor, b: Tensor, t: float) -> list[float]:
+    """The factors of slerp(a, b, t): see `fastmerge.merging.slerp`."""
+    left, right, apart = (fk.segment_norms(x, initial=y)[0] for x, y in ((a, None), (b, None), (b, a)))
+    norms = (left * right).sqrt()
+    cosine = ((left + right - apart) / (2 * norms)).clamp(-1, 1) if norms > 0 else torch.tensor(1.0)
+    if abs(cosine) > PARALLEL or not cosine == cosine:
+        return [1 - t, t]
+    angle = cosine.acos()
+    return [float(((1 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())]
+
+
+class WiseFT(FileRule):
+    groups = ("wise_ft",)
+    weighted = False
+    most = 1
+
+    def write(self, part: Part) -> None:
+        fk.lerp(part.base, part.models[0], part.settings["alpha"], out=part.out, nonfinite=part.bad)
+
+
+class CoMA(FileRule):
+    groups = ("coma",)
+    needs_base = False
+    weighted = False
+
+    def write(self, part: Part) -> None:
+        lam, count = part.settings["lam"], len(part.models)  # the weights that repeated interpolation gives
+        weights = [(1.0 if k == 0 else lam) * (1 - lam) ** (count - 1 - k) for k in range(count)]
+        fk.weighted_sum(part.models, weights, out=part.out, nonfinite=part.bad)
+
+
+FILE_RULES: dict[str, FileRule] = {
+    "average": Average(),
+    "task-arithmetic": TaskArithmetic(),
+    "ties": Ties(),
+    "dare": Dare(),
+    "dare-ties": DareTies(),
+    "magmax": MagMax(),
+    "randmix": RandomMix(),
+    "stock": ModelStock(),
+    "slerp": Slerp(),
+    "wise-ft": WiseFT(),
+    "coma": CoMA(),
+}

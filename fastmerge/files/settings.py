@@ -1,0 +1,127 @@
+"""Settings of a rule and of single tensors, from words: `density=0.2`, `visual\\.proj:density=1,weights=1/0.5`,
+`head\\..*:take=base`.
+
+A pattern is a regular expression for the whole name of a tensor. Of several that match, the last one counts for each setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from fastmerge.config import Config, declarations
+from fastmerge.errors import UserError, nearest
+from fastmerge.files.inputs import shown
+from fastmerge.files.rules import FILE_RULES, FileRule
+from fastmerge.flags import reader
+
+
+def known_rule(name: str) -> FileRule:
+    """Raises UserError: no rule has this name, with the nearest ones."""
+    if name not in FILE_RULES:
+        raise UserError(f"no rule {name!r}.{nearest(name, FILE_RULES)} There are: {', '.join(FILE_RULES)}")
+    return FILE_RULES[name]
+
+
+def places(rule: str) -> dict[str, str]:
+    """Setting -> group of the rule that has it; the last group where two have one."""
+    return {name: group for group in known_rule(rule).groups for name in declarations()[group]}
+
+
+def defaults(rule: str) -> dict[str, Any]:
+    """The values of the papers."""
+    config = Config()
+    return {name: getattr(getattr(config, group), name) for name, group in places(rule).items()}
+
+
+def read_values(rule: str, words: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a rule as values of their types; texts are read, the rest is checked alone.
+
+    Raises:
+        UserError: the rule has no such setting, or it takes no such value.
+    """
+    groups, values, hints = places(rule), {}, get_type_hints(Config)
+    for name, word in words.items():
+        if name not in groups:
+            known = f"its settings: {', '.join(groups)}" if groups else "it has no settings"
+            raise UserError(f"{where}: {rule} has no setting {name!r}.{nearest(name, groups)} ({known})")
+        group = groups[name]
+        try:
+            value = reader(get_type_hints(hints[group])[name])(str(word))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where} {name}={error}") from None
+        declarations()[group][name][0].check(f"{where} {name}", value)
+        values[name] = value
+    return values
+
+
+@dataclass
+class Override:
+    """What one pattern sets. take: None, or whose tensor is copied: 'base', or the number of a model from 1."""
+
+    pattern: str
+    values: dict[str, Any]
+    take: str | None = None
+    weights: tuple[float, ...] | None = None
+
+
+def read_override(rule: str, text: str, models: int) -> Override:
+    """One word of --tensors.
+
+    Raises:
+        UserError: it is not PATTERN:NAME=VALUE,..., or a part of it is wrong.
+    """
+    match = re.fullmatch(r"(.+):([\w.-]+=[^,=]*(?:,[\w.-]+=[^,=]*)*)", text, re.DOTALL)
+    if not match:
+        raise UserError(f"--tensors {text!r}: expected PATTERN:NAME=VALUE, such as 'head\\..*:take=base'")
+    try:
+        re.compile(match[1])
+    except re.error as error:
+        raise UserError(f"--tensors {text!r}: {match[1]!r} is no regular expression ({error})") from None
+    words = dict(word.split("=", 1) for word in match[2].split(","))
+    take, weights = words.pop("take", None), words.pop("weights", None)
+    if take is not None and take != "base" and not (take.isdecimal() and 1 <= int(take) <= models):
+        raise UserError(f"--tensors {text!r}: take={take}: expected base, or the number of a model, 1 to {models}")
+    if take is not None and (words or weights):
+        raise UserError(f"--tensors {text!r}: take= copies a tensor, so nothing else can be set for it")
+    given = None if weights is None else read_weights(rule, weights.split("/"), models, f"--tensors {text!r}")
+    return Override(match[1], read_values(rule, words, f"--tensors {text!r}"), take, given)
+
+
+def read_weights(rule: str, words: Sequence[Any], models: int, where: str) -> tuple[float, ...]:
+    """T weights of a rule.
+
+    Raises:
+        UserError: the rule takes none, another number of them, or one that it cannot use.
+    """
+    if not known_rule(rule).weighted:
+        raise UserError(f"{where}: {rule} does not weigh its models; leave the weights out")
+    try:
+        given = tuple(float(word) for word in words)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; expected one number per model") from None
+    if len(given) != models:
+        raise UserError(f"{where}: {len(given)} weights for {models} models; give one per model")
+    if not all(abs(w) < float("inf") for w in given):
+        raise UserError(f"{where}: weights {list(given)}: expected finite numbers")
+    if rule in ("ties", "dare-ties", "slerp") and not all(w > 0 for w in given):
+        raise UserError(
+            f"{where}: weights {list(given)}: {rule} needs positive ones; leave a model out instead of weight 0"
+        )
+    if rule in ("average", "dare") and abs(sum(given)) < 1e-3 * max(map(abs, given), default=0) + 1e-30:
+        raise UserError(f"{where}: weights {list(given)} add up to {sum(given):g}, and {rule} divides by their sum")
+    return given
+
+
+def check_patterns(overrides: Sequence[Override], names: Sequence[str]) -> None:
+    """Raises UserError: a pattern matches no tensor."""
+    for given in overrides:
+        if not any(re.fullmatch(given.pattern, name) for name in names):
+            close = nearest(given.pattern.replace("\\", ""), names)
+            raise UserError(
+                f"--tensors {given.pattern!r} matches no tensor.{close} A pattern must match a whole name; there are "
+                f"{shown(list(names))}"
+            )

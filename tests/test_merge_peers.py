@@ -1,0 +1,191 @@
+"""`fastmerge merge` on files against mergekit 0.1.5, peft 0.21.2, and plain loops in float64 over whole models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from fastmerge_kernels import reference
+from safetensors.torch import load_file, save_file
+
+from fastmerge.__main__ import main
+
+SHAPES = {"b.weight": (40, 30), "a.bias": (17,), "c.scale": (), "b.bias": (513,), "tail": (1, 3, 5), "none": (0, 4)}
+TIGHT = {"rtol": 0, "atol": 2e-6}
+MODELS = ["m0.safetensors", "m1.safetensors", "m2.safetensors"]
+BY_TENSOR = {"scope": "tensor", "zero": "positive"}  # how mergekit and peft trim and elect
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """base and three models in the working folder; returns their tensors. Task vectors share a part: Model Stock moves."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    common = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+    models = [
+        {n: t + common[n] + 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()} for _ in MODELS
+    ]
+    save_file(base, "base.safetensors")
+    for name, model in zip(MODELS, models, strict=True):
+        save_file(model, name)
+    return base, models
+
+
+def merge(rule, *arguments, models=MODELS, base="base.safetensors", weights=None, out="merged.safetensors", **settings):
+    words = ["merge", rule, "--models", *models, "--out", out]
+    words += ["--base", base] if base else []
+    words += ["--weights", *map(str, weights)] if weights else []
+    words += ["--set", *(f"{name}={value}" for name, value in settings.items())] if settings else []
+    assert main([*words, *arguments]) == 0
+    return load_file(out) if out.endswith(".safetensors") else out
+
+
+def close(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), expected[name].double(), **(tolerance or TIGHT), msg=name)
+
+
+@pytest.fixture
+def mergekit():
+    methods = pytest.importorskip("mergekit.merge_methods")
+
+    def run(method, models, base=None, weights=None, **parameters):
+        inputs = {f"m{k}": m for k, m in enumerate(models)} | ({"base": base} if base else {})
+        if weights:
+            parameters["weight"] = {f"m{k}": w for k, w in enumerate(weights)}
+        start = {"base": "base"} if base else {}
+        with torch.no_grad():
+            return methods.merge_state_dicts(inputs, method, parameters=parameters, **start)
+
+    return run
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.5, 2.0)])
+def test_equals_mergekit(files, mergekit, weights):
+    base, models = files
+    base, *models = [
+        {n: t for n, t in m.items() if t.numel()} for m in (base, *models)
+    ]  # mergekit cannot merge no entries
+    for name, content in zip(["base.safetensors", *MODELS], [base, *models], strict=True):
+        save_file(content, name)
+    linear = mergekit("linear", models, weights=weights)
+    close(merge("average", base=None, weights=weights, out="linear.safetensors"), linear)
+    arithmetic = mergekit("task_arithmetic", models, base, weights)
+    close(merge("task-arithmetic", weights=weights, out="arithmetic.safetensors", scale=1), arithmetic)
+    for density in (0.2, 0.5, 1.0):
+        ties = mergekit("ties", models, base, weights, density=density)
+        close(merge("ties", weights=weights, out=f"ties{density}.safetensors", density=density, **BY_TENSOR), ties)
+    if len(set(weights)) == 1:
+        close(merge("stock", out="stock.safetensors"), mergekit("model_stock", models, base, filter_wise=False))
+        two = mergekit("slerp", models[1:2], models[0], t=0.5)
+        close(merge("slerp", models=MODELS[:2], base=None, out="slerp.safetensors"), two)
+
+
+def test_ties_equals_peft(files):
+    rules = pytest.importorskip("peft.utils.merge_utils")
+    base, models = files
+    found = merge("ties", density=0.4, **BY_TENSOR)
+    for name in ("b.weight", "b.bias"):  # peft keeps no entry of a tensor with fewer than 1 / density
+        deltas = [m[name] - base[name] for m in models]
+        expected = base[name] + rules.ties(deltas, torch.ones(3), 0.4, "total")
+        torch.testing.assert_close(found[name], expected, **TIGHT)
+
+
+def whole(tensors):
+    """All entries in the order of the sorted names, float64."""
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def test_ties_over_the_whole_model(files):
+    """Trimmed over all tensors together, as in the paper."""
+    base, models = files
+    start, deltas = whole(base), [whole(m) - whole(base) for m in models]
+    kept, n = [], len(start)
+    for delta in deltas:
+        keep = torch.zeros(n, dtype=torch.bool)
+        keep[delta.abs().argsort(descending=True)[: int(0.2 * n)]] = True
+        kept.append(torch.where(keep, delta, 0))
+    expected = start.clone()
+    for i in range(n):
+        values = [float(d[i]) for d in kept if d[i] != 0]
+        sign = 1 if sum(values) >= 0 else -1
+        agree = [v for v in values if v * sign > 0]
+        expected[i] += sum(agree) / len(agree) if agree else 0.0
+    torch.testing.assert_close(whole(merge("ties", density=0.2)), expected, **TIGHT)
+
+
+def test_magmax_in_float64(files):
+    base, models = files
+    deltas = torch.stack([whole(m) - whole(base) for m in models])
+    chosen = deltas.gather(0, deltas.abs().argmax(0, keepdim=True))[0]
+    torch.testing.assert_close(whole(merge("magmax", scale=0.5)), whole(base) + 0.5 * chosen, **TIGHT)
+
+
+def test_dare_draws_by_position_in_the_sorted_whole(files):
+    """The masks are those of the float64 reference over the concatenated model."""
+    base, models = files
+    start, p = whole(base), 0.3
+    expected = start.clone()
+    for k, model in enumerate(models):
+        dropped = reference.dare_delta(whole(model).float(), p, initial=start.float(), seed=5, subsequence=1 + k)
+        expected += dropped.double() / 3
+    found = merge("dare", "--seed", "5", p=p, scale=1)
+    torch.testing.assert_close(whole(found), expected, **TIGHT)
+
+
+RANDOM_AND_GLOBAL = [
+    ("dare", {"p": 0.5}),
+    ("dare-ties", {"p": 0.5, "density": 0.3}),
+    ("randmix", {}),
+    ("ties", {}),
+    ("stock", {}),
+    ("slerp", {}),
+]
+
+
+@pytest.mark.parametrize(("rule", "settings"), RANDOM_AND_GLOBAL, ids=[rule for rule, _ in RANDOM_AND_GLOBAL])
+def test_sharding_order_and_memory_change_no_bit(files, tmp_path, rule, settings):
+    base, models = files
+    first = merge(rule, **settings)
+    for k, model in enumerate([base, *models]):  # every input in shards of its own, in another order
+        folder = tmp_path / f"shards{k}"
+        folder.mkdir()
+        names, places = sorted(model, reverse=k % 2 == 0), {}
+        for part in range(1 + k):
+            group = names[part :: 1 + k]
+            save_file({name: model[name] for name in group}, folder / f"s{part}.safetensors")
+            places |= {name: f"s{part}.safetensors" for name in group}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    other = [f"shards{k}" for k in (1, 2, 3)]
+    found = merge(rule, "--max-memory", "1KB", "--shard", "2KB", models=other, base="shards0", out="pieces", **settings)
+    second = {}
+    for path in sorted((tmp_path / found).glob("*.safetensors")):
+        second |= load_file(path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inputs_of_mixed_dtypes_are_merged_in_fp32(files):
+    _, models = files
+    halves = [
+        {n: t.to(kind) for n, t in m.items()} for m, kind in zip(models, (torch.bfloat16, torch.float16), strict=False)
+    ]
+    for name, model in zip(MODELS, halves, strict=False):
+        save_file(model, name)
+    found = merge("average", "--dtype", "bf16", base=None, weights=(1, 1, 1))
+    for name in SHAPES:
+        exact = (halves[0][name].double() + halves[1][name].double() + models[2][name].double()) / 3
+        assert found[name].dtype == torch.bfloat16
+        torch.testing.assert_close(found[name].double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
+
+
+def test_inputs_are_unchanged(files, tmp_path):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.safetensors")}
+    for rule in ("ties", "dare", "slerp", "average"):
+        merge(rule, out=f"out/{rule}.safetensors")
+    assert {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.safetensors")
+    } == before
