@@ -2,6 +2,7 @@
 
   fastmerge merge ties --models a.safetensors b_dir/ --base clip.safetensors --set density=0.2 --out merged/
   fastmerge merge average --models a.pt b.pt --weights 1 3 --tensors 'head\\..*:take=1' --dtype bf16 --out merged.safetensors
+  fastmerge merge --mergekit config.yml --out merged/
   fastmerge merge --recipe merged/          # merges again from the recorded inputs and compares every bit
 
 A model is a .safetensors or .pt file, a folder with shards, a folder of a run, or a folder of a peft LoRA adapter. All
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """
     given = parsed(argv)
     from fastmerge.files.merge import repeat, write  # imports torch: not for --help
+    from fastmerge.files.mergekit import read_config
     from fastmerge.files.plan import Options, make_plan
     from fastmerge.files.report import save_report
     from fastmerge.files.stream import MEMORY, Stream
@@ -39,32 +41,23 @@ def main(argv: Sequence[str]) -> int:
         count = repeat(given.recipe, memory, given.allow_nonfinite)
         print(f"{given.recipe}: merged again from the same inputs, {count} tensors with the same bits")
         return 0
-    if not given.rule:
+    if given.mergekit is not None:
+        if given.rule or given.models or given.base or given.weights or given.set:
+            raise UserError("--mergekit names the rule, models, base, weights and settings: leave them away")
+    elif not given.rule:
         raise UserError("give a rule, such as `fastmerge merge ties --models A B --base C --out DIR`, or --recipe")
-    if not given.models:
+    elif not given.models:
         raise UserError("--models is not given; name the files or folders to merge")
     if given.out is None and not given.dry_run:
         raise UserError("--out is not given; name a folder or a .safetensors file, or pass --dry-run")
-    shard = None if given.shard is None else read_size("--shard", given.shard)
-    settings: dict[str, Any] = {}
-    for word in given.set:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"--set {word!r}: expected NAME=VALUE, such as density=0.2")
-        settings[name] = value
-    options = Options(
-        given.rule,
-        given.models,
-        given.base,
-        given.weights,
-        settings,
-        given.tensors,
-        given.missing,
-        given.mismatch,
-        given.dtype,
-        shard,
-        given.seed,
-    )
+    if given.mergekit is not None:
+        options = read_config(given.mergekit)
+    else:
+        options = Options(given.rule, given.models, given.base, given.weights, settings_of(given.set))
+    options.tensors += given.tensors
+    options.missing, options.mismatch, options.seed = given.missing, given.mismatch, given.seed
+    options.dtype = given.dtype or options.dtype
+    options.shard = None if given.shard is None else read_size("--shard", given.shard)
     plan = make_plan(options)
     for line in plan.lines(memory):
         print(line)
@@ -114,8 +107,21 @@ def parsed(argv: Sequence[str]) -> Any:
     add("--report", type=Path, metavar="CSV", help="write norm, cosines, sign conflicts per tensor, and a picture")
     add("--allow-nonfinite", action="store_true", help="NaN and inf in the output are no error")
     add("--dry-run", action="store_true", help="compare the inputs, print the plan, write nothing")
+    add("--mergekit", type=Path, metavar="YAML", help="rule, models and settings from a config of mergekit")
     add("--recipe", type=Path, metavar="MERGED", help="repeat a merge from its recorded recipe and compare")
     return made.parse_args(argv)
+
+
+def settings_of(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE words as a mapping.
+
+    Raises:
+        UserError: a word without an equals sign.
+    """
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"--set {word!r}: expected NAME=VALUE, such as density=0.2")
+    return dict(word.split("=", 1) for word in words)
 
 
 def read_size(flag: str, text: str) -> int:

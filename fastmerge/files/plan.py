@@ -216,8 +216,9 @@ def _open(options: Options) -> tuple[list[Input], Input | None, list[str]]:
     if isinstance(base, Adapter):
         raise UserError(f"--base {base.label}: an adapter is no base; name the model that it adapts")
     models: list[Input] = []
-    for source in options.models:
+    for k, source in enumerate(options.models):
         model = open_input(source)
+        model.label = model.label if model.files else f"model {k + 1}"
         if isinstance(model, Adapter):
             if base is None:
                 raise UserError(f"{model.label}: an adapter needs --base, the model that it adapts")

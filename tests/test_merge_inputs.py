@@ -1,0 +1,397 @@
+"""What `fastmerge merge` reads and refuses: file kinds, names, adapters, bad files, interrupted and repeated merges."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+from test_merge_files import flat, model, run
+
+import fastmerge
+from fastmerge.__main__ import main
+from fastmerge.errors import UserError
+
+BASE = model(0)
+A, B = model(1, like=BASE), model(2, like=BASE)
+MEAN = {name: (A[name] + B[name]) / 2 for name in A}
+
+
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def merged(*paths, **options):
+    return fastmerge.merge([str(path) for path in paths], "average", **options)
+
+
+def shards(folder, tensors, kind):
+    """A folder as transformers writes it: two shards and an index."""
+    folder.mkdir()
+    names, places = sorted(tensors), {}
+    for k, part in enumerate((names[:2], names[2:])):
+        file = f"{'model' if kind == 'safetensors' else 'pytorch_model'}-{k + 1:05d}-of-00002.{kind}"
+        content = {name: tensors[name] for name in part}
+        save_file(content, folder / file) if kind == "safetensors" else torch.save(content, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = "model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text('{"architectures": ["Toy"]}')
+    return folder
+
+
+def test_kinds_of_inputs(tmp_path):
+    torch.save({"state_dict": A, "epoch": 3}, tmp_path / "a.pt")
+    torch.save(B, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file({f"module.{name}": x for name, x in B.items()}, tmp_path / "b.safetensors")
+    hf, old = shards(tmp_path / "hf", A, "safetensors"), shards(tmp_path / "bin", B, "bin")
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    save_file(B, tmp_path / "runs" / "x" / "model.safetensors")
+    for pair in (("a.pt", "old.pth"), ("a.pt", "b.safetensors"), (hf, old), (hf, "runs/x"), ("a.pt", "runs")):
+        close(merged(*(tmp_path / one for one in pair)), MEAN)
+    fastmerge.merge([hf, tmp_path / "a.pt"], "average", out=tmp_path / "out", dtype="bf16")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 2  # like the first model
+    assert index["metadata"]["total_size"] == 2 * flat(A).numel()
+    assert (tmp_path / "out" / "config.json").is_file()
+    found = merged(tmp_path / "out")
+    assert all(torch.equal(found[name], A[name].bfloat16()) for name in A)
+
+
+def test_half_precision_is_rounded_once(tmp_path):
+    half = [{name: x.bfloat16() for name, x in one.items()} for one in (A, B)]
+    found = fastmerge.merge(half, "average")
+    for name, x in found.items():
+        exact = (half[0][name].double() + half[1][name].double()) / 2
+        assert x.dtype == torch.bfloat16 and torch.equal(x, exact.float().bfloat16())
+
+
+def test_an_adapter_is_the_product_on_the_base(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    class Toy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 2)
+            self.linear = torch.nn.Linear(4, 5)
+            self.head = torch.nn.Linear(5, 2)
+
+    torch.manual_seed(0)
+    base = Toy()
+    start = {name: x.clone() for name, x in base.state_dict().items()}
+    models = []
+    for k in range(2):
+        toy = Toy()
+        toy.load_state_dict(start)
+        config = peft.LoraConfig(
+            r=2,
+            lora_alpha=3 + k,
+            target_modules=["conv", "linear"],
+            modules_to_save=["head"],
+            use_rslora=bool(k),
+            alpha_pattern={"linear": 5},
+        )
+        tuned = peft.get_peft_model(toy, config)
+        for name, x in tuned.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                torch.nn.init.normal_(x)
+        tuned.save_pretrained(tmp_path / f"adapter{k}")
+        models.append(tuned.merge_and_unload().state_dict())
+    found = fastmerge.merge([tmp_path / "adapter0", tmp_path / "adapter1"], "average", base=start)
+    close(found, {name: (models[0][name] + models[1][name]) / 2 for name in start})
+    with pytest.raises(UserError, match="an adapter needs --base"):
+        merged(tmp_path / "adapter0")
+    with pytest.raises(UserError, match="it changes head.* but no tensor of the base"):
+        fastmerge.merge([tmp_path / "adapter0"], "average", base=BASE)
+
+
+def test_tied_tensors_are_written_once(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.a = torch.nn.Linear(3, 3, bias=False)
+            self.b = torch.nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+            torch.nn.init.constant_(self.a.weight, value)
+
+    torch.save(Tied(1.0).state_dict(), tmp_path / "a.pt")
+    save_model(Tied(2.0), str(tmp_path / "b.safetensors"))
+    fastmerge.merge([tmp_path / "a.pt", tmp_path / "b.safetensors"], "average", out=tmp_path / "out.safetensors")
+    loaded = Tied(0.0)
+    from safetensors.torch import load_model
+
+    load_model(loaded, tmp_path / "out.safetensors")
+    assert torch.equal(loaded.b.weight, torch.full((3, 3), 1.5))
+    assert list(load_file(tmp_path / "out.safetensors")) == ["a.weight"]
+
+
+def test_missing_mismatched_and_whole_number_tensors():
+    ids = torch.arange(4)
+    base, a, b = ({**one, "ids": ids.clone()} for one in (BASE, A, B))
+    del a["scale"]
+    b["c.bias"] = torch.zeros(9)
+    b["extra"] = torch.ones(2)
+    for text, options in {
+        "c.bias: shapes differ: .*--mismatch": {"missing": "base", "tensors": ["extra:take=2"]},
+        "scale: not in model 1; choose --missing": {"mismatch": "base"},
+    }.items():
+        with pytest.raises(UserError, match=text):
+            fastmerge.merge([a, b], "average", base=base, **options)
+    found = fastmerge.merge([a, b], "average", base=base, missing="average", mismatch="base")
+    assert torch.equal(found["scale"], b["scale"]) and torch.equal(found["c.bias"], base["c.bias"])
+    assert torch.equal(found["extra"], b["extra"]) and torch.equal(found["ids"], ids)
+    found = fastmerge.merge([a, b], "average", base=base, missing="skip", mismatch="base")
+    assert not {"extra", "scale"} & found.keys()
+    found = fastmerge.merge([a, b], "average", base=base, missing="base", mismatch="base", tensors=["extra:take=2"])
+    torch.testing.assert_close(found["scale"], (base["scale"] + b["scale"]) / 2)
+    b["ids"] = ids + 1
+    with pytest.raises(UserError, match="ids: torch.int64 values differ.*take=base"):
+        fastmerge.merge([a, b], "average", base=base, missing="skip", mismatch="base")
+
+
+def test_settings_of_single_tensors():
+    words = [r".*:density=0.5", r"a\..*:density=1,weights=1/3", r"scale:take=2", r"c\..*:take=base"]
+    found = fastmerge.merge([A, B], "ties", base=BASE, settings={"scope": "tensor"}, tensors=words)
+    assert torch.equal(found["scale"], B["scale"]) and torch.equal(found["c.bias"], BASE["c.bias"])
+    da, db = A["a.weight"] - BASE["a.weight"], B["a.weight"] - BASE["a.weight"]
+    mass = da + 3 * db
+    parts = [(d * w, w * ((d > 0) == (mass > 0))) for d, w in ((da, 1), (db, 3))]
+    expected = sum(x * (w > 0) for x, w in parts) / sum(w for _, w in parts)
+    torch.testing.assert_close(found["a.weight"], BASE["a.weight"] + expected, rtol=1e-5, atol=1e-6)
+    whole = fastmerge.merge([A, B], "ties", base=BASE, settings={"scope": "tensor", "density": 0.5})
+    assert torch.equal(found["b.weight"], whole["b.weight"])
+
+
+def header(path, change=None, cut=0, text=None, length=None, extra=b""):
+    """Damage the header or the length of a copy of a file."""
+    data = path.read_bytes()
+    stop = 8 + int.from_bytes(data[:8], "little")
+    about = json.loads(data[8:stop])
+    if change:
+        change(about)
+    new = text if text is not None else json.dumps(about).encode()
+    body = data[stop:] + extra
+    path.write_bytes((len(new) if length is None else length).to_bytes(8, "little") + new + body[: len(body) - cut])
+
+
+def offsets(name, begin, stop):
+    def change(about):
+        about[name]["data_offsets"][0] += begin
+        about[name]["data_offsets"][1] += stop
+
+    return change
+
+
+DAMAGE = {
+    "cut off": ({"cut": 5}, "the file is cut off"),
+    "empty": ({"text": b"", "length": 0}, "not valid JSON"),
+    "long header": ({"length": 1 << 40}, "announces a header of 1099511627776"),
+    "no JSON": ({"text": b"{'a': 1}"}, "not valid JSON"),
+    "list": ({"text": b"[]"}, "not an object"),
+    "twice": ({"text": b'{"a": {}, "a": {}}'}, "a occurs twice"),
+    "fields": ({"text": b'{"a": {"dtype": "F32"}}'}, "tensor a has no dtype, shape and data_offsets"),
+    "float8": ({"change": lambda h: h["scale"].update(dtype="F8_E4M3")}, "tensor scale is F8_E4M3"),
+    "negative": ({"change": lambda h: h["c.bias"].update(shape=[-7])}, r"tensor c.bias has shape \[-7\]"),
+    "size": ({"change": offsets("c.bias", 0, 4)}, "tensor c.bias of shape .* takes 28 bytes"),
+    "overlap": ({"change": offsets("c.bias", -4, -4)}, "overlaps the one before|unused before"),
+    "rest": ({"extra": b"1234"}, "the file is cut off or damaged"),
+    "metadata": ({"change": lambda h: h.update(__metadata__={"a": 1})}, "__metadata__ is not an object of strings"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_one_line(kind, tmp_path, capsys):
+    save_file(A, tmp_path / "a.safetensors")
+    save_file(B, tmp_path / "b.safetensors")
+    arguments, message = DAMAGE[kind]
+    header(tmp_path / "b.safetensors", **arguments)
+    refused(tmp_path, capsys, message, "average", "--models", "a.safetensors", "b.safetensors")
+
+
+def refused(folder, capsys, message, *words, out="out.safetensors"):
+    """The command ends with code 2 and one line that says `message`, and writes nothing."""
+    before = sorted(folder.rglob("*"))
+    paths = [str(folder / word) if (folder / word).exists() and word else word for word in words]
+    assert main(["merge", *paths, "--out", str(folder / out)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert said.count("\n") == 1 and sorted(folder.rglob("*")) == before
+
+
+class Code:
+    def __reduce__(self):
+        return (os.system, ("echo run",))
+
+
+def test_bad_inputs_are_one_line(tmp_path, capsys):
+    save_file(A, tmp_path / "a.safetensors")
+    save_file(B, tmp_path / "b.safetensors")
+    save_file(BASE, tmp_path / "base.safetensors")
+    save_file({"w": torch.ones(3)}, tmp_path / "other.safetensors")
+    save_file({**A, "scale": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
+    save_file({**A, "scale": torch.tensor(True)}, tmp_path / "bool.safetensors")
+    torch.save({"w": Code()}, tmp_path / "code.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({**A, "w": torch.ones(3, dtype=torch.complex64)}, tmp_path / "complex.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "no").mkdir()
+    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
+    (tmp_path / "gone.safetensors").symlink_to("nowhere")
+    lost = shards(tmp_path / "lost", A, "safetensors")
+    (lost / "model-00002-of-00002.safetensors").unlink()
+    index = shards(tmp_path / "index", A, "safetensors")
+    (index / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    pair = ("--models", "a.safetensors", "b.safetensors")
+    based = (*pair, "--base", "base.safetensors")
+    for message, words in {
+        "no rule 'tie'. Did you mean: ties": ("tie", *pair),
+        "--base is not given, but ties": ("ties", *pair),
+        "--models is not given": ("average",),
+        "3 weights for 2 models": ("average", *pair, "--weights", "1", "2", "3"),
+        "add up to 0": ("average", *pair, "--weights", "1", "-1"),
+        "expected finite": ("average", *pair, "--weights", "1", "nan"),
+        "ties needs positive": ("ties", *based, "--weights", "1", "0"),
+        "magmax does not weigh": ("magmax", *based, "--weights", "1", "2"),
+        "slerp merges at least 2": ("slerp", "--models", "a.safetensors"),
+        "wise-ft merges": ("wise-ft", *based),
+        "no setting 'densty'. Did you mean: density": ("ties", *based, "--set", "densty=1"),
+        "density 2.0: expected": ("ties", *based, "--set", "density=2"),
+        "--set 'density'": ("ties", *based, "--set", "density"),
+        "expected PATTERN:NAME=VALUE": ("ties", *based, "--tensors", "a"),
+        "no regular expression": ("ties", *based, "--tensors", "(:density=1"),
+        "matches no tensor": ("ties", *based, "--tensors", "a.weigth:density=1"),
+        "take=3: expected base": ("ties", *based, "--tensors", "scale:take=3"),
+        "--missing bse: .* Did you mean: base": ("average", *pair, "--missing", "bse"),
+        "--dtype f16: .*fp16": ("average", *pair, "--dtype", "f16"),
+        "--seed -1": ("average", *pair, "--seed", "-1"),
+        "--max-memory much": ("average", *pair, "--max-memory", "much"),
+        "--shard needs a folder": ("average", *pair, "--shard", "1MB"),
+        "another architecture": ("average", "--models", "a.safetensors", "other.safetensors"),
+        "scale: 1 values of the output are NaN or inf .they are in .*nan.saf": (
+            "average",
+            *("--models", "a.safetensors", "nan.safetensors"),
+        ),
+        "scale: torch.bool, torch.float32": ("average", "--models", "a.safetensors", "bool.safetensors"),
+        "a pickled object could run code": ("average", "--models", "a.safetensors", "code.pt"),
+        "list.pt: no tensors by name": ("average", "--models", "list.pt"),
+        "tensor w is torch.complex64": ("average", "--models", "complex.pt"),
+        "text.pt: ": ("average", "--models", "text.pt"),
+        "no: no model there": ("average", "--models", "no"),
+        "is model 1 and 2": ("average", "--models", "a.safetensors", "link.safetensors"),
+        "no such file or folder": ("average", "--models", "gone.safetensors"),
+        "but model.safetensors.index.json names it": ("average", "--models", "lost"),
+        "not an index of shards": ("average", "--models", "index"),
+        "a IA3 adapter": ("average", "--models", "adapter", "--base", "base.safetensors"),
+        "--recipe repeats": ("average", "--recipe", "a.safetensors"),
+        "unrecognized arguments: --wieghts": ("average", *pair, "--wieghts", "1"),
+    }.items():
+        refused(tmp_path, capsys, message, *words)
+    refused(tmp_path, capsys, "a.safetensors is there; choose", "average", *pair, out="a.safetensors")
+    refused(tmp_path, capsys, "exists already", "average", *pair, out="base.safetensors")
+    refused(tmp_path, capsys, "exists already", "average", *pair, out="no")
+    refused(tmp_path, capsys, "cannot write there", "average", *pair, out="a.safetensors/out")
+    (tmp_path / "out.safetensors.part").mkdir()
+    (tmp_path / "out.safetensors.part" / "mine").write_text("keep")
+    refused(tmp_path, capsys, "is in the way and holds mine", "average", *pair)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
+    save_file(A, tmp_path / "a.safetensors")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refused(tmp_path, capsys, "No space left on device.; nothing was written", "average", "--models", "a.safetensors")
+
+
+def test_a_recipe_repeats_and_verifies(tmp_path, capsys):
+    save_file(A, tmp_path / "a.safetensors")
+    shards(tmp_path / "b", B, "safetensors")
+    save_file(BASE, tmp_path / "base.safetensors")
+    files = [tmp_path / name for name in ("base.safetensors", "a.safetensors", "b")]
+    flags = ("--set", "p=0.3", "--seed", "5", "--tensors", "scale:take=1", "--report", str(tmp_path / "report.csv"))
+    assert run("dare", files, tmp_path / "out", *flags) == 0
+    rows = (tmp_path / "report.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(A) and rows[0].startswith("tensor,shape,action,nonfinite,norm,conflicts,kept,cosine_1")
+    d = [x["a.weight"].double() - BASE["a.weight"].double() for x in (A, B, merged(tmp_path / "out"))]
+    row = next(row for row in rows if row.startswith("a.weight")).split(",")
+    assert float(row[4]) == pytest.approx(float(d[2].norm()), rel=1e-4)
+    assert float(row[5]) == pytest.approx(float((d[0] * d[1] < 0).double().mean()), abs=1e-5)
+    assert float(row[8]) == pytest.approx(float((d[1] * d[2]).sum() / d[1].norm() / d[2].norm()), abs=1e-3)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert main(["merge", "--recipe", str(tmp_path / "out")]) == 0
+    assert "5 tensors with the same bits" in capsys.readouterr().out
+    digest = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert digest.encode() in data
+    (tmp_path / "out" / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert main(["merge", "--recipe", str(tmp_path / "out")]) == 2
+    assert "1 of its tensors are not what the recipe gives" in capsys.readouterr().err
+    save_file(B, tmp_path / "a.safetensors")
+    assert main(["merge", "--recipe", str(tmp_path / "out")]) == 2
+    assert "a.safetensors: changed since it was merged" in capsys.readouterr().err
+    assert main(["merge", "--recipe", str(tmp_path / "a.safetensors")]) == 2
+    assert "no recipe in its metadata" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+import fastmerge.files.write as write
+write.FLUSH = 1
+save, count = write.Output.save, 0
+def counted(self):
+    global count
+    save(self)
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+write.Output.save = counted
+from fastmerge.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_merge_goes_on(tmp_path, capsys):
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    save_file(A, paths[0])
+    save_file(B, paths[1])
+    words = ["merge", "average", "--models", *paths, "--shard", "6KB", "--out", str(tmp_path / "out")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out").exists()
+    other = tmp_path / "other.part"
+    shutil.copytree(tmp_path / "out.part", other)
+    assert main(words) == 0
+    assert "going on after 3 of 5 tensors" in capsys.readouterr().out
+    close(merged(tmp_path / "out"), MEAN)
+    assert main(["merge", "--recipe", str(tmp_path / "out")]) == 0
+    # with other settings it starts anew
+    capsys.readouterr()
+    assert main([*words[:-1], str(tmp_path / "other"), "--weights", "1", "3"]) == 0
+    assert "going on" not in capsys.readouterr().out
+    close(merged(tmp_path / "other"), {name: (A[name] + 3 * B[name]) / 4 for name in A})
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_inputs_are_not_changed_and_a_dry_run_writes_nothing(tmp_path, capsys):
+    before = {name: x.clone() for name, x in A.items()}
+    found = fastmerge.merge([A], "average")
+    for x in found.values():
+        x.zero_()
+    assert all(torch.equal(A[name], before[name]) for name in A)
+    save_file(A, tmp_path / "a.safetensors")
+    assert main(["merge", "average", "--models", str(tmp_path / "a.safetensors"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "5 tensors (5 merged), 3,769 entries" in said and "memory" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
