@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.files.thresholds import Trim
-from fastmerge.merging.slerp import Slerp
+from fastmerge.merging import slerp
 
 
 @dataclass
@@ -185,7 +185,7 @@ def _shares(a: Tensor, b: Tensor, t: float) -> list[float]:
     left, right, apart = (fk.segment_norms(x, initial=y)[0] for x, y in ((a, None), (b, None), (b, a)))
     norms = (left * right).sqrt()
     cosine = ((left + right - apart) / (2 * norms)).clamp(-1, 1) if norms > 0 else torch.tensor(1.0)
-    if abs(cosine) > Slerp.parallel or not cosine == cosine:
+    if abs(cosine) > slerp.Slerp.parallel or not cosine == cosine:
         return [1 - t, t]
     angle = cosine.acos()
     return [float(((1 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())]
