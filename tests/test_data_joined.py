@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from image_trees import image_folder, write_tree
+from published_trees import TREES, plant
 
 from fastmerge.__main__ import main
 from fastmerge.config import Config
@@ -138,6 +139,25 @@ def test_what_does_not_fit(trees, names, places, options, says):
     options = {name: str(trees / value) for name, value in options.items()}
     with pytest.raises(UserError, match=says):
         load_datasets(names, [str(trees / place) for place in places], download=False, **options)
+
+
+def test_the_same_images_are_known_however_their_folder_is_named(trees, tmp_path):
+    link, home = tmp_path / "link", trees / "home"
+    link.symlink_to(home)
+    for other in (link, f"{home}/", f"{trees}/shop/../home"):
+        with pytest.raises(UserError, match="folder is named twice with the same folder"):
+            load_datasets(["folder", "folder"], [str(home), str(other)], download=False)
+    images = tmp_path / "links"  # its own root, with links to the classes of the other one
+    for part in ("train", "test"):
+        (images / part).mkdir(parents=True)
+        (images / part / "ant").symlink_to(home / part / "ant")
+    with pytest.raises(UserError, match=f"folder and folder both read the images in {images}/train/ant; name each"):
+        load_datasets(["folder", "folder"], [str(home), str(images)], download=False)
+    office = plant(tmp_path / "data", TREES["office31", "official"][0])
+    base = load_dataset("office31", office).train.read.root
+    assert base != str(office)
+    with pytest.raises(UserError, match="office31 and office31 both read the images in"):
+        load_datasets(["office31", "office31"], [str(office), base], download=False)
 
 
 def test_one_root_serves_all_and_glyphs_needs_none(trees):

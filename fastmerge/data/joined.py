@@ -20,6 +20,7 @@ from torch import Tensor
 from fastmerge.data import load_dataset, options_of
 from fastmerge.data.class_names import renamed
 from fastmerge.data.dataset import Dataset, Split
+from fastmerge.data.files import FileReader
 from fastmerge.data.order_file import some
 from fastmerge.errors import UserError
 from fastmerge.wording import counted
@@ -67,20 +68,36 @@ def load_datasets(
             raise UserError(f"{flag}: none of the data sets {', '.join(names)} takes it; leave it out")
         if len(found) > 1 and os.path.exists(os.path.expanduser(str(given[key]))):
             raise UserError(f"{flag}: {' and '.join(found)} would both read this file; use it with one data set")
-    joined = join(
-        [
-            load_dataset(
-                name,
-                root,
-                download=download,
-                skip_bad_images=skip,
-                template=template,
-                **{key: value for key, value in given.items() if name in takers[key]},
-            )
-            for name, root in zip(names, places, strict=True)
-        ]
-    )
+    parts = [
+        load_dataset(
+            name,
+            root,
+            download=download,
+            skip_bad_images=skip,
+            template=template,
+            **{key: value for key, value in given.items() if name in takers[key]},
+        )
+        for name, root in zip(names, places, strict=True)
+    ]
+    _check_folders(names, parts)
+    joined = join(parts)
     return replace(joined, class_names=renamed(new_names, joined.class_names)) if new_names else joined
+
+
+def _check_folders(names: Sequence[str], parts: Sequence[Dataset]) -> None:
+    """Raise UserError if two data sets read images from one folder, however it was named: a root and the folder that is
+    found in it, a link, two loaders for one tree."""
+    owner: dict[str, int] = {}
+    for i, part in enumerate(parts):
+        for read in (part.train.read, part.test.read):
+            if not isinstance(read, FileReader):
+                continue
+            for folder in {os.path.dirname(os.path.join(read.root, name)) for name in read.ids}:
+                if (first := owner.setdefault(os.path.realpath(folder), i)) != i:
+                    raise UserError(
+                        f"--dataset: {names[first]} and {names[i]} both read the images in {folder}; name each data set "
+                        "once, or give each its own folder with --data-root"
+                    )
 
 
 def join(parts: Sequence[Dataset]) -> Dataset:
