@@ -83,14 +83,14 @@ def test_evaluate_elsewhere(runs, data, tmp_path, capsys):
         main(["evaluate", str(runs / "finetune-seed0"), *map(str, place), "--skip-bad-images"]),
         capsys.readouterr().out,
     )
-    assert text[0] == 0 and "3 test images, 1 unreadable ones skipped" in text[1]
+    assert text[0] == 0 and "3 test images, 1 unreadable one skipped" in text[1]
 
 
 def test_evaluate_on_unknown_classes(runs, tmp_path, capsys):
     write_tree(tmp_path / "d", *(f"{part}/{name}" for part in ("train", "test") for name in ("colour_1", "colour_9")))
     assert main(["evaluate", str(runs / "finetune-seed0"), "--data-root", str(tmp_path / "d")]) == 2
     error = capsys.readouterr().err
-    assert "1 classes that the model does not know, such as 'colour 9'" in error and "Traceback" not in error
+    assert "1 class that the model does not know, such as 'colour 9'" in error and "Traceback" not in error
 
 
 def test_domains_are_tasks(tmp_path, capsys):
