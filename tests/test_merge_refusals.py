@@ -184,6 +184,7 @@ def test_bf16_that_overflows_in_fp16(place, capfd):
     assert "x" in refused(capfd, place, "average", *BOTH, "--dtype", "fp16")
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_pickle_runs_no_code(place, capfd):
     torch.save({"x": torch.ones(2), "y": Pickled()}, "b.pt")
     Path("raw.pt").write_bytes(pickle.dumps(Pickled()))

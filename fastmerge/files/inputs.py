@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,10 +61,12 @@ def _open_file(path: Path) -> Input:
 def _open_torch(path: Path) -> Input:
     """A file of torch.save: tensors only, no code is run; mapped, unless it has the format from before torch 1.6."""
     try:
-        try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle: it is read, or refused in one line
+            try:
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds more than tensors (a pickled object could run code, so it is not read); save its state_dict()"
