@@ -15,6 +15,7 @@ import torch
 
 from fastmerge.flat import FlatModel
 from fastmerge.methods import METHODS
+from fastmerge.methods.prompt_method import PromptMethod
 from fastmerge.methods.trm import TRM
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.recompute import checkpoint_blocks
@@ -70,7 +71,9 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
 
     for run in runs:
         kinds, training = [], run.config.training
-        if METHODS[run.method].trains and not METHODS[run.method].frozen:
+        method = METHODS[run.method]
+        through = not method.frozen or issubclass(method, PromptMethod)  # whether gradients go through the backbone
+        if method.trains and through:
             kinds.append(("training", "train"))
         if METHODS[run.method] is TRM and run.epochs["merge"]:
             exact = run.config.trm.lambda2 and run.config.trm.curvature == "exact"
@@ -81,7 +84,8 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
             parts.of(training.batch_size, kind)
             own = math.ceil(training.batch_size / ranks().size)
             count = min(parts.sizes.get(kind, own), own)
-            needed = int(FACTOR[kind] * per_image(kind) * count) + VECTORS[name] * flat.theta.nbytes
+            vectors = 1 if method.frozen or training.prompt_length else VECTORS[name]  # the weights alone
+            needed = int(FACTOR[kind] * per_image(kind) * count) + vectors * flat.theta.nbytes
             found[name] = max(found.get(name, (0, 0)), (needed, count))
     return found
 

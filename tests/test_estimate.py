@@ -69,3 +69,18 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     )
     assert "memory: training step about" in out and "search step about" in out and "disk: 10 MB at the end" in out
     assert main(["--dry-run", "--tasks", "99", "--run-dir", str(tmp_path / "r")]) == 2
+
+
+def test_prompts_train_through_a_frozen_backbone():
+    """Without a gradient and moments of the weights; a module behind the backbone needs none of its activations."""
+    setup = Setup(parse([]))
+
+    def needed(*flags):
+        config = parse(["--no-nearest-mean", "--method", *flags])
+        return estimate.memory(plan(config, setup.scenario), setup.backbone, CPU)
+
+    weights = 4 * sum(p.numel() for p in setup.backbone.parameters())
+    plain = needed("finetune")["training"][0]
+    for flags in (["coda"], ["l2p"], ["average", "--prompt-length=8"]):
+        assert abs(plain - needed(*flags)["training"][0] - 4 * weights) < 50_000  # the flat vector is padded
+    assert needed("clip-adapter") == {}
