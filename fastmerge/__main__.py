@@ -270,6 +270,7 @@ def run(config: Any) -> int:
                     "seconds": state.seconds,
                     "bad_images": state.bad_images,
                     "bytes_written": state.bytes_written,
+                    "keeps_images": kind.keeps_images,
                 }
                 names, features = [task.name for task in run.scenario.tasks], method.features()
                 about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}

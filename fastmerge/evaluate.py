@@ -76,6 +76,7 @@ def accuracies_within(
     """Two rows from one pass: `accuracies`, and the accuracies where the candidates of test j are `own[j]`, a part of
     `classes` (the second row is empty without `own`)."""
     features = features or learner.backbone
+    head = getattr(features, "head", None) or learner.head
     candidates = torch.tensor(classes, device=learner.device)
     allowed = (
         torch.stack([torch.isin(candidates, torch.tensor(o, device=learner.device)) for o in own]) if own else None
@@ -83,7 +84,7 @@ def accuracies_within(
     correct = torch.zeros(2, len(tests), dtype=torch.int64, device=learner.device)
     broken = torch.zeros((), dtype=torch.int64, device=learner.device)
     for pixels, labels, test in batches(tests, learner.config.training.batch_size):
-        logits = learner.head(learner.without_gradient(features, pixels), candidates)
+        logits = head(learner.without_gradient(features, pixels), candidates)
         truth = positions(labels, candidates)
         correct[0].index_add_(0, test, (logits.argmax(1) == truth).long())
         if allowed is not None:

@@ -114,7 +114,8 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
                 *(number([r[key] for r in results]) for key in columns.values()),
                 *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
                 f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
-                f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB",
+                f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB"
+                + " with images" * any(r.get("keeps_images", False) for r in results),
                 growth(results[0]["kept_bytes"]),
             ]
         )

@@ -68,7 +68,7 @@ class ByClass(Batches):
         places = positions(images.labels, classes).cpu()
         self.sorted = places.argsort(stable=True)
         self.places = places[self.sorted].split(learner.config.training.batch_size)
-        self.present = sorted({place for i in range(self.steps) for place, _ in self.classes(i)})
+        self.present = self.ends()[0]
 
     def order(self, epoch: int) -> Tensor:
         return self.sorted
@@ -80,6 +80,14 @@ class ByClass(Batches):
             start, end = end, end + len(list(same))
             found.append((place, slice(start, end)))
         return found
+
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The classes that have images, as places in `task.classes`, and where each ends in `sorted`."""
+        places, ends = list[int](), list[int]()
+        for place, same in itertools.groupby(place for part in self.places for place in part.tolist()):
+            places.append(place)
+            ends.append((ends[-1] if ends else 0) + len(list(same)))
+        return places, ends
 
 
 class ClassMoments(Sums):

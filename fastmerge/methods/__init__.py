@@ -13,6 +13,7 @@ from fastmerge.methods.coop import CoOp
 from fastmerge.methods.dualprompt import DualPrompt
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
+from fastmerge.methods.icarl import ICaRL
 from fastmerge.methods.inflora import InfLoRA
 from fastmerge.methods.l2p import L2P
 from fastmerge.methods.lwf import LwF
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "clip-adapter": CLIPAdapter,
     "coop": CoOp,
     "vpt": VPT,
+    "icarl": ICaRL,
     "inflora": InfLoRA,
     "l2p": L2P,
     "dualprompt": DualPrompt,

@@ -20,6 +20,8 @@ from fastmerge.checkpoint import joined, select
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
+from fastmerge.settings.merging import LwFSettings
+from fastmerge.settings.statistics import ICaRLSettings
 from fastmerge.training import Learner, Phase, Train
 
 
@@ -27,6 +29,7 @@ class LwF(Method):
     """It keeps the known classes. During a task: `teacher`, theta_{t-1}, and `teacher_head.*`, its head."""
 
     groups = ("lwf",)
+    settings: LwFSettings | ICaRLSettings
 
     def __init__(self, learner: Learner):
         super().__init__(learner)

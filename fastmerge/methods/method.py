@@ -33,7 +33,8 @@ class Method(ABC):
     groups: groups of settings that the method reads, its own first. head: the kind of head it needs, None for any.
     needs_text: whether it needs a text head and trains through the text tower (`learner.text`). lora: whether
     `--lora-rank` and `--prompt-length` may be used. frozen: whether the backbone never changes. trains: whether it has a
-    training phase. joint: whether all tasks are joined into one.
+    training phase. joint: whether all tasks are joined into one. keeps_images: whether it keeps training images between
+    tasks, which the table says.
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
@@ -43,6 +44,7 @@ class Method(ABC):
     frozen: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     joint: ClassVar[bool] = False
+    keeps_images: ClassVar[bool] = False
 
     learner: Learner
 

@@ -16,6 +16,7 @@ from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.models.adapter import ClipAdapter, linear_map
 from fastmerge.models.backbone import Backbone
+from fastmerge.models.heads import Head
 from fastmerge.models.linearised import Linearised
 from fastmerge.models.precision import tf32
 from fastmerge.models.prompt_pools import POOLS, Pool
@@ -25,12 +26,14 @@ from fastmerge.models.trainable import Prompted
 @dataclass(frozen=True)
 class Features:
     """kind: name for `restore`. function: normalised images `[b, 3, s, s]` -> `[b, feature_dim]`. tensors: what the
-    function needs besides the backbone's weights."""
+    function needs besides the backbone's weights. head: classifies these features in place of the learner's head; for
+    evaluation beside it (`Method.also_evaluated`), since the saved model has the learner's."""
 
     kind: str
     backbone: Backbone
     function: Callable[[Tensor], Tensor]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    head: Head | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.function(images)
@@ -39,6 +42,11 @@ class Features:
 def plain(backbone: Backbone) -> Features:
     """The backbone itself."""
     return Features("backbone", backbone, backbone)
+
+
+def with_head(backbone: Backbone, head: Head) -> Features:
+    """The backbone itself, classified by another head."""
+    return Features("backbone", backbone, backbone, head=head)
 
 
 def linearised(backbone: Backbone, function: Linearised) -> Features:

@@ -87,3 +87,25 @@ class RAPFSettings:
         False,
         "Shrink the covariances before features are drawn, as the released code does on ImageNet-R.",
     )
+
+
+@dataclass
+class ICaRLSettings:
+    exemplars: int = setting(
+        2000,
+        "K, the number of images that are kept in all.",
+        unit="images",
+        tiny=200,
+        at_least=1,
+        source="paper",
+    )
+    lam: float = setting(
+        1.0,
+        "Weight of the distillation loss (PILOT).",
+        at_least=0,
+    )
+    temperature: float = setting(
+        2.0,
+        "Temperature of both predictions in the distillation (PILOT).",
+        above=0,
+    )
