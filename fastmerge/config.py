@@ -37,7 +37,7 @@ from fastmerge.settings.merging import (
 )
 from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, L2PSettings
 from fastmerge.settings.statistics import RanPACSettings, RAPFSettings, SLCASettings
-from fastmerge.settings.text import CoOpSettings, VPTSettings
+from fastmerge.settings.text import AttriCLIPSettings, CoOpSettings, VPTSettings
 
 
 def declarations() -> dict[str, dict[str, tuple[Declaration, Any]]]:
@@ -477,6 +477,7 @@ class Config:
     sdlora: SDLoRASettings = field(default_factory=SDLoRASettings)
     coop: CoOpSettings = field(default_factory=CoOpSettings)
     vpt: VPTSettings = field(default_factory=VPTSettings)
+    attriclip: AttriCLIPSettings = field(default_factory=AttriCLIPSettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)
     ranpac: RanPACSettings = field(default_factory=RanPACSettings)
