@@ -67,9 +67,9 @@ class AttriCLIP(Method):
         made = Bank(s.bank, weight.shape[1], s.tokens, self.text.width, learner.generator("bank"))
         self.bank = made.to(learner.device)
         self.beside = Beside(learner.backbone, self.bank)
-        self.head = AttributeHead(weight, float(start.get_buffer("scale")), s.bank, s.top).to(learner.device)
+        self.attributes = AttributeHead(weight, float(start.get_buffer("scale")), s.bank, s.top).to(learner.device)
         self.sets = torch.combinations(torch.arange(s.bank), s.top).to(learner.device)  # [sets, top]
-        learner.head = self.head
+        learner.head = self.attributes
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
@@ -93,10 +93,10 @@ class AttriCLIP(Method):
     @torch.no_grad()
     def write(self) -> None:
         """Copy the keys to the head and encode its rows."""
-        self.head.keys.copy_(self.bank.keys)
-        classes = torch.arange(len(self.head.weight), device=self.head.weight.device)
+        self.attributes.keys.copy_(self.bank.keys)
+        classes = torch.arange(len(self.attributes.weight), device=self.attributes.weight.device)
         for i, context in enumerate(self.bank.prompts[self.sets].flatten(1, 2)):
-            self.head.table[:, i] = self.text.rows(context, classes)
+            self.attributes.table[:, i] = self.text.rows(context, classes)
 
     def state_dict(self) -> Tensors:
         return {"bank": self.beside.theta.detach()}
@@ -120,11 +120,11 @@ class TrainBank(Train):
 
     def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         method, keys = self.method, self.method.bank.keys
-        which, k = method.head.which(features, keys.detach()), len(self.classes)
+        which, k = method.attributes.which(features, keys.detach()), len(self.classes)
         used, place = torch.unique(which, return_inverse=True)  # every set is encoded once
         of = torch.arange(len(used), device=used.device).repeat_interleave(k)
         rows = method.text.rows(method.contexts(used), self.classes.repeat(len(used)), of).unflatten(0, (-1, k))
-        main = F.cross_entropy(method.head.logits(features, rows, place), positions(labels, self.classes))
+        main = F.cross_entropy(method.attributes.logits(features, rows, place), positions(labels, self.classes))
         distance = 1 - F.cosine_similarity(features[:, None], keys[method.sets[which]], dim=2).mean()
         return main + method.settings.match * distance + method.settings.orthogonal * self.overlap()
 

@@ -59,7 +59,7 @@ class TextHead(Head):
     """logits = scale * cos(feature, text embedding); frozen. weight: `[classes, d]` fp32, L2-normalised rows."""
 
     kind = "text"
-    per_class = ("weight",)
+    per_class: tuple[str, ...] = ("weight",)
     weight: Tensor
     scale: Tensor
 
