@@ -136,7 +136,7 @@ class Earlier:
         for file in sorted(self.path.glob(f"*-seed*/{NAME}")):
             tensors, about = read(file)
             if about["head"] == "text":
-                return select(tensors, "head")
+                return {name: tensors[f"head.{name}"] for name in ("weight", "scale")}  # some have more
         return None
 
     def digest(self, name: str) -> str:

@@ -15,7 +15,7 @@ from fastmerge.methods.coop import CoOp
 from fastmerge.methods.vpt import VPT
 from fastmerge.models import load_backbone, text_context
 from fastmerge.models.openclip import TextEncoder
-from fastmerge.models.text_context import ClassPrompts
+from fastmerge.models.text_context import NAMELESS, ClassPrompts
 from fastmerge.setup import Setup
 
 CPU = torch.device("cpu")
@@ -92,6 +92,29 @@ def test_gradients_equal_a_tower_written_out(chunk, monkeypatch):
     torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-5)
     assert all(p.grad is None for p in its.clip.parameters())
     assert (sum(saved) < 20_000) == (chunk == 2)
+
+
+def test_rows_may_share_contexts_and_lack_a_name(monkeypatch):
+    its = encoder("tiny")
+    prompts = ClassPrompts(its, NAMES, CPU)
+    contexts, classes, of = (
+        torch.randn(2, 3, prompts.width),
+        torch.tensor([2, NAMELESS, 0, 2]),
+        torch.tensor([1, 0, 0, 0]),
+    )
+    expected = torch.cat([prompts.rows(contexts[j], classes[i : i + 1]) for i, j in enumerate(of)])
+    for chunk in (3, 64):
+        monkeypatch.setattr(text_context, "CHUNK", chunk)
+        torch.testing.assert_close(prompts.rows(contexts, classes, of), expected, rtol=1e-4, atol=1e-5)
+    empty = ClassPrompts(its, [""], CPU)
+    torch.testing.assert_close(empty.rows(contexts[0], torch.tensor([0])), expected[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_too_many_context_vectors_are_refused():
+    prompts = ClassPrompts(encoder("tiny"), NAMES, CPU)
+    assert prompts.rows(torch.zeros(74, prompts.width), torch.arange(3)).isfinite().all()
+    with pytest.raises(UserError, match="75 context vectors before a class name: the text tower has room for 74"):
+        prompts.rows(torch.zeros(75, prompts.width), torch.arange(3))
 
 
 def test_a_name_that_is_too_long_keeps_its_end():

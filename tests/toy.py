@@ -82,10 +82,11 @@ class Text:
 
     def __init__(self, device: torch.device | str = "cpu"):
         g = torch.Generator().manual_seed(5)
-        self.of_class = torch.randn(CLASSES, 6, generator=g).to(device)
+        self.of_class = torch.randn(CLASSES + 1, 6, generator=g).to(device)  # the last one is nameless
         self.projection = torch.randn(6, 5, generator=g).to(device)
 
-    def rows(self, context, classes):
+    def rows(self, context, classes, of=None):
+        context = context if of is None else context[of]
         mixed = torch.tanh(10 * context.mean(-2) + self.of_class[classes])
         return nn.functional.normalize(mixed @ self.projection, dim=1)
 

@@ -6,6 +6,7 @@ A merge rule of `fastmerge.merging` is a method too: `posthoc.py` applies it aft
 from __future__ import annotations
 
 from fastmerge.merging import RULES
+from fastmerge.methods.attriclip import AttriCLIP
 from fastmerge.methods.clip_adapter import CLIPAdapter
 from fastmerge.methods.cmm import CMM
 from fastmerge.methods.coda import CODA
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "coop": CoOp,
     "vpt": VPT,
     "icarl": ICaRL,
+    "attriclip": AttriCLIP,
     "inflora": InfLoRA,
     "l2p": L2P,
     "dualprompt": DualPrompt,

@@ -59,7 +59,7 @@ class TextHead(Head):
     """logits = scale * cos(feature, text embedding); frozen. weight: `[classes, d]` fp32, L2-normalised rows."""
 
     kind = "text"
-    per_class = ("weight",)
+    per_class: tuple[str, ...] = ("weight",)
     weight: Tensor
     scale: Tensor
 
@@ -71,6 +71,51 @@ class TextHead(Head):
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
         with tf32(False):
             return self.scale * F.normalize(features, dim=1) @ self.weight[classes].T
+
+
+class AttributeHead(TextHead):
+    """A text head whose class rows depend on the image (AttriCLIP): the `top` of N keys that are nearest to its feature by
+    cosine choose a set of attributes, and every set has its own rows.
+
+    weight: rows of the starting head; keys: `[N, d]`; members: `[sets, N]` bool; table: `[classes, sets, d]` fp32,
+    L2-normalised rows. Classes without rows in the table, which are zero, have the logit 0.
+    """
+
+    per_class = ("weight", "table")
+    keys: Tensor
+    members: Tensor
+    table: Tensor
+
+    def __init__(self, weight: Tensor, scale: float, count: int, top: int):
+        super().__init__(weight, scale)
+        self.top = top
+        sets = torch.combinations(torch.arange(count), top)
+        self.register_buffer("keys", torch.zeros(count, weight.shape[1]))
+        self.register_buffer("members", F.one_hot(sets, count).sum(1).bool())
+        self.register_buffer("table", torch.zeros(len(weight), len(sets), weight.shape[1]))
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor]) -> AttributeHead:
+        """The head with this state."""
+        members = state["members"]
+        head = cls(state["weight"], float(state["scale"]), members.shape[1], int(members[0].sum()))
+        head.load_state_dict(state)
+        return head
+
+    def which(self, features: Tensor, keys: Tensor) -> Tensor:
+        """The number of the set that each image chooses, `[b]` int64. features `[b, d]`, keys `[N, d]`."""
+        with tf32(False):
+            near = F.normalize(features, dim=1) @ F.normalize(keys.to(features.dtype), dim=1).T
+        chosen = F.one_hot(near.topk(self.top, dim=1).indices, self.members.shape[1]).sum(1).float()
+        return (chosen @ self.members.T.float()).argmax(1)
+
+    def forward(self, features: Tensor, classes: Tensor) -> Tensor:
+        return self.logits(features, self.table[classes].transpose(0, 1), self.which(features, self.keys))
+
+    def logits(self, features: Tensor, rows: Tensor, which: Tensor) -> Tensor:
+        """features `[b, d]`, rows `[sets, k, d]`, which `[b]` -> `[b, k]`."""
+        with tf32(False):
+            return self.scale * torch.einsum("bd,bkd->bk", F.normalize(features, dim=1), rows[which])
 
 
 class LinearHead(Head):

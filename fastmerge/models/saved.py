@@ -30,7 +30,7 @@ from fastmerge.flat import FlatModel
 from fastmerge.models import load_backbone
 from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.features import Features, restore
-from fastmerge.models.heads import Head, LinearHead, PrototypeHead, TextHead
+from fastmerge.models.heads import AttributeHead, Head, LinearHead, PrototypeHead, TextHead
 from fastmerge.models.normalisation import Normalisation
 
 if TYPE_CHECKING:
@@ -273,8 +273,10 @@ def load(path: str | Path) -> Model:
     backbone.weights = f"file {path}"
     parts = select(tensors, "learner.head" if "learner.theta" in tensors else "head")
     classes = len(about["class_names"])
-    if about["head"] == "text":
-        head: Head = TextHead(parts["weight"], float(parts["scale"]))
+    if "table" in parts:
+        head: Head = AttributeHead.of(parts)
+    elif about["head"] == "text":
+        head = TextHead(parts["weight"], float(parts["scale"]))
     else:
         head = {"linear": LinearHead, "prototype": PrototypeHead}[about["head"]](backbone.feature_dim, classes)
         head.load_state_dict(parts)

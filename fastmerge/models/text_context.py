@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastmerge.models.openclip import TextEncoder
 
 CHUNK = 64  # prompts that are encoded at once
+NAMELESS = -1  # in place of a class: the prompt without a name
 PLACES = ("token_embedding", "text.token_embedding")  # in open_clip's CLIP and CustomTextCLIP
 
 
@@ -46,7 +47,7 @@ class ClassPrompts:
                 "another CLIP model"
             )
         self.width = self.embedding.embedding_dim
-        self.tokens = encoder.tokenize([f"{name}." for name in class_names]).to(device)
+        self.tokens = encoder.tokenize([f"{name}." for name in (*class_names, "")]).to(device)
         ends = self.tokens.amax(1)
         if bool((self.tokens[:, 0] != self.tokens[0, 0]).any() or (ends != ends[0]).any()) or len(class_names) < 1:
             raise UserError(
@@ -56,26 +57,37 @@ class ClassPrompts:
         self.end = int(ends[0])
 
     def with_room(self, classes: Tensor, count: int) -> Tensor:
-        """The token rows of these classes with `count` places after START. A name that is too long is cut before END."""
+        """The token rows of these classes with `count` places after START. A name that is too long is cut before END.
+
+        Raises:
+            UserError: the tower's longest text has no room for so many.
+        """
+        if count > (most := self.tokens.shape[1] - 3):  # START, one token of the name, END
+            raise UserError(f"{count} context vectors before a class name: the text tower has room for {most}")
         rows = self.tokens[classes]
         rows = torch.cat([rows[:, :1], rows[:, :1].expand(-1, count), rows[:, 1:]], 1)[:, : self.tokens.shape[1]]
         cut = ~(rows == self.end).any(1)
         rows[:, -1] = torch.where(cut, self.end, rows[:, -1])
         return rows
 
-    def rows(self, context: Tensor, classes: Tensor) -> Tensor:
-        """`[k, d]` fp32, L2-normalised; differentiable with respect to `context`, `[m, width]` or `[k, m, width]`.
+    def rows(self, context: Tensor, classes: Tensor, of: Tensor | None = None) -> Tensor:
+        """`[k, d]` fp32, L2-normalised; differentiable with respect to `context`: `[m, width]`, `[k, m, width]`, or with
+        `of` `[n, m, width]`, where row i has the context `of[i]`.
 
-        classes: `[k]` int64.
+        classes, of: `[k]` int64. A class may be NAMELESS.
         """
-        context = context.expand(len(classes), *context.shape[-2:])
-        tokens = self.with_room(classes, context.shape[1])
-        parts = list(zip(tokens.split(CHUNK), context.split(CHUNK), strict=True))
+        tokens = self.with_room(classes, context.shape[-2]).split(CHUNK)
+        if of is None:
+            contexts = context.expand(len(classes), *context.shape[-2:]).split(CHUNK)
+            parts: list[tuple[Tensor, ...]] = list(zip(tokens, contexts, strict=True))
+        else:
+            parts = [(t, context, o) for t, o in zip(tokens, of.split(CHUNK), strict=True)]
         if len(parts) == 1 or not torch.is_grad_enabled():
             return torch.cat([self._encode(*part) for part in parts])
         return torch.cat([checkpoint(self._encode, *part, use_reentrant=False) for part in parts])
 
-    def _encode(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def _encode(self, tokens: Tensor, context: Tensor, of: Tensor | None = None) -> Tensor:
+        context = context if of is None else context[of]
         with flags(self.precision, tokens.device), computing(self.precision), self._in_place(context):
             features = self.clip.encode_text(tokens)
         return F.normalize(features.float(), dim=1)

@@ -47,3 +47,39 @@ class VPTSettings:
         "Weight of the divergence from the standard normal distribution (released code).",
         at_least=0,
     )
+
+
+@dataclass
+class AttriCLIPSettings:
+    bank: int = setting(
+        10,
+        "Attributes in the bank: a key and a prompt each (paper).",
+        at_least=1,
+    )
+    tokens: int = setting(
+        12,
+        "Context vectors of an attribute (paper).",
+        at_least=1,
+    )
+    top: int = setting(
+        3,
+        "Attributes that an image chooses (paper).",
+        at_least=1,
+    )
+    lr: float = setting(
+        1e-3,
+        "Peak learning rate of SGD for a batch of 20; it grows with the batch (released code).",
+        tiny=1e-1,
+        at_least=0,
+        source="released code",
+    )
+    match: float = setting(
+        0.7,
+        "Weight of the distance between an image and its keys (released code).",
+        at_least=0,
+    )
+    orthogonal: float = setting(
+        0.3,
+        "Weight of the similarity between the attributes' texts (released code).",
+        at_least=0,
+    )
