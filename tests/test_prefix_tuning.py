@@ -82,6 +82,7 @@ def test_the_fisher_of_a_prefix():
 )
 def test_methods_move_prefixes_alone(name, tmp_path):
     made = learner("--pam.rank=0", "--merge-epochs=1")
+    made.head = toy.head(METHODS[name].head, made.head)
     METHODS[name].check(made.config, made.backbone)
     method = METHODS[name].build(made, toy.nowhere(tmp_path), METHODS[name].protocols(made.config)[0])
     before = {k: v.clone() for k, v in made.backbone.state_dict().items()}
