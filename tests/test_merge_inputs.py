@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from test_merge_files import flat, model, run
 import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
+from fastmerge.files.rules import FILE_RULES
+from fastmerge.files.settings import places
 
 BASE = model(0)
 A, B = model(1, like=BASE), model(2, like=BASE)
@@ -323,7 +327,9 @@ def test_a_recipe_repeats_and_verifies(tmp_path, capsys):
     flags = ("--set", "p=0.3", "--seed", "5", "--tensors", "scale:take=1", "--report", str(tmp_path / "report.csv"))
     assert run("dare", files, tmp_path / "out", *flags) == 0
     rows = (tmp_path / "report.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(A) and rows[0].startswith("tensor,shape,action,nonfinite,norm,conflicts,kept,cosine_1")
+    assert len(rows) == 1 + len(A) and rows[0].startswith(
+        "tensor,shape,action,nonfinite,norm,conflicts,changed,cosine_1"
+    )
     d = [x["a.weight"].double() - BASE["a.weight"].double() for x in (A, B, merged(tmp_path / "out"))]
     row = next(row for row in rows if row.startswith("a.weight")).split(",")
     assert float(row[4]) == pytest.approx(float(d[2].norm()), rel=1e-4)
@@ -395,3 +401,26 @@ def test_inputs_are_not_changed_and_a_dry_run_writes_nothing(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "5 tensors (5 merged), 3,769 entries" in said and "memory" in said
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_the_page_about_merging(tmp_path, monkeypatch, capsys):
+    """Its commands print what it says, its code runs, and its tables name every rule and its settings."""
+    page = (Path(__file__).parent.parent / "docs" / "MERGE.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    start = load_file(Path(fastmerge.__file__).parent / "models" / "assets" / "tiny-glyphs.safetensors")
+    save_file(start, "base.safetensors")
+    for k, name in enumerate("ab"):
+        torch.manual_seed(k)
+        save_file(
+            {key: (x + 0.01 * torch.randn(x.shape)).to(x.dtype) for key, x in start.items()}, f"{name}.safetensors"
+        )
+    (_, bash), (_, said), (_, python) = re.findall(r"```(\w*)\n(.*?)```", page, re.S)
+    for line in bash.splitlines():
+        assert main(shlex.split(line, comments=True)[3:]) == 0
+    printed = capsys.readouterr().out
+    assert said == printed
+    exec(python, {})
+    for name, rule in FILE_RULES.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        assert name == "dare-ties" or all(f"`{setting}`" in row for setting in places(name)), name
+        assert ("| yes |" in row) == rule.needs_base

@@ -36,12 +36,12 @@ class Measure:
 
     def values(self) -> dict[str, Any]:
         """norm: of the merged task vector. cosines: to every model's. conflicts: share of entries where task vectors
-        have both signs. kept: share of entries that the merge changes."""
+        have both signs. changed: share of entries that the merge changes."""
         norms = (self.squares * self.square).sqrt()
         cosines = torch.where(norms > 0, self.dots / norms, 0.0)
         return {
             "norm": self.square**0.5,
             "cosines": [round(c, 6) for c in cosines.tolist()],
             "conflicts": self.conflicts / max(1, self.count),
-            "kept": self.changed / max(1, self.count),
+            "changed": self.changed / max(1, self.count),
         }

@@ -122,7 +122,7 @@ class Plan:
         return [
             f"{self.options.rule} of {len(self.models)} models{bases}",
             f"{len(self.items)} tensors ({kinds}), {sum(item.numel for item in self.items):,} entries",
-            f"read {size(read)} in {self.rule.passes} passes, write {size(sum(i.nbytes for i in self.items))}, "
+            f"read {size(read)} in {self.rule.passes}, write {size(sum(i.nbytes for i in self.items))}, "
             f"memory {size(self.memory(memory))} beside the libraries",
             *self.notes,
         ]

@@ -21,12 +21,12 @@ def save_report(path: Path, plan: Plan, found: dict[str, dict[str, Any]]) -> Non
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     cosines = [f"cosine_{k + 1}" for k in range(count)]
-    table.writerow(["tensor", "shape", "action", "nonfinite", "norm", "conflicts", "kept", *cosines])
+    table.writerow(["tensor", "shape", "action", "nonfinite", "norm", "conflicts", "changed", *cosines])
     for item in plan.items:
         about = found[item.name]
         row = [item.name, "x".join(map(str, item.shape)), about["action"], about["nonfinite"]]
         if "norm" in about:
-            row += [f"{about[name]:.6g}" for name in ("norm", "conflicts", "kept")] + [
+            row += [f"{about[name]:.6g}" for name in ("norm", "conflicts", "changed")] + [
                 f"{c:.4f}" for c in about["cosines"]
             ]
         else:
@@ -51,7 +51,7 @@ def _draw(path: Path, plan: Plan, measured: list[tuple[str, dict[str, Any]]]) ->
     cosines.set_ylabel("cosine to each input")
     cosines.legend(fontsize=7)
     shares.plot(places, [about["conflicts"] for _, about in measured], ".", label="sign conflicts")
-    shares.plot(places, [about["kept"] for _, about in measured], ".", label="changed entries")
+    shares.plot(places, [about["changed"] for _, about in measured], ".", label="changed entries")
     shares.set_ylabel("share")
     shares.set_xlabel("tensor, sorted by name")
     shares.legend(fontsize=7)

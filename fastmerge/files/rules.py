@@ -53,7 +53,7 @@ class FileRule:
     buffers: ClassVar[int] = 0
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None
-    passes: ClassVar[str] = "1"
+    passes: ClassVar[str] = "one pass"
 
     def write(self, part: Part) -> None:
         raise TypeError(f"{type(self).__name__} does not say how it merges")
@@ -105,7 +105,7 @@ class Dare(FileRule):
 class Ties(FileRule):
     groups: ClassVar[tuple[str, ...]] = ("ties",)
     buffers = 4
-    passes = "1, and up to 3 for the thresholds"
+    passes = "one pass, and three for the thresholds"
 
     def delta(self, part: Part, k: int) -> tuple[Tensor, Tensor | None]:
         """(x, base) of model k: its task vector is the difference, or x itself where the base is None."""
@@ -159,7 +159,7 @@ class RandomMix(FileRule):
 class ModelStock(FileRule):
     whole = True
     weighted = False
-    passes = "3"
+    passes = "three passes"
 
     def write(self, part: Part) -> None:
         fk.stock_merge(part.models, initial=part.base, out=part.out, nonfinite=part.bad)
@@ -169,7 +169,7 @@ class Slerp(FileRule):
     whole = True
     needs_base = False
     least = 2
-    passes = "3"
+    passes = "three passes"
 
     def write(self, part: Part) -> None:
         merged, total = part.models[0], part.weights[0]
