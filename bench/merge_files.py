@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -42,10 +43,9 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make(folder: Path, count: int, width: int, dtype: torch.dtype) -> list[Path]:
-    """A base and `count` models; kept for the next call."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.safetensors" for name in ["base", *(f"m{k}" for k in range(count))]]
+def make(files: list[Path], width: int, dtype: torch.dtype) -> None:
+    """A base and models; kept for the next call."""
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes(width).items()}
     common = {name: 1e-3 * torch.randn(x.shape, generator=generator) for name, x in base.items()}
@@ -53,7 +53,6 @@ def make(folder: Path, count: int, width: int, dtype: torch.dtype) -> list[Path]
         if not file.exists():
             step = {n: common[n] + 1e-3 * torch.randn(x.shape, generator=generator) for n, x in base.items()}
             save_file({n: (x + step[n] if k else x).to(dtype) for n, x in base.items()}, file)
-    return files
 
 
 def timed(words: list[str]) -> tuple[float, int]:
@@ -76,7 +75,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args()
-    base, *models = make(given.folder / given.dtype, given.models, given.width, getattr(torch, given.dtype))
+    folder, dtype = given.folder / given.dtype, getattr(torch, given.dtype)
+    files = [folder / f"{name}.safetensors" for name in ["base", *(f"m{k}" for k in range(given.models))]]
+    # another process makes the files: a command's peak starts with the memory of the process that starts it
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(files, given.width, dtype))
+    maker.start()
+    maker.join()
+    base, *models = files
     every, out = [str(file) for file in (base, *models)], given.folder / "out"
     peer = shutil.which("mergekit-pytorch")
     print(

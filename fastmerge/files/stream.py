@@ -146,12 +146,25 @@ class Stream:
             if item.numel:
                 groups.setdefault((s["density"], s["keep"], alone), []).append(item)
             self.trims[item.name] = []
-        for (density, keep, _), group in groups.items():
+        for (density, keep, alone), group in groups.items():
             sizes = [item.numel for item in group]
             for k in range(len(self.plan.models)):
+                if (
+                    alone is not None and type(self.plan.rule) is Ties
+                ):  # task vectors straight from the files: fewer passes
+                    self.trims[alone].append(self._alone(group[0], k, density, keep))
+                    continue
                 sources = [self._delta_parts(item, k) for item in group]
                 for item, trim in zip(group, trims(sources, sizes, density, keep == "exactly"), strict=True):
                     self.trims[item.name].append(trim)
+
+    def _alone(self, item: Item, k: int, density: float, keep: str) -> Trim:
+        assert item.base is not None
+        theta, base = _view(item.models[k], 0, item.numel), _view(item.base, 0, item.numel)
+        count = min(item.numel, max(1, int(density * item.numel)))
+        limit, cut = fk.magnitude_threshold(theta, count, initial=base, keep=keep)
+        self._release(item)
+        return Trim(limit, int(cut))
 
     def _delta_parts(self, item: Item, k: int) -> Callable[[], Parts]:
         rule = self.plan.rule
