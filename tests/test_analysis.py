@@ -132,3 +132,30 @@ def test_bad_input(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["interpolate", "--out", str(tmp_path / "file" / "x"), "--data-root", str(data), *FLAGS]) == 2
     assert "cannot write there" in capsys.readouterr().err
+
+
+def test_a_setting_against_a_metric(data, tmp_path, capsys):
+    """The rows of one command; the value that no label names is the default's."""
+    rows = ["magmax", "magmax:scale=0.9", "magmax:scale=0.1,lr=1e-4", "magmax:scale=0.9,lr=1e-4", "finetune"]
+    flags = [*FLAGS, "--quiet", "--no-nearest-mean", "--data-root", str(data), "--run-dir", str(tmp_path / "r")]
+    assert train([*flags, "--method", *rows, "--seeds", "0", "1"]) == 0
+    results = json.loads((tmp_path / "r" / "results.json").read_text())["methods"]
+    out = tmp_path / "out"
+    assert main(["sweep", str(tmp_path / "r"), "--x", "magmax.scale", "--metric", "aaa", "--out", str(out)]) == 0
+    found = {(row["line"], float(row["x"])): row for row in read(out / "sweep.csv")}
+    labels = {"magmax-strict": [0.5, 0.9], "magmax-strict(lr=1e-4)": [0.1, 0.9]}
+    assert list(found) == [(line, x) for line, values in labels.items() for x in values]
+    seeds = results["magmax-strict(scale=0.9)"]
+    values = [seeds[seed]["aaa"] for seed in "01"]
+    row = found["magmax-strict", 0.9]
+    assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-5) and row["seeds"] == "2"
+    assert (float(row["least"]), float(row["largest"])) == pytest.approx((min(values), max(values)), rel=1e-5)
+    assert (out / "sweep.png").stat().st_size > 1000
+    for x, message in (
+        ("magmax.skale", "Did you mean: magmax.scale"),
+        ("epochs", "all have 1; expected runs with different values"),
+        ("trm.alpha", "no finished run has it"),
+    ):
+        assert main(["sweep", str(tmp_path / "r"), "--x", x]) == 2 and message in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "r"), "--x", "lr", "--metric", "acc"]) == 2
+    assert "--metric acc: expected one of final_accuracy" in capsys.readouterr().err

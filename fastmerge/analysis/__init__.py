@@ -4,7 +4,8 @@
     python -m fastmerge.analysis embeddings            # features before and after alignment (CMM, Figures 5-7)
     python -m fastmerge.analysis landscape --after 3   # the loss around P&M's merge (P&M, Figure 2); use --head linear
     python -m fastmerge.analysis bars runs/a runs/b    # accuracy, forgetting, plasticity of runs (P&M, Figure 1)
+    python -m fastmerge.analysis sweep runs/a --x trm.replace_ratio   # a setting against a metric (TRM, Figure 7)
 
-`bars` reads finished runs. The others train the models they need; they accept all settings of the trainer (data, model,
-epochs, --cmm.lam, ...), and use the first seed and the first tasks.
+`bars` and `sweep` read finished runs. The others train the models they need; they accept all settings of the trainer
+(data, model, epochs, --cmm.lam, ...), and use the first seed and the first tasks.
 """

@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="what", required=True)
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
-        more = None if name == "bars" else "All settings of the trainer apply too: python -m fastmerge --help-all."
+        more = (
+            None
+            if name in ("bars", "sweep")
+            else "All settings of the trainer apply too: python -m fastmerge --help-all."
+        )
         return kinds.add_parser(name, parents=[common], description=text, help=text, epilog=more, allow_abbrev=False)
 
     one = kind("interpolate", "accuracy and loss between the models of two tasks")
@@ -37,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--after", type=int, help="number of the task whose merge is shown, at least 2 (the last one)")
     one = kind("bars", "accuracy, forgetting and plasticity of finished runs")
     one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
+    one = kind("sweep", "a setting against a metric of finished runs: mean, least and largest over the seeds")
+    one.add_argument("runs", type=Path, nargs="+", help="run folders")
+    one.add_argument("--x", required=True, metavar="SETTING", help="the setting, such as trm.replace_ratio or lr")
+    one.add_argument("--metric", default="final_accuracy", help="such as aaa or forgetting (final_accuracy)")
     own, rest = parser.parse_known_args(argv)
     try:
         paths = run(own, rest)
@@ -53,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
     """Run one analysis; returns the paths that it wrote. own: its settings; rest: the trainer's settings."""
+    if own.what in ("bars", "sweep") and rest:
+        raise UserError(f"{own.what} takes run folders and --out, not {' '.join(rest)}")
+    if own.what == "sweep":
+        from fastmerge.analysis.sweep import sweep
+
+        return sweep(own.runs, own.x, own.metric, folder(own.out))
     if own.what == "bars":
-        if rest:
-            raise UserError(f"bars takes run folders and --out, not {' '.join(rest)}")
         from fastmerge.analysis.bars import bars
 
         return bars(own.runs, folder(own.out))
