@@ -107,14 +107,17 @@ def _check_sizes(scenario: ScenarioSettings) -> None:
         raise UserError("--task-sizes: expected at least one number, as in --task-sizes 50 10")
 
 
+EMBEDDED = ("glyphs", "glyphs-hard")  # data sets of the package: no root, and the backbone is the embedded one
+
+
 @dataclass
 class DataSettings:
     dataset: tuple[str, ...] = setting(
         ("glyphs",),
-        "glyphs (embedded) | folder | imagenet1k | cifar100 | cifar10 | imagenet-r | imagenet-a | cub200 | cars | "
-        "domainnet | office31 | office-home | pacs | tiny-imagenet | mnist | svhn | eurosat | resisc45 | sun397 | dtd | "
-        "gtsrb | huggingface | webdataset (docs/DATA.md), or a loader of yours, PACKAGE.MODULE:LOADER. Several are joined: "
-        "classes of the same name are one class.",
+        "glyphs, glyphs-hard (embedded) | folder | imagenet1k | cifar100 | cifar10 | imagenet-r | imagenet-a | cub200 | "
+        "cars | domainnet | office31 | office-home | pacs | tiny-imagenet | mnist | svhn | eurosat | resisc45 | sun397 | "
+        "dtd | gtsrb | huggingface | webdataset (docs/DATA.md), or a loader of yours, PACKAGE.MODULE:LOADER. Several are "
+        "joined: classes of the same name are one class.",
     )
     data_root: tuple[str, ...] | None = setting(
         None,
@@ -185,8 +188,8 @@ class ScenarioSettings:
         None,
         "Number of tasks.",
         at_least=1,
-        derived="10, for glyphs 5, fewer where a task would have less than two classes; 1 for a run that continues another; "
-        "with --scenario dil one per domain, with datasets one per data set",
+        derived="10, embedded data 5, fewer where a task would have less than two classes; 1 for a run that continues "
+        "another; with --scenario dil one per domain, with datasets one per data set",
     )
     first_classes: int | None = setting(
         None,
@@ -233,7 +236,7 @@ class ModelSettings:
     model: str = setting(
         "ViT-B-16-quickgelu",
         "tiny (embedded) | any open_clip model | any timm ViT.",
-        derived="tiny for glyphs, else ViT-B-16-quickgelu",
+        derived="tiny for embedded data, else ViT-B-16-quickgelu",
     )
     pretrained: str = setting(
         "openai",
@@ -279,7 +282,7 @@ class TrainingSettings:
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
-        derived="trm; for glyphs also finetune",
+        derived="trm; for embedded data also finetune",
     )
     protocol: tuple[Literal["full", "running", "strict"], ...] = setting(
         ("strict",),

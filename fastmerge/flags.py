@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastmerge import presets
-from fastmerge.config import LATER_CLASSES, Config, check, declarations, flag_of, no_flag_of, to_dict
+from fastmerge.config import EMBEDDED, LATER_CLASSES, Config, check, declarations, flag_of, no_flag_of, to_dict
 from fastmerge.errors import UserError, nearest
 from fastmerge.help import help_all, help_first
 
@@ -126,8 +126,9 @@ def resolve(given: Given) -> Config:
     if scenario["scenario"] is None:
         scenario["scenario"] = presets.scenario_of(values["training"]["preset"], data["dataset"])
     presets.apply(values, given)
+    embedded = len(data["dataset"]) == 1 and data["dataset"][0] in EMBEDDED
     if model["model"] is None:
-        model["model"] = "tiny" if data["dataset"] == ("glyphs",) else "ViT-B-16-quickgelu"
+        model["model"] = "tiny" if embedded else "ViT-B-16-quickgelu"
     if model["pretrained"] is None:
         known = {"tiny": "glyphs", "ViT-B-16-quickgelu": "openai"}
         if model["model"] not in known:
@@ -143,12 +144,12 @@ def resolve(given: Given) -> Config:
     sized = scenario["first_classes"] or scenario["task_sizes"]
     if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and run["continue_from"]:
         scenario["tasks"] = 1
-    if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and data["dataset"] == ("glyphs",):
+    if scenario["tasks"] is None and not sized and scenario["scenario"] == "cil" and embedded:
         scenario["tasks"] = 5  # of other data sets, `settled` decides when their classes are known
     if scenario["class_order"] is None:  # the permutation of 1993 is a convention for classes, not for domains
         scenario["class_order"] = "1993" if scenario["scenario"] == "cil" else "natural"
     if values["training"]["method"] is None:  # on the embedded data the lower bound costs seconds
-        values["training"]["method"] = ("trm", "finetune") if data["dataset"] == ("glyphs",) else ("trm",)
+        values["training"]["method"] = ("trm", "finetune") if embedded else ("trm",)
     if run["run_dir"] is None:
         if run["continue_from"]:
             name = f"{Path(run['continue_from']).expanduser().resolve().name}-then-{'-'.join(data['dataset'])}"

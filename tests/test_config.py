@@ -224,7 +224,7 @@ def test_derived_defaults_are_what_the_help_says():
         return declarations()[group][name][0].derived
 
     small, large, domains = [], ["--dataset", "imagenet1k"], ["--scenario", "dil"]
-    assert text("scenario", "tasks").startswith("10, for glyphs 5, fewer where a task would have less than two classes")
+    assert text("scenario", "tasks").startswith("10, embedded data 5, fewer where a task would have less than two")
     many = [settled(parsed(*flags), 1000).scenario.tasks for flags in (small, large, domains)]
     assert many == [5, 10, None]
     several = ["--dataset", "glyphs", "folder"]
@@ -234,14 +234,17 @@ def test_derived_defaults_are_what_the_help_says():
     assert text("scenario", "class_order") == "1993; with --scenario dil and datasets natural"
     orders = [value("scenario", "class_order", *f) for f in (small, domains, several)]
     assert orders == ["1993", "natural", "natural"]
-    assert text("model", "model") == "tiny for glyphs, else ViT-B-16-quickgelu"
+    assert text("model", "model") == "tiny for embedded data, else ViT-B-16-quickgelu"
     assert [value("model", "model", *f) for f in (small, large)] == ["tiny", "ViT-B-16-quickgelu"]
     assert text("model", "pretrained") == "glyphs for tiny, openai for ViT-B-16-quickgelu"
     assert [value("model", "pretrained", *f) for f in (small, large)] == ["glyphs", "openai"]
-    assert text("training", "method") == "trm; for glyphs also finetune"
+    assert text("training", "method") == "trm; for embedded data also finetune"
     assert [value("training", "method", *f) for f in (small, large)] == [("trm", "finetune"), ("trm",)]
     assert text("run", "run_dir").startswith("runs/<dataset>-<scenario><tasks>-<model>, or")
     assert value("run", "run_dir") == "runs/glyphs-cil5-tiny"
+    hard = ["--dataset", "glyphs-hard"]
+    assert value("run", "run_dir", *hard) == "runs/glyphs-hard-cil5-tiny"
+    assert value("training", "method", *hard) == ("trm", "finetune")
     for flags, folder in (
         ("--first-classes 30", "glyphs-cil30-10-tiny"),
         ("--first-classes 30 --tasks 5 --top-classes 40", "glyphs-cil30+4-top40-tiny"),

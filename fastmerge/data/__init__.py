@@ -20,6 +20,7 @@ __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "make_dataset", "regi
 # that it accepts.
 DATASETS: dict[str, str | Callable[..., Dataset]] = {
     "glyphs": "fastmerge.data.glyphs:load",
+    "glyphs-hard": "fastmerge.data.glyphs_hard:load",
     "folder": "fastmerge.data.folder:load",
     "imagenet1k": "fastmerge.data.imagenet:load",
     "cifar100": "fastmerge.data.cifar:load_cifar100",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmerge.config import EMBEDDED
 from fastmerge.data import load_dataset, options_of
 from fastmerge.data.class_names import renamed
 from fastmerge.data.dataset import Dataset, Split
@@ -40,7 +41,7 @@ def load_datasets(
     if not roots:
         places: list[str | None] = [None] * len(names)
     elif len(roots) == 1:
-        places = [None if name == "glyphs" and len(names) > 1 else roots[0] for name in names]
+        places = [None if name in EMBEDDED and len(names) > 1 else roots[0] for name in names]
     elif len(roots) == len(names):
         places = list(roots)
     else:
