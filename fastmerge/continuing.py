@@ -24,6 +24,7 @@ from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError
 from fastmerge.flags import as_flags, read_flags, resolve
 from fastmerge.identity import CONTINUES, differences
+from fastmerge.methods import METHODS
 from fastmerge.models.backbone import hash_tensors
 from fastmerge.models.saved import NAME, read
 from fastmerge.results import NUMBER, check, read_json, read_result
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 # what the kept state of every method depends on; epochs, rates and the like may change from task to task
 SAME = ("model.model", "model.head", "training.lora_rank", "training.prompt_length", "training.init")
+TEXT_GROUPS = {group for method in METHODS.values() if method.needs_text for group in method.groups}
 CONTENTS = ("starting weights", "text tower", "normalisation")
 NEEDED = {"bad_images": NUMBER, "bytes_written": NUMBER, "peak_memory_bytes_per_task": [NUMBER], "kept_bytes": [NUMBER]}
 
@@ -132,11 +134,13 @@ class Earlier:
         return tensors, kept
 
     def text_head(self) -> dict[str, Tensor] | None:
-        """The state of the text head, which no method changes; None if all runs have another head."""
+        """The state of the text head as it was made; None if all runs have another head, or learned its rows."""
         for file in sorted(self.path.glob(f"*-seed*/{NAME}")):
             tensors, about = read(file)
-            if about["head"] == "text":
-                return {name: tensors[f"head.{name}"] for name in ("weight", "scale")}  # some have more
+            settings = self.manifest["determines"]["runs"].get(file.parent.name, {})
+            learned = {name.partition(".")[0] for name in settings} & TEXT_GROUPS
+            if about["head"] == "text" and not learned:
+                return select(tensors, "head")
         return None
 
     def digest(self, name: str) -> str:

@@ -88,6 +88,22 @@ def test_two_runs_are_one(case, data, tmp_path, monkeypatch):
     assert one["zero_shot"] == two["zero_shot"]
 
 
+@pytest.mark.parametrize("others", [[], ["finetune"]])
+def test_learned_class_rows_do_not_become_the_text_head(others, data, tmp_path, monkeypatch):
+    """The model before training has the rows of the templates, also where the first run by name learned its own."""
+    monkeypatch.setattr("fastmerge.models.heads.text_weights", text_rows)
+    flags = [*QUICK, "--head", "text", "--no-nearest-mean", "--method", "coop", *others, "--coop.tokens", 2]
+    first = tmp_path / "first"
+    assert run(*flags, "--tasks", 1, "--data-root", data / "old", "--run-dir", first) == 0
+    setups, make = [], fastmerge.setup.Setup
+    monkeypatch.setattr(fastmerge.setup, "Setup", lambda *a, **k: setups.append(make(*a, **k)) or setups[-1])
+    assert run("--continue-from", first, *CONTINUE[:-1], "--data-root", data / "new", "--dry-run") == 0
+    expected = text_rows(None, [f"colour {c}" for c in range(4)], (), "")
+    torch.testing.assert_close(setups[0].head.weight, expected, rtol=0, atol=0)
+    learned = load_tensors(first / "coop-seed0" / "model.safetensors")[0]["head.weight"]
+    assert not torch.allclose(learned[:2], expected[:2], atol=0.1)
+
+
 @pytest.fixture(scope="module")
 def first(data, tmp_path_factory):
     """A finished run over the first two classes."""
