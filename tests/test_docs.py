@@ -73,3 +73,5 @@ def test_the_page_about_tasks(monkeypatch):
 def test_every_method_has_a_row_in_the_page_about_methods():
     rows = re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "METHODS.md").read_text(), re.M)
     assert rows == sorted(METHODS)
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in METHODS if f"`{name}`" not in readme] == []
