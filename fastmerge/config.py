@@ -37,7 +37,7 @@ from fastmerge.settings.merging import (
 )
 from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, L2PSettings
 from fastmerge.settings.statistics import ICaRLSettings, RanPACSettings, RAPFSettings, SLCASettings
-from fastmerge.settings.text import AttriCLIPSettings, CoOpSettings, VPTSettings
+from fastmerge.settings.text import AttriCLIPSettings, CoOpSettings, MaPLeSettings, VPTSettings
 
 
 def declarations() -> dict[str, dict[str, tuple[Declaration, Any]]]:
@@ -278,7 +278,7 @@ class TrainingSettings:
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
         "karcher, nuslerp (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
         "icarl, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda; of the text "
-        "tower: coop, vpt, attriclip. "
+        "tower: coop, vpt, attriclip, maple. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
@@ -480,6 +480,7 @@ class Config:
     sdlora: SDLoRASettings = field(default_factory=SDLoRASettings)
     coop: CoOpSettings = field(default_factory=CoOpSettings)
     vpt: VPTSettings = field(default_factory=VPTSettings)
+    maple: MaPLeSettings = field(default_factory=MaPLeSettings)
     attriclip: AttriCLIPSettings = field(default_factory=AttriCLIPSettings)
     ewc: EWCSettings = field(default_factory=EWCSettings)
     lwf: LwFSettings = field(default_factory=LwFSettings)

@@ -15,6 +15,7 @@ import torch
 
 from fastmerge.flat import FlatModel
 from fastmerge.methods import METHODS
+from fastmerge.methods.maple import MaPLe
 from fastmerge.methods.prompt_method import PromptMethod
 from fastmerge.methods.trm import TRM
 from fastmerge.models.backbone import Backbone
@@ -72,7 +73,9 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
     for run in runs:
         kinds, training = [], run.config.training
         method = METHODS[run.method]
-        through = not method.frozen or issubclass(method, PromptMethod)  # whether gradients go through the backbone
+        through = not method.frozen or issubclass(
+            method, PromptMethod | MaPLe
+        )  # whether gradients go through the backbone
         if method.trains and through:
             kinds.append(("training", "train"))
         if METHODS[run.method] is TRM and run.epochs["merge"]:

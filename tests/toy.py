@@ -56,7 +56,7 @@ class Transformer(TimmBackbone):
     values = (0.5,) * 3
 
 
-ATTENTION = ("l2p", "dualprompt", "coda")  # methods that need it
+ATTENTION = ("l2p", "dualprompt", "coda", "maple")  # methods that need it
 
 
 def backbone(method: str = "") -> nn.Module:
@@ -78,16 +78,21 @@ def learner(*flags: str, head: str = "text", seed: int = 0, method: str = "") ->
 class Text:
     """In place of `ClassPrompts`: rows that depend on the context and the class."""
 
-    width = 6
+    width, blocks = 6, (0, 1, 2)
 
     def __init__(self, device: torch.device | str = "cpu"):
         g = torch.Generator().manual_seed(5)
         self.of_class = torch.randn(CLASSES + 1, 6, generator=g).to(device)  # the last one is nameless
         self.projection = torch.randn(6, 5, generator=g).to(device)
 
-    def rows(self, context, classes, of=None):
+    def starting(self, words, count):
+        return self, self.of_class[:count] / 10
+
+    def rows(self, context, classes, of=None, deep=()):
         context = context if of is None else context[of]
         mixed = torch.tanh(10 * context.mean(-2) + self.of_class[classes])
+        for own in deep:
+            mixed = torch.tanh(mixed + own.mean(0))
         return nn.functional.normalize(mixed @ self.projection, dim=1)
 
 

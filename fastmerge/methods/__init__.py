@@ -18,6 +18,7 @@ from fastmerge.methods.icarl import ICaRL
 from fastmerge.methods.inflora import InfLoRA
 from fastmerge.methods.l2p import L2P
 from fastmerge.methods.lwf import LwF
+from fastmerge.methods.maple import MaPLe
 from fastmerge.methods.method import Method
 from fastmerge.methods.nearest_mean import NearestMean
 from fastmerge.methods.pam import PAM
@@ -42,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
     "vpt": VPT,
     "icarl": ICaRL,
     "attriclip": AttriCLIP,
+    "maple": MaPLe,
     "inflora": InfLoRA,
     "l2p": L2P,
     "dualprompt": DualPrompt,

@@ -24,7 +24,7 @@ from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.precision import tf32
 from fastmerge.models.text_context import ClassPrompts
-from fastmerge.models.trainable import Beside
+from fastmerge.models.trainable import Beside, Trainable
 from fastmerge.training import Learner, Phase, Train, learning_rate, positions
 
 FIRST_RATE = 1e-5  # of the warm-up epoch
@@ -33,9 +33,9 @@ FIRST_RATE = 1e-5  # of the warm-up epoch
 class Context(nn.Module):
     """The learned vectors, `[m, width]`; the image features pass through."""
 
-    def __init__(self, count: int, width: int, generator: torch.Generator):
+    def __init__(self, generator: torch.Generator, *shape: int):
         super().__init__()
-        self.vectors = nn.Parameter(0.02 * torch.randn(count, width, generator=generator))
+        self.vectors = nn.Parameter(0.02 * torch.randn(shape, generator=generator))
 
     def forward(self, features: Tensor) -> Tensor:
         return features
@@ -55,10 +55,13 @@ class CoOp(Method):
         self.text: ClassPrompts = learner.text
         self.settings = getattr(learner.config, self.groups[0])
         self.context = self.made(learner.generator("context")).to(learner.device)
-        self.beside = Beside(learner.backbone, self.context)
+        self.trained = self.trainable()
+
+    def trainable(self) -> Trainable:
+        return Beside(self.learner.backbone, self.context)
 
     def made(self, generator: torch.Generator) -> Context:
-        return Context(self.settings.tokens, self.text.width, generator)
+        return Context(generator, self.settings.tokens, self.text.width)
 
     def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
         return TrainContext(self, task, images)
@@ -67,22 +70,26 @@ class CoOp(Method):
         """The vectors that classify, `[m, width]`."""
         return self.context.vectors
 
+    def rows(self, classes: Tensor) -> Tensor:
+        """The rows of these classes, `[k, d]`, differentiable."""
+        return self.text.rows(self.deployed(), classes)
+
     @torch.no_grad()
     def write(self) -> None:
         """Encode the rows of all classes into the text head."""
         weight = self.learner.head.get_buffer("weight")
-        weight.copy_(self.text.rows(self.deployed(), torch.arange(len(weight), device=weight.device)))
+        weight.copy_(self.rows(torch.arange(len(weight), device=weight.device)))
 
     def state_dict(self) -> Tensors:
-        return {"context": self.beside.theta.detach()}
+        return {"context": self.trained.theta.detach()}
 
     def load_state_dict(self, tensors: Tensors) -> None:
-        self.beside.theta.data.copy_(tensors["context"])
+        self.trained.theta.data.copy_(tensors["context"])
 
 
 class TrainContext(Train):
     def __init__(self, method: CoOp, task: Task, images: TaskImages):
-        super().__init__(method.learner, task, images, trainable=method.beside, lr=method.settings.lr)
+        super().__init__(method.learner, task, images, trainable=method.trained, lr=method.settings.lr)
         self.method = method
 
     def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -95,8 +102,7 @@ class TrainContext(Train):
         return min(FIRST_RATE, peak) if i < first else learning_rate(peak, i - first, self.steps - first)
 
     def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        logits = self.logits(features, self.method.text.rows(self.method.context.vectors, self.classes))
-        return F.cross_entropy(logits, positions(labels, self.classes))
+        return F.cross_entropy(self.logits(features, self.method.rows(self.classes)), positions(labels, self.classes))
 
     def logits(self, features: Tensor, rows: Tensor) -> Tensor:
         """features `[b, d]`, rows `[k, d]` normalised -> `[b, k]`."""

@@ -29,8 +29,8 @@ from fastmerge.training import Phase, positions
 class Residual(Context):
     """mean, log_variance: of the residual, `[width]`."""
 
-    def __init__(self, count: int, width: int, generator: torch.Generator):
-        super().__init__(count, width, generator)
+    def __init__(self, generator: torch.Generator, count: int, width: int):
+        super().__init__(generator, count, width)
         self.mean = nn.Parameter(torch.zeros(width))
         self.log_variance = nn.Parameter(torch.rand(width, generator=generator))
 
@@ -51,7 +51,7 @@ class VPT(CoOp):
     context: Residual
 
     def made(self, generator: torch.Generator) -> Residual:
-        return Residual(self.settings.tokens, self.text.width, generator)
+        return Residual(generator, self.settings.tokens, self.text.width)
 
     def deployed(self) -> Tensor:
         return self.context.vectors + self.context.mean

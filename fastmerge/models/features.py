@@ -20,6 +20,7 @@ from fastmerge.models.heads import Head
 from fastmerge.models.linearised import Linearised
 from fastmerge.models.precision import tf32
 from fastmerge.models.prompt_pools import POOLS, Pool
+from fastmerge.models.prompts import with_tokens
 from fastmerge.models.trainable import Prompted
 
 
@@ -79,6 +80,11 @@ def prompted(backbone: Backbone, pool: Pool) -> Features:
     return Features(pool.kind, backbone, Prompted.function(backbone, pool), dict(pool.state_dict()))
 
 
+def with_deep_tokens(backbone: Backbone, tokens: Tensor) -> Features:
+    """The frozen backbone with the same tokens for all images, `[blocks, p, width]`: of the inputs of its first blocks."""
+    return Features("deep-tokens", backbone, lambda images: with_tokens(backbone, images, tokens), {"tokens": tokens})
+
+
 def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Features:
     """Rebuild the features that were saved with this kind and these tensors.
 
@@ -95,6 +101,8 @@ def restore(kind: str, backbone: Backbone, tensors: dict[str, Tensor]) -> Featur
         return mapped(backbone, linear_map(tensors["weight"]))
     if kind == "random-projection":
         return projected(backbone, tensors["projection"])
+    if kind == "deep-tokens":
+        return with_deep_tokens(backbone, tensors["tokens"])
     if kind in POOLS:
         return prompted(backbone, POOLS[kind](tensors))
     raise UserError(f"this version of fastmerge does not know features of kind {kind!r}; install a newer one")

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from fastmerge.errors import UserError, first_line
 from fastmerge.models.attention import self_attention, written_out
@@ -69,6 +70,11 @@ class Prefixed(TorchFunctionMode):
         return F.scaled_dot_product_attention(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), **kwargs)
 
 
+def with_tokens(backbone: Any, images: Tensor, tokens: Tensor) -> Tensor:
+    """The features with tokens `[blocks, p, width]` in the inputs of the first blocks, the same for all images."""
+    return backbone.prompted(images, Prompt(tokens={i: own[None] for i, own in enumerate(tokens)}))
+
+
 @contextlib.contextmanager
 def prompting(backbone: Any, prompt: Prompt | None) -> Iterator[None]:
     """In this context, a forward pass of `backbone` is prompted."""
@@ -84,15 +90,18 @@ def prompting(backbone: Any, prompt: Prompt | None) -> Iterator[None]:
 def inserted(backbone: Any, tokens: dict[int, Tensor]) -> Iterator[None]:
     """In this context, a forward pass of `backbone` has these tokens."""
     blocks, at, count = blocks_of(backbone), int(backbone.has_class_token), tokens[0].shape[1]
-    hooks = [
-        blocks[i].register_forward_pre_hook(partial(_insert, own, at, count * (i > 0))) for i, own in tokens.items()
-    ]
+    hooks = [replaced(blocks[i], own, at, count * (i > 0)) for i, own in tokens.items()]
     hooks.append(blocks[-1].register_forward_hook(partial(_remove, at, count)))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def replaced(block: nn.Module, own: Tensor, at: int, count: int) -> RemovableHandle:
+    """A hook that puts tokens `[b or 1, p, width]` into the block's input in place of the `count` at `at`."""
+    return block.register_forward_pre_hook(partial(_insert, own, at, count))
 
 
 def _insert(own: Tensor, at: int, count: int, block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

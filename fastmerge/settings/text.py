@@ -50,6 +50,27 @@ class VPTSettings:
 
 
 @dataclass
+class MaPLeSettings:
+    tokens: int = setting(
+        2,
+        "Context vectors before the class name (paper).",
+        at_least=1,
+    )
+    depth: int = setting(
+        9,
+        "Blocks of both towers that get learned vectors (paper); all blocks where a tower has fewer.",
+        at_least=1,
+    )
+    lr: float = setting(
+        3.5e-3,
+        "Peak learning rate of SGD (released code, for batches of 4).",
+        tiny=1e-1,
+        at_least=0,
+        source="released code",
+    )
+
+
+@dataclass
 class AttriCLIPSettings:
     bank: int = setting(
         10,
