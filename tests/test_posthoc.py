@@ -4,6 +4,7 @@ import pytest
 import torch
 import toy
 
+from fastmerge.config import declarations
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
 from fastmerge.methods import METHODS
@@ -290,7 +291,8 @@ def test_what_a_row_may_set(name):
         old = getattr(getattr(config, group), known)
         if isinstance(old, bool) or not isinstance(old, int | float):
             continue
-        new = 1 if isinstance(old, int) and old != 1 else 0.5 if isinstance(old, float) and old != 0.5 else old
+        least = int(declarations()[group][known][0].at_least or 1)
+        new = least if isinstance(old, int) and old != least else 0.5 if isinstance(old, float) and old != 0.5 else old
         (run,) = plan(toy.parse(["--method", f"{name}:{setting}={new}", "--no-nearest-mean"]), Scenario)
         assert getattr(getattr(run.config, group), known) == new
         assert run.label.endswith(f"({setting}={new})")
