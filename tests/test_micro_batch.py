@@ -43,7 +43,8 @@ def first_step(phase, learner, largest):
     if hasattr(phase, "sums"):
         gradients += [x for x in phase.sums.tensors().values() if x.is_floating_point()]
     if hasattr(phase, "optimiser"):
-        gradients += [p.grad for group in phase.optimiser.param_groups for p in group["params"]]
+        every = [p.grad for group in phase.optimiser.param_groups for p in group["params"]]
+        gradients += [grad for grad in every if grad is not None]  # HiDe's prompts have none before their part
     return terms, [gradient.detach().clone() for gradient in gradients]
 
 
