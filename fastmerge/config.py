@@ -35,7 +35,7 @@ from fastmerge.settings.merging import (
     TSVSettings,
     WiseFTSettings,
 )
-from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, L2PSettings
+from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, HiDeSettings, L2PSettings
 from fastmerge.settings.statistics import ICaRLSettings, RanPACSettings, RAPFSettings, SLCASettings
 from fastmerge.settings.text import AttriCLIPSettings, CoOpSettings, MaPLeSettings, VPTSettings
 
@@ -277,8 +277,8 @@ class TrainingSettings:
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
         "karcher, nuslerp (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
-        "icarl, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda; of the text "
-        "tower: coop, vpt, attriclip, maple. "
+        "icarl, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda, hide; of the "
+        "text tower: coop, vpt, attriclip, maple. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
@@ -491,6 +491,7 @@ class Config:
     l2p: L2PSettings = field(default_factory=L2PSettings)
     dualprompt: DualPromptSettings = field(default_factory=DualPromptSettings)
     coda: CodaSettings = field(default_factory=CodaSettings)
+    hide: HiDeSettings = field(default_factory=HiDeSettings)
 
 
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix

@@ -68,6 +68,19 @@ class Gaussians:
             found.append((vectors * values.clamp(min=0).sqrt() @ vectors.T).float())
         return torch.stack(found) if found else self.covariance
 
+    def drawn(
+        self, roots: Tensor, n: int, generator: torch.Generator, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """n features of every class in random order, `[k n, d]`, and the place of each one's class, `[k n]`. roots: of the
+        covariances; scale: factors of the means, `[k]`."""
+        k, d = self.mean.shape
+        noise = torch.randn(k, n, d, generator=generator).to(roots.device, non_blocking=True)
+        mean = self.mean if scale is None else scale[:, None] * self.mean
+        features = torch.baddbmm(mean[:, None], noise, roots).flatten(0, 1)
+        order = torch.randperm(k * n, generator=generator)
+        places = (order // n).to(features.device, non_blocking=True)
+        return features[order.to(features.device, non_blocking=True)], places
+
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in KEPT}
 

@@ -43,6 +43,7 @@ LONG = {
     "test_elementwise.py::test_sizes",
     "test_flat.py::test_torch_compile_keeps_the_views",
     "test_gpu.py",
+    "test_hide.py::test_three_tasks_equal_a_plain_loop",
     "test_identity.py::test_bad_images_may_be_skipped_from_where_the_run_stopped",
     "test_identity.py::test_nothing_learned_is_nothing_to_protect",
     "test_identity.py::test_the_same_contents_elsewhere_are_the_same_run",

@@ -53,7 +53,7 @@ CASES = {
         ["--head", "text", "--protocol", "full", "running", "strict"],
     ),
     "text": (["cmm", "pam", "ties"], ["--head", "text", "--protocol", "full"]),
-    "prompts": (["coda", "dualprompt", "magmax:prompt_length=2"], ["--head", "text"]),
+    "prompts": (["coda", "dualprompt", "hide", "magmax:prompt_length=2"], ["--head", "text"]),
     "linear": (
         ["trm", "lwf", "magmax", "ranpac"],
         ["--head", "linear", "--protocol", "running", "--no-nearest-mean", "--ranpac.projection", "40"],

@@ -56,7 +56,7 @@ class Transformer(TimmBackbone):
     values = (0.5,) * 3
 
 
-ATTENTION = ("l2p", "dualprompt", "coda", "maple")  # methods that need it
+ATTENTION = ("l2p", "dualprompt", "coda", "hide", "maple")  # methods that need it
 
 
 def backbone(method: str = "") -> nn.Module:

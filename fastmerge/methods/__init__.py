@@ -14,6 +14,7 @@ from fastmerge.methods.coop import CoOp
 from fastmerge.methods.dualprompt import DualPrompt
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.finetune import Finetune, Joint
+from fastmerge.methods.hide import HiDe
 from fastmerge.methods.icarl import ICaRL
 from fastmerge.methods.inflora import InfLoRA
 from fastmerge.methods.l2p import L2P
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
     "l2p": L2P,
     "dualprompt": DualPrompt,
     "coda": CODA,
+    "hide": HiDe,
     "sdlora": SDLoRA,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,

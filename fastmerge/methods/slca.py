@@ -140,13 +140,10 @@ class Align(StatisticsPass):
         gaussians, n = self.method.gaussians, self.settings.samples
         if self.drawn < 0:
             self.roots = gaussians.roots(RIDGE)
-        generator, (k, d) = self.learner.generator("align", self.task.index, epoch), gaussians.mean.shape
-        noise = torch.randn(k, n, d, generator=generator).to(self.roots.device, non_blocking=True)
+        generator = self.learner.generator("align", self.task.index, epoch)
         scale = 0.9 + 0.1 * (gaussians.task + 1) / (self.task.index + 1)
-        features = torch.baddbmm((scale[:, None] * gaussians.mean)[:, None], noise, self.roots).flatten(0, 1)
-        order = torch.randperm(k * n, generator=generator)
-        self.places = (order // n).to(features.device, non_blocking=True)
-        self.features, self.drawn = features[order.to(features.device, non_blocking=True)], epoch
+        self.features, self.places = gaussians.drawn(self.roots, n, generator, scale)
+        self.drawn = epoch
 
     def norm(self, logits: Tensor) -> Tensor:
         """Mean over the tasks of the norm of the logits of their classes, `[b, 1]`."""

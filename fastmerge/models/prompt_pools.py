@@ -9,6 +9,7 @@ d: length of a query; width: of a token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -227,7 +228,82 @@ class CodaPool(Pool):
         return now
 
 
-POOLS: dict[str, type[Pool]] = {pool.kind: pool for pool in (L2PPool, DualPool, CodaPool)}
+class HidePool(Pool):
+    """HiDe-Prompt (Wang et al. 2023). prompt `[blocks, 2, p, width]`: prefix keys and values of the current task at blocks
+    `at`; prompts `[t, blocks, 2, p, width]`: those of earlier tasks. identity_weight `[k, d]`, identity_bias `[k]`: a linear
+    head on the query, with a row for every class of every task; task, classes `[k]`: of each row. The task of the row with
+    the largest logit says which prompt an image gets."""
+
+    kind, trained = "hide", ("prompt",)
+    prompt: Tensor
+    prompts: Tensor
+    identity_weight: Tensor
+    identity_bias: Tensor
+    task: Tensor
+    classes: Tensor
+    momentum: Tensor
+
+    def __init__(self, tensors: Tensors):
+        super().__init__(tensors)
+        self.blocks = tensors["at"].tolist()
+
+    @classmethod
+    def start(
+        cls, at: tuple[int, ...], length: int, width: int, d: int, momentum: float, generator: torch.Generator
+    ) -> HidePool:
+        prompt = uniform(len(at), 2, length, width, generator=generator)
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(
+            {
+                "prompt": prompt,
+                "prompts": torch.zeros(0, *prompt.shape),
+                "identity_weight": torch.zeros(0, d),
+                "identity_bias": torch.zeros(0),
+                "task": none,
+                "classes": none.clone(),
+                "at": torch.tensor(at, dtype=torch.int64),
+                "momentum": torch.tensor(momentum),
+            }
+        )
+
+    def forward(self, query: Tensor) -> Prompt:
+        logits = identity_logits(query, self.identity_weight, self.identity_bias)
+        return self.at_blocks(torch.cat([self.prompts, self.prompt[None]])[self.task[logits.argmax(1)]])
+
+    def own(self) -> Tensor:
+        """The current task's prompt while it is trained: with a share of the mean of the earlier ones."""
+        if not len(self.prompts):
+            return self.prompt
+        return (1 - self.momentum) * self.prompt + self.momentum * self.prompts.mean(0)
+
+    def at_blocks(self, prompts: Tensor) -> Prompt:
+        """prompts: `[b or 1, blocks, 2, p, width]`."""
+        return Prompt({i: (own[:, 0], own[:, 1]) for i, own in zip(self.blocks, prompts.unbind(1), strict=True)})
+
+    def grown(self, generator: torch.Generator) -> Tensors:
+        """The next task's prompt starts as this one's (released code)."""
+        now = dict(self.state_dict())
+        return now | {"prompts": torch.cat([now["prompts"], now["prompt"][None]])}
+
+    def rows_for(self, classes: Sequence[int]) -> Tensors:
+        """The tensors with rows for the classes of the current task, which start at zero."""
+        now, k = dict(self.state_dict()), len(classes)
+        new = {
+            "identity_weight": now["identity_weight"].new_zeros(k, now["identity_weight"].shape[1]),
+            "identity_bias": now["identity_bias"].new_zeros(k),
+            "task": now["task"].new_full((k,), len(now["prompts"])),
+            "classes": now["classes"].new_tensor(classes),
+        }
+        return now | {name: torch.cat([now[name], rows]) for name, rows in new.items()}
+
+
+POOLS: dict[str, type[Pool]] = {pool.kind: pool for pool in (L2PPool, DualPool, CodaPool, HidePool)}
+
+
+def identity_logits(query: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`[b, d]`, `[k, d]`, `[k]` -> `[b, k]`."""
+    with tf32(False):
+        return query @ weight.T + bias
 
 
 def uniform(*shape: int, generator: torch.Generator) -> Tensor:

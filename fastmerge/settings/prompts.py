@@ -119,3 +119,63 @@ class CodaSettings:
         at_least=0,
         source="paper",
     )
+
+
+@dataclass
+class HiDeSettings:
+    length: int = setting(
+        5,
+        "Prefix keys, and as many values, of a task's prompt (released code: 5 on CIFAR-100, 20 on ImageNet-R).",
+        unit="tokens",
+        at_least=1,
+    )
+    layers: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4),
+        "Blocks with prompts, counted from 0.",
+        tiny=(0, 1, 2, 3),
+        at_least=0,
+        source="released code",
+    )
+    momentum: float = setting(
+        0.01,
+        "Share of the mean of all earlier prompts in a task's prompt (released code).",
+        at_least=0,
+        at_most=1,
+    )
+    contrast: float = setting(
+        0.1,
+        "Weight of the contrast to the stored class means (released code: 0.1 on CIFAR-100, 0.5 on ImageNet-R).",
+        at_least=0,
+    )
+    temperature: float = setting(
+        0.8,
+        "Temperature of the contrast (released code).",
+        above=0,
+    )
+    lr: float = setting(
+        0.03,
+        "Rate of Adam for the prompts, constant, for a batch of 256 images; it is scaled with --batch-size.",
+        at_least=0,
+        source="released code",
+    )
+    identity_lr: float = setting(
+        5e-4,
+        "Rate of Adam for the head that tells the task, constant (released code).",
+        at_least=0,
+    )
+    align_epochs: int = setting(
+        30,
+        "Epochs in which both heads are trained on drawn features after every task but the first (released code); 0 leaves "
+        "it out.",
+        at_least=0,
+    )
+    align_lr: float = setting(
+        5e-3,
+        "Rate of SGD there, annealed to zero by a cosine (released code).",
+        at_least=0,
+    )
+    samples: int = setting(
+        120,
+        "Features drawn for every class in such an epoch, and the batch size there (released code: 5 times its batch of 24).",
+        at_least=1,
+    )
