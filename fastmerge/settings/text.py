@@ -64,9 +64,7 @@ class MaPLeSettings:
     lr: float = setting(
         3.5e-3,
         "Peak learning rate of SGD (released code, for batches of 4).",
-        tiny=1e-1,
         at_least=0,
-        source="released code",
     )
 
 
