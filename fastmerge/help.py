@@ -11,7 +11,7 @@ from fastmerge.commands import COMMANDS
 from fastmerge.config import Config, declarations, flag_of, no_flag_of
 
 FIRST = {  # what the flag takes, and one line about it
-    "data.dataset": ("NAME ...", "glyphs, glyphs-hard (embedded), folder, imagenet1k, ... (--help-all)"),
+    "data.dataset": ("NAME ...", "glyphs, glyphs-hard, folder, imagenet1k, ... (--help-all)"),
     "data.data_root": ("DIR ...", "folder of the data set; it is never written to"),
     "data.download": ("", "allow downloads; without it nothing is fetched"),
     "data.flip": ("", "mirror training images (on for most published photos; off: --no-flip)"),
