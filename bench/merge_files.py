@@ -1,7 +1,7 @@
 """`fastmerge merge` beside mergekit's own command on the same files: time as a multiple of reading the inputs once,
 peak memory.
 
-    python bench/merge_files.py --models 8 --width 768 --folder /tmp/models
+    python bench/merge_files.py --models 8 --width 768 --folder DIR
 
 Every command is a process of its own, from the start of Python to the end, with the files in the cache of the system.
 The floor is `cat` of the inputs to /dev/null. mergekit is `mergekit-pytorch` of 0.1.5 (n/a where it is not installed);
