@@ -126,19 +126,15 @@ class Setup:
             self.head.adopt(before)  # a class keeps the templates that it was learned with
         self.text_sha256 = encoder.weights_sha256 if encoder and self.head.kind == "text" else None
         self.text: ClassPrompts | None = None
-        if any(METHODS[spec.partition(":")[0]].needs_text for spec in self.config.training.method):
+        names = [spec.partition(":")[0] for spec in self.config.training.method]
+        if learns := [name for name in names if METHODS[name].needs_text]:
             if self.head.kind != "text" or encoder is None:
                 raise UserError(
-                    f"--method {' '.join(self.config.training.method)}: {self._learns_text()} learns prompts of the text "
-                    "tower, so it needs --head text and a CLIP model"
+                    f"--method {learns[0]} learns prompts of the text tower, so it needs --head text and a CLIP model"
                 )
             precision = self.config.training.precision or "fp32"
             self.text = ClassPrompts(encoder, self.dataset.class_names, self.device, precision)
         self._seed = seed
-
-    def _learns_text(self) -> str:
-        names = [spec.partition(":")[0] for spec in self.config.training.method]
-        return next(name for name in names if METHODS[name].needs_text)
 
     def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:
         return build_head(

@@ -326,6 +326,15 @@ class Train(Phase):
         load_optimiser(self.optimiser, tensors)
 
 
+class TrainWithAdam(Train):
+    """With Adam and no weight decay, as methods train that leave the backbone frozen."""
+
+    def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        for group in groups:
+            group.pop("weight_decay", None)
+        return torch.optim.Adam(groups, fused=self.learner.device.type in ("cpu", "cuda"))
+
+
 def gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
     """The gradients of the parameters; a missing one becomes zeros."""
     for parameter in parameters:

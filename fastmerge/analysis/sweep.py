@@ -41,7 +41,7 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Path) -> list[Path]
         for label, seeds in finished(folder).items():
             for seed, result in seeds.items():
                 settings = settings_of(folder / f"{label}-seed{seed}")
-                if result[metric] is not None and group in settings and read(group, label):
+                if result[metric] is not None and group in settings and uses(group, label):
                     line = points.setdefault(without(label, name), {})
                     line.setdefault(settings[group][name], []).append(result[metric])
     values = {value for line in points.values() for value in line}
@@ -81,7 +81,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing or damaged; the settings of a run are read from its model") from None
 
 
-def read(group: str, label: str) -> bool:
+def uses(group: str, label: str) -> bool:
     """Whether the method of a run reads the settings of `group`."""
     from fastmerge.methods import METHODS
 

@@ -10,17 +10,13 @@ repository; the learning rate is the paper's.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.adapter import ClipAdapter
 from fastmerge.models.features import Features, adapted
 from fastmerge.models.trainable import Beside
-from fastmerge.training import Learner, Phase, Train
+from fastmerge.training import Learner, Phase, TrainWithAdam
 
 
 class CLIPAdapter(Method):
@@ -38,7 +34,7 @@ class CLIPAdapter(Method):
         self.beside = Beside(learner.backbone, self.adapter)
 
     def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
-        return TrainAdapter(self.learner, task, images, trainable=self.beside, lr=self.settings.lr)
+        return TrainWithAdam(self.learner, task, images, trainable=self.beside, lr=self.settings.lr)
 
     def features(self) -> Features:
         return adapted(self.learner.backbone, self.adapter)
@@ -48,10 +44,3 @@ class CLIPAdapter(Method):
 
     def load_state_dict(self, tensors: Tensors) -> None:
         self.beside.theta.data.copy_(tensors["adapter"])
-
-
-class TrainAdapter(Train):
-    def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        for group in groups:
-            group.pop("weight_decay", None)
-        return torch.optim.Adam(groups, fused=self.learner.device.type in ("cpu", "cuda"))

@@ -19,7 +19,6 @@ augmented images, ours plain ones; its cosine changes every epoch, ours every st
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.lora import OnlyUp, Projections, check_rank
 from fastmerge.moments_pass import MomentsPass
-from fastmerge.training import ADAPTED, Batches, Learner, Phase, Train, learning_rate
+from fastmerge.training import ADAPTED, Batches, Learner, Phase, TrainWithAdam, learning_rate
 
 
 class InfLoRA(Method):
@@ -89,7 +88,7 @@ class InfLoRA(Method):
         }
 
 
-class TrainUp(Train):
+class TrainUp(TrainWithAdam):
     """The first epoch is the pass that designs A, the others train B."""
 
     trainable: OnlyUp
@@ -103,11 +102,6 @@ class TrainUp(Train):
         self.names = [block.name for block in self.trainable.blocks]
         self.moments = MomentsPass(learner, task, images, set(self.names), self.batches)
         self.designed = False
-
-    def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        for group in groups:
-            group.pop("weight_decay", None)
-        return torch.optim.Adam(groups, fused=self.learner.device.type in ("cpu", "cuda"))
 
     def rate(self, peak: float, i: int) -> float:
         return learning_rate(peak, i - self.first, self.steps - self.first, self.learner.config.training.warmup_steps)

@@ -26,7 +26,7 @@ from fastmerge.models.features import Features, prompted
 from fastmerge.models.prompt_pools import POOLS, Pool
 from fastmerge.models.prompts import check_prompts
 from fastmerge.models.trainable import Prompted
-from fastmerge.training import Learner, Phase, Train
+from fastmerge.training import Learner, Phase, TrainWithAdam
 
 
 class PromptMethod(Method):
@@ -79,7 +79,7 @@ class PromptMethod(Method):
         self.pool = POOLS[self.pool.kind](tensors).to(self.learner.device)
 
 
-class TrainPrompts(Train):
+class TrainPrompts(TrainWithAdam):
     trainable: Prompted
 
     def __init__(self, method: PromptMethod, task: Task, images: TaskImages):
@@ -88,11 +88,6 @@ class TrainPrompts(Train):
             lr *= method.learner.config.training.batch_size / 256
         prompts = Prompted(method.learner.backbone, method.pool)
         super().__init__(method.learner, task, images, trainable=prompts, lr=lr)
-
-    def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        for group in groups:
-            group.pop("weight_decay", None)
-        return torch.optim.Adam(groups, fused=self.learner.device.type in ("cpu", "cuda"))
 
     def rate(self, peak: float, i: int) -> float:
         return peak if self.constant else super().rate(peak, i)

@@ -25,7 +25,6 @@ class of a pair.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +41,7 @@ from fastmerge.models.backbone import Backbone
 from fastmerge.models.features import Features, mapped
 from fastmerge.models.trainable import Beside
 from fastmerge.statistics_pass import ByClass, ClassMoments, StatisticsPass
-from fastmerge.training import Learner, Phase, Train, positions
+from fastmerge.training import Learner, Phase, TrainWithAdam, positions
 
 RIDGE, MARGIN, DECAY = 1e-4, 0.1, 0.1
 MILESTONES = (4 / 15, 10 / 15)
@@ -96,7 +95,7 @@ class RAPF(Method):
         self.gaussians.load_state_dict(tensors)
 
 
-class TrainMap(Train):
+class TrainMap(TrainWithAdam):
     def __init__(self, method: RAPF, task: Task, images: TaskImages):
         learner, self.settings = method.learner, method.learner.config.rapf
         super().__init__(learner, task, images, trainable=method.beside, lr=self.settings.lr)
@@ -111,11 +110,6 @@ class TrainMap(Train):
         self.near_old = torch.tensor([row for row, _ in pairs], dtype=torch.int64, device=learner.device)
         self.near_new = torch.tensor([c for _, c in pairs], dtype=torch.int64, device=learner.device)
         self.per_batch = min(len(self.old), max(FEWEST, math.ceil(len(self.old) / self.batches.per_epoch)))
-
-    def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        for group in groups:
-            group.pop("weight_decay", None)
-        return torch.optim.Adam(groups, fused=self.learner.device.type in ("cpu", "cuda"))
 
     def rate(self, peak: float, i: int) -> float:
         epoch, training = i // self.batches.per_epoch, self.learner.config.training
