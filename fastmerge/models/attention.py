@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,26 +36,39 @@ def is_differentiable() -> bool:
     return not torch.backends.cuda.flash_sdp_enabled()
 
 
-def self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of `F.multi_head_attention_forward` by name, if the call is self-attention without masks, biases of
-    keys or weights to return; else None."""
+class SelfAttention(NamedTuple):
+    """What a call of nn.MultiheadAttention computes with. tokens: `[b, t, d]`; in_weight `[3 d, d]`, out_weight `[d, d]`, and
+    their biases."""
+
+    tokens: Tensor
+    num_heads: int
+    in_weight: Tensor
+    in_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+
+    def written_out(self, linear: Callable[..., Tensor], mix: Callable[..., Tensor]) -> Tensor:
+        """The result in its products, `[b, t, d]`. linear, mix: F.linear and F.scaled_dot_product_attention, or what stands
+        for them."""
+        q, k, v = linear(self.tokens, self.in_weight, self.in_bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        mixed = mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return linear(mixed.transpose(1, 2).flatten(2), self.out_weight, self.out_bias)
+
+    def instead(self, linear: Callable[..., Tensor], mix: Callable[..., Tensor]) -> tuple[Tensor, None]:
+        """The same, as `F.multi_head_attention_forward` returns it: tokens first, and no attention weights."""
+        return self.written_out(linear, mix).transpose(0, 1), None
+
+
+def self_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SelfAttention | None:
+    """A call of `F.multi_head_attention_forward`, if it is self-attention without masks, biases of keys or weights to return;
+    else None."""
     given = SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
     found = given.arguments
-    same = found["query"] is found["key"] is found["value"] and found["query"].dim() == 3
-    return found if same and not any(isinstance(found[x], Tensor) or found[x] for x in UNUSED) else None
-
-
-def written_out(
-    linear: Callable[..., Tensor],
-    mix: Callable[..., Tensor],
-    tokens: Tensor,
-    num_heads: int,
-    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-) -> Tensor:
-    """Self-attention of nn.MultiheadAttention on tokens `[b, t, d]`. weights: in_proj `[3 d, d]` and its bias, out_proj
-    `[d, d]` and its bias. linear, mix: F.linear and F.scaled_dot_product_attention, or what stands for them."""
-    in_weight, in_bias, out_weight, out_bias = weights
-    q, k, v = linear(tokens, in_weight, in_bias).unflatten(-1, (3, num_heads, -1)).unbind(2)
-    mixed = mix(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return linear(mixed.transpose(1, 2).flatten(2), out_weight, out_bias)
+    query = found["query"]
+    if query is not found["key"] or query is not found["value"] or query.dim() != 3:
+        return None
+    if any(isinstance(found[x], Tensor) or found[x] for x in UNUSED):
+        return None
+    weights = (found[f"{part}_{kind}"] for part in ("in_proj", "out_proj") for kind in ("weight", "bias"))
+    return SelfAttention(query.transpose(0, 1), found["num_heads"], *weights)

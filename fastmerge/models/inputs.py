@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastmerge.flat import FlatModel
-from fastmerge.models.attention import self_attention, written_out
+from fastmerge.models.attention import self_attention
 from fastmerge.models.precision import flags
 
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
@@ -43,9 +43,7 @@ class InputMoments(TorchFunctionMode):
         if function in PRODUCTS and len(args) == 2 and id(args[1]) in self.names and args[1].dim() == 2:
             self.add(args[1], args[0], axis=0)
         if function is F.multi_head_attention_forward and (given := self_attention(args, kwargs)):
-            weights = tuple(given[f"{part}_{kind}"] for part in ("in_proj", "out_proj") for kind in ("weight", "bias"))
-            tokens, mix = given["query"].transpose(0, 1), F.scaled_dot_product_attention
-            return written_out(self.linear, mix, tokens, given["num_heads"], weights).transpose(0, 1), None
+            return given.instead(self.linear, F.scaled_dot_product_attention)
         result = function(*args, **kwargs)
         if function is Tensor.to and id(args[0]) in self.names:  # a weight in the precision of the run
             self.names[id(result)] = self.names[id(args[0])]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from fastmerge.models.attention import self_attention, written_out
+from fastmerge.models.attention import self_attention
 
 # bytes of per-image gradients in memory at once: what a CPU's cache holds; on a GPU enough to keep it busy
 ROOM = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -108,7 +108,7 @@ class SquaredGradients(TorchFunctionMode):
         if function is torch.conv2d and self.is_patches(*args, **kwargs):
             return self.patches(*args, **kwargs)
         if function is F.multi_head_attention_forward and (given := self_attention(args, kwargs)):
-            return self.attention(**given), None
+            return given.instead(self.linear, F.scaled_dot_product_attention)
         kind = getattr(function, "__name__", "")
         result = NotImplemented
         if kind == "to" and not self.known(args[0]):  # takes only the dtype and device of a weight
@@ -219,14 +219,6 @@ class SquaredGradients(TorchFunctionMode):
             return NotImplemented
         copies = self.per_image(p, len(tokens), tokens.dim())
         return function(copies, tokens) if p is x else function(tokens, copies)
-
-    def attention(
-        self, query, num_heads, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, **rest
-    ) -> Tensor:
-        """Self-attention of nn.MultiheadAttention; query `[t, b, d]`, tokens first."""
-        weights = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
-        mix = F.scaled_dot_product_attention
-        return written_out(self.linear, mix, query.transpose(0, 1), num_heads, weights).transpose(0, 1)
 
 
 @torch.no_grad()

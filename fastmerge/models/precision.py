@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastmerge.errors import UserError
-from fastmerge.models.attention import self_attention, written_out
+from fastmerge.models.attention import SelfAttention, self_attention
 
 Precision = Literal["fp32", "tf32", "bf16"]
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
@@ -102,12 +102,9 @@ def rounded(function: Any, *args: Any, **kwargs: Any) -> Any:
     """A product of bf16 tensors, computed in fp32 and rounded to bf16. Attention is several products, each rounded."""
     linear, mix = partial(rounded, F.linear), partial(rounded, F.scaled_dot_product_attention)
     if function is F.multi_head_attention_forward and (given := self_attention(args, kwargs)):
-        names = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
-        weights = tuple(given[name] for name in names)
-        tokens = given["query"].transpose(0, 1)
-        return written_out(linear, mix, tokens, given["num_heads"], weights).transpose(0, 1), None
+        return given.instead(linear, mix)
     if function is torch._native_multi_head_attention and args[0] is args[1] is args[2] and args[9] is None:
-        return written_out(linear, mix, args[0], args[4], args[5:9]), None
+        return SelfAttention(args[0], *args[4:9]).written_out(linear, mix), None
     wide = {name: cast(value, torch.bfloat16, torch.float32) for name, value in kwargs.items()}
     return cast(function(*cast(args, torch.bfloat16, torch.float32), **wide), torch.float32, torch.bfloat16)
 

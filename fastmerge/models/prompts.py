@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fastmerge.errors import UserError, first_line
-from fastmerge.models.attention import self_attention, written_out
+from fastmerge.models.attention import self_attention
 from fastmerge.models.recompute import blocks_of
 from fastmerge.wording import counted
 
@@ -57,10 +57,7 @@ class Prefixed(TorchFunctionMode):
         elif function is F.multi_head_attention_forward and (given := self_attention(args, kwargs)):
             self.block += 1
             if self.block in self.prefix:
-                names = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
-                weights = tuple(given[name] for name in names)
-                tokens = given["query"].transpose(0, 1)
-                return written_out(F.linear, self.mix, tokens, given["num_heads"], weights).transpose(0, 1), None
+                return given.instead(F.linear, self.mix)
         return function(*args, **kwargs)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
