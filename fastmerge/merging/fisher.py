@@ -16,10 +16,10 @@ from __future__ import annotations
 import fastmerge_kernels as fk
 from torch import Tensor
 
-from fastmerge.merging.rule import Rule
+from fastmerge.merging.rule import Rule, WithMerged
 
 
-class Fisher(Rule):
+class Fisher(WithMerged):
     """The merged model needs its Fisher, so `restart` and `forget` keep the Fisher."""
 
     groups = ("fisher",)
@@ -29,27 +29,13 @@ class Fisher(Rule):
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         if fisher is None:
             raise ValueError("fisher: this rule needs the diagonal Fisher of every model, update(theta, fisher)")
-        if self.empty and self.count > 1:
-            raise ValueError("the merged model was forgotten: call restart(theta) before update()")
+        self.check_restarted()
         merged, kept = self.zeros("merged", "fisher")
         s = self.settings
         lam = 1.0 if self.count == 1 else 1 / self.count if s.accumulate == "sum" else s.lam
         fk.fisher_merge_(merged, kept, theta, fisher, lam)
         if s.accumulate == "last":
             kept.copy_(fisher)
-
-    def _write(self, out: Tensor) -> Tensor:
-        return out.copy_(self.kept["merged"])
-
-    @property
-    def empty(self) -> bool:
-        return "merged" not in self.kept
-
-    def restart(self, theta: Tensor) -> None:
-        self.kept["merged"] = theta.clone()
-
-    def forget(self) -> None:
-        self.kept.pop("merged", None)
 
 
 class CoFiMA(Fisher):

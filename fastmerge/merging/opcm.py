@@ -17,19 +17,18 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
-from fastmerge.merging.rule import Rule
+from fastmerge.merging.rule import WithMerged
 from fastmerge.merging.spectral import singular
 
 
-class OPCM(Rule):
+class OPCM(WithMerged):
     """kept: `merged` `[n]`, tau; `sizes` `[2]` float64: lam, and the sum of the task vectors' norms. `forget` keeps `sizes`
     and the number of models."""
 
     groups = ("opcm",)
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
-        if self.empty and self.count > 1:
-            raise ValueError("the merged model was forgotten: call restart(theta) before update()")
+        self.check_restarted()
         delta = fk.axpy(theta, self.base.theta, -1.0)
         norm = delta.double().norm()
         if self.count == 1:
@@ -47,15 +46,8 @@ class OPCM(Rule):
     def _write(self, out: Tensor) -> Tensor:
         return fk.axpy(self.base.theta, self.kept["merged"], 1.0, out=out)
 
-    @property
-    def empty(self) -> bool:
-        return "merged" not in self.kept
-
     def restart(self, theta: Tensor) -> None:
         self.kept["merged"] = fk.axpy(theta, self.base.theta, -1.0)
-
-    def forget(self) -> None:
-        self.kept.pop("merged", None)
 
 
 def projected(delta: Tensor, merged: Tensor, alpha: float) -> Tensor:

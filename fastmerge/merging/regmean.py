@@ -18,12 +18,12 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
-from fastmerge.merging.rule import Rule
+from fastmerge.merging.rule import WithMerged
 
 Moments = dict[int, tuple[int, Tensor]]  # number of the tensor -> (dimension of its input, G `[in, in]` fp32)
 
 
-class RegMean(Rule):
+class RegMean(WithMerged):
     """kept: `merged` `[n]`, and `gram.K` `[in, in]` of every linear layer. `restart` and `forget` keep these sums."""
 
     groups = ("regmean",)
@@ -35,8 +35,7 @@ class RegMean(Rule):
             raise ValueError(
                 "regmean: this rule needs the second moments of the inputs of every model, update(theta, moments)"
             )
-        if self.empty and self.count > 1:
-            raise ValueError("the merged model was forgotten: call restart(theta) before update()")
+        self.check_restarted()
         (merged,) = self.zeros("merged")
         before = self.base.matrices(merged.clone())
         fk.lerp(merged, theta, 1.0 if self.count == 1 else 1 / self.count, out=merged)
@@ -49,19 +48,6 @@ class RegMean(Rule):
             if self.count > 1:
                 old, its, out = (x[k] if axis == 1 else x[k].mT for x in (before, new, mean))
                 out.copy_(nearest(old, its, gram, total, out))
-
-    def _write(self, out: Tensor) -> Tensor:
-        return out.copy_(self.kept["merged"])
-
-    @property
-    def empty(self) -> bool:
-        return "merged" not in self.kept
-
-    def restart(self, theta: Tensor) -> None:
-        self.kept["merged"] = theta.clone()
-
-    def forget(self) -> None:
-        self.kept.pop("merged", None)
 
 
 def nearest(old: Tensor, new: Tensor, gram: Tensor, total: Tensor, mean: Tensor) -> Tensor:

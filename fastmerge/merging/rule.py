@@ -149,3 +149,25 @@ class Rule:
 
     def _write(self, out: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define how it merges")
+
+
+class WithMerged(Rule):
+    """A rule that keeps its merged model as `merged`, beside sums that `forget` leaves; `restart` gives the model back."""
+
+    def _write(self, out: Tensor) -> Tensor:
+        return out.copy_(self.kept["merged"])
+
+    @property
+    def empty(self) -> bool:
+        return "merged" not in self.kept
+
+    def restart(self, theta: Tensor) -> None:
+        self.kept["merged"] = theta.clone()
+
+    def forget(self) -> None:
+        self.kept.pop("merged", None)
+
+    def check_restarted(self) -> None:
+        """Raise ValueError if the merged model was forgotten and not given back."""
+        if self.empty and self.count > 1:
+            raise ValueError("the merged model was forgotten: call restart(theta) before update()")
