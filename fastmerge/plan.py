@@ -82,6 +82,13 @@ def _pairs(rest: str) -> list[str]:
     return ["=".join(word.strip() for word in pair.split("=", 1)) for pair in pairs if pair]
 
 
+def label_of(spec: str, protocol: str | None) -> str:
+    """What names a run in tables, and its folder: NAME-PROTOCOL(SETTING=VALUE,...)."""
+    name, _, rest = spec.partition(":")
+    pairs = _pairs(rest)
+    return "-".join(filter(None, (name, protocol))) + (f"({','.join(pairs)})" if pairs else "")
+
+
 def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
     """What NAME:... may set -> (group, setting); also under the name group.setting. The method's own come first."""
     method, found = METHODS[name], dict[str, tuple[str, str]]()
@@ -138,8 +145,7 @@ def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> 
                 epochs = {"train": train, "merge": method.merge_epochs(its)}
                 if shared:
                     trained.add(shared)
-                pairs = _pairs(spec.partition(":")[2])
-                label = "-".join(filter(None, (name, protocol))) + (f"({','.join(pairs)})" if pairs else "")
+                label = label_of(spec, protocol)
                 if any(run.label == label for run in runs if run.seed == seed):
                     raise UserError(f"--method {spec}: expected each method with the same settings once")
                 own = scenario.joined() if method.joint else scenario

@@ -75,6 +75,8 @@ LONG = {
     "test_readme.py",
     "test_recompute.py",
     "test_registration.py",
+    "test_reproduce.py::test_a_table_from_end_to_end",
+    "test_reproduce.py::test_a_process_of_several_trains_and_writes_no_table",
     "test_resume.py",
     "test_sampling.py::test_dare",
     "test_saved.py",

@@ -1,0 +1,316 @@
+"""A table or figure of the papers, beside the published numbers.
+
+    fastmerge reproduce --list
+    fastmerge reproduce trm:table1 --data-root DIR           # DIR contains the data sets
+    fastmerge reproduce trm:table1 --small                   # on the embedded data sets, in minutes
+    fastmerge reproduce --all --small --processes 2
+    fastmerge reproduce trm:table1 --dry-run                 # runs, images, hours and disk
+
+What is missing is trained; a stopped command continues when it is repeated, and targets share runs. Several commands may
+work in one --runs folder, and `torchrun ... -m fastmerge reproduce` shares every batch. All flags of the trainer that say
+how to run apply too (--device, --precision, --micro-batch, ...). Without its data a column is not run, and the command that
+would run it is printed.
+
+A difference is called reproduced if it is within two standard errors: of the mean of our seeds and of the published number,
+which counts as one run with our deviation where the paper gives none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmerge.errors import UserError, nearest
+from fastmerge.reproduce import TARGETS
+from fastmerge.reproduce.target import Column, Target
+from fastmerge.wording import counted
+
+SMALL_SEEDS = 2
+UNTRAINED = "zero-shot"  # every run scores it first
+EMBEDDED = {"glyphs": "characters", "glyphs-hard": "harder characters"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fastmerge reproduce`; returns the exit code: 0 even where a data set is missing, 2 for bad input.
+
+    Raises:
+        UserError: an unknown target, row or flag.
+    """
+    own, rest = parser().parse_known_args(argv)
+    if own.list:
+        print(listing())
+        return 0
+    job = Job(own, rest, chosen(own))
+    if own.dry_run:
+        print(job.plan())
+        return 0
+    return job.run()
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("fastmerge reproduce", description=__doc__, allow_abbrev=False)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("targets", nargs="*", metavar="PAPER:ITEM", help="such as trm:table1 (see --list)")
+    made.add_argument("--all", action="store_true", help="all tables and figures")
+    made.add_argument("--list", action="store_true", help="print what there is")
+    made.add_argument("--small", action="store_true", help="on the embedded data sets")
+    made.add_argument("--data-root", help="folder that contains the papers' data sets")
+    made.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the tables")
+    made.add_argument("--seeds", nargs="+", type=int, help="seeds (0 1 2; 0 1 with --small; ten for trm:figure7)")
+    made.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes (1)")
+    made.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
+    made.add_argument("--out", type=Path, default=Path("reproduced"), help="folder of the tables and figures")
+    made.add_argument("--dry-run", action="store_true", help="say what would run")
+    return made
+
+
+def listing() -> str:
+    width = max(map(len, TARGETS))
+    return "\n".join(f"{target.name:{width}}  {target.title} ({target.where})" for target in TARGETS.values())
+
+
+def chosen(own: argparse.Namespace) -> list[Target]:
+    """The targets that the command names.
+
+    Raises:
+        UserError: none, or an unknown one; an unknown row; a number of processes or seeds that cannot be.
+    """
+    if own.all == bool(own.targets):
+        raise UserError("reproduce: name a table or figure, such as trm:table1, or give --all; --list prints them")
+    for name in own.targets:
+        if name not in TARGETS:
+            raise UserError(f"unknown target {name!r}.{nearest(name, TARGETS)} fastmerge reproduce --list prints all")
+    if own.processes < 1:
+        raise UserError(f"--processes {own.processes}: expected at least 1")
+    found = list(TARGETS.values()) if own.all else [TARGETS[name] for name in dict.fromkeys(own.targets)]
+    known = list(dict.fromkeys(row for target in found for row in target.rows))
+    for row in own.only or ():
+        if row not in known:
+            raise UserError(f"--only {row}: no such row.{nearest(row, known)} Expected one of: {', '.join(known)}")
+    return found
+
+
+class Part(NamedTuple):
+    """One command of the trainer. rows: row -> method."""
+
+    target: Target
+    column: Column
+    rows: dict[str, str]
+
+    @property
+    def specs(self) -> list[str]:
+        """`--method` of the trainer; for the untrained model alone the cheapest one."""
+        return list(dict.fromkeys(spec for spec in self.rows.values() if spec != UNTRAINED)) or ["nearest-mean"]
+
+
+class Job:
+    """The targets of one command. own: its flags; rest: those for the trainer."""
+
+    def __init__(self, own: argparse.Namespace, rest: list[str], targets: list[Target]):
+        self.own, self.rest, self.targets = own, rest, targets
+        self.why: dict[str, str] = {}  # folder -> why it cannot be trained
+        for part in self.trainings():
+            self.config(part)  # a wrong flag of the trainer is told first
+
+    def columns(self, target: Target) -> tuple[Column, ...]:
+        return target.small if self.own.small else target.columns
+
+    def rows(self, target: Target) -> dict[str, str]:
+        return {row: spec for row, spec in target.rows.items() if not self.own.only or row in self.own.only}
+
+    def missing(self, target: Target) -> dict[str, str]:
+        """row -> why it is not run: a file that only the user has."""
+        given = {word.partition("=")[0] for word in self.rest}
+        return {row: f"needs {flag}" for row, flag in target.needs.items() if flag not in given}
+
+    def parts(self, target: Target, column: Column) -> list[Part]:
+        """What is trained for one column: its rows together, and each row with data settings of its own apart."""
+        skip = self.missing(target)
+        rows = {row: spec for row, spec in self.rows(target).items() if row not in skip}
+        together = {row: spec for row, spec in rows.items() if row not in target.apart}
+        made = [Part(target, column, together)] if together else []
+        for row in rows.keys() - together.keys():
+            folder = f"{column.folder}-{re.sub('[^a-z0-9]+', '-', row.lower())}"
+            own = Column(column.name, f"{column.flags} {target.apart[row]}", folder)
+            made.append(Part(target, own, {row: rows[row]}))
+        return made
+
+    def seeds(self, target: Target) -> list[int]:
+        return self.own.seeds or list(range(SMALL_SEEDS if self.own.small else target.seeds))
+
+    def folder(self, column: Column) -> Path:
+        return self.own.runs / column.folder
+
+    def words(self, part: Part) -> list[str]:
+        """The trainer's command line."""
+        seeds = map(str, self.seeds(part.target))
+        place = ["--data-root", self.own.data_root] if self.own.data_root and not self.own.small else []
+        words = [*part.column.words, "--method", *part.specs, "--seeds", *seeds, *place, *self.rest]
+        return [*words, "--run-dir", str(self.folder(part.column))]
+
+    def config(self, part: Part) -> Any:
+        from fastmerge.flags import parse
+
+        return parse(self.words(part))
+
+    def trainings(self) -> list[Part]:
+        """All that the targets train."""
+        return [
+            part
+            for target in self.targets
+            if target.rows
+            for column in self.columns(target)
+            for part in self.parts(target, column)
+        ]
+
+    def run(self) -> int:
+        """Train what is missing, then write every table and figure."""
+        others = self.start_others()
+        code = self.train()
+        for other in others:
+            other.wait()
+        if others and not code:
+            code = self.train()  # what another process had claimed is finished now
+        if code or self.worker is not None or os.environ.get("RANK", "0") != "0":
+            return code
+        for target in self.targets:
+            for path in self.write(target):
+                print(path)
+        return 0
+
+    @property
+    def worker(self) -> int | None:
+        """The number of this process if `--processes` started it."""
+        number = os.environ.get("FASTMERGE_REPRODUCE_WORKER")
+        return None if number is None else int(number)
+
+    def start_others(self) -> list[subprocess.Popen]:
+        """Start the other processes of `--processes`, each with its share of the threads; they only train."""
+        if self.own.processes == 1 or self.worker is not None:
+            return []
+        import torch
+
+        threads = max(1, torch.get_num_threads() // self.own.processes)
+        torch.set_num_threads(threads)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+        return [
+            subprocess.Popen(
+                self.command_of_worker(),
+                env=environment | {"FASTMERGE_REPRODUCE_WORKER": str(number)},
+                stdout=subprocess.DEVNULL,
+            )
+            for number in range(1, self.own.processes)
+        ]
+
+    def command_of_worker(self) -> list[str]:
+        own = self.own
+        words = ["--processes", str(own.processes), "--runs", str(own.runs), *(["--small"] if own.small else [])]
+        words += ["--seeds", *map(str, own.seeds)] if own.seeds else []
+        words += ["--only", *own.only] if own.only else []
+        words += ["--data-root", own.data_root] if own.data_root else []
+        names = [target.name for target in self.targets]
+        return [sys.executable, "-m", "fastmerge", "reproduce", *names, *words, "--quiet", *self.rest]
+
+    def train(self) -> int:
+        """Run the trainer on every column; returns the code of a stopped one, else 0. What cannot be trained is noted."""
+        from fastmerge.__main__ import run
+
+        todo = list(self.trainings())
+        first = (self.worker or 0) * len(todo) // self.own.processes  # processes begin at different places
+        for part in todo[first:] + todo[:first]:
+            if part.column.folder in self.why:
+                continue
+            print(f"{part.target.name} · {part.column.name}", flush=True)
+            try:
+                code = run(self.config(part))
+            except UserError as error:
+                self.why[part.column.folder] = str(error)
+                command = shlex.join(["python", "-m", "fastmerge", *self.words(part)])
+                print(f"not run: {error}\nwith the data: {command}", file=sys.stderr)
+                continue
+            if code:
+                return code
+        return 0
+
+    def results(self, part: Part) -> dict[str, list[dict[str, Any]]]:
+        """row -> results of its seeds."""
+        from fastmerge.methods import METHODS
+        from fastmerge.plan import label_of, read_method
+        from fastmerge.results import read_run
+
+        folder = self.folder(part.column)
+        if not any(folder.glob("*-seed*/result.json")):
+            return {}
+        methods, zero_shot = read_run(folder)
+        config, found = self.config(part), dict[str, list[dict[str, Any]]]()
+        for row, spec in part.rows.items():
+            if spec == UNTRAINED:
+                found[row] = [zero_shot] if zero_shot else []
+                continue
+            name, its = read_method(spec, config)
+            seeds = methods.get(label_of(spec, METHODS[name].protocols(its)[0]), {})
+            found[row] = [seeds[str(seed)] for seed in self.seeds(part.target) if str(seed) in seeds]
+        return found
+
+    def command(self, target: Target) -> str:
+        """What repeats this target."""
+        small = ["--small"] if self.own.small else []
+        seeds = ["--seeds", *map(str, self.own.seeds)] if self.own.seeds else []
+        only = ["--only", *self.own.only] if self.own.only else []
+        return shlex.join(["fastmerge", "reproduce", target.name, *small, *seeds, *only, *self.rest])
+
+    def write(self, target: Target) -> list[Path]:
+        """Write the table or figure; returns its files."""
+        from fastmerge.reproduce.compare import cells, save
+
+        found, stand_in = [], {}
+        for column in self.columns(target):
+            why, results = self.missing(target), dict[str, list[dict[str, Any]]]()
+            for part in self.parts(target, column):
+                results |= self.results(part)
+                if part.column.folder in self.why:
+                    why |= dict.fromkeys(part.rows, "data not found")
+            found += cells(target, column, results, why, list(self.rows(target)))
+            if self.own.small:
+                name = column.words[column.words.index("--dataset") + 1]
+                stand_in[column.name] = f"`{name}`, {EMBEDDED[name]}"
+        self.own.out.mkdir(parents=True, exist_ok=True)
+        paths = save(target, found, stand_in, self.command(target), self.own.out) if target.rows else []
+        return paths + (self.draw(target) if target.draw else [])
+
+    def draw(self, target: Target) -> list[Path]:
+        """Draw the figure of every column whose runs are there."""
+        from fastmerge.analysis.__main__ import main as analyse
+
+        paths = []
+        for column in self.columns(target):
+            if column.folder in self.why:
+                continue
+            flags = ["--seeds", *map(str, self.seeds(target)), *self.rest]
+            out = self.own.out / target.file
+            words = []
+            for word in shlex.split(target.draw):
+                words += {"{runs}": [str(self.folder(column))], "{flags}": [*column.words, *flags]}.get(word, [word])
+            if analyse([*words, "--out", str(out)]) == 0:
+                paths.append(out)
+        return paths
+
+    def plan(self) -> str:
+        """What would run, for --dry-run."""
+        from fastmerge.reproduce.cost import costs
+
+        found = costs((part.target, part.column, self.config(part)) for part in self.trainings())
+        lines = [cost.line() for cost in found]
+        runs, hours, size = (sum(x) for x in zip(*((c.runs, c.hours, c.bytes) for c in found), strict=True))
+        lines.append(
+            f"in all {counted(runs, 'run')}, about {hours:.1f} hours of training and merging on this machine in fp32, "
+            f"without evaluation; models of {size / 1e9:.1f} GB in {self.own.runs}"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""Our numbers beside the published ones: difference, standard error, and whether two standard errors cover it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmerge.checkpoint import save_text, write_atomically
+from fastmerge.reproduce.target import Column, Target, published
+from fastmerge.results import METRICS
+
+RUNS = 3  # runs of which a published deviation is (P&M, section 4.1)
+HEADINGS = {
+    "final_accuracy": "final accuracy (%)",
+    "final_accuracy_macro": "final accuracy, mean over tasks (%)",
+    "aaa_macro": "AAA (%)",
+    "peak_memory_gb": "peak memory (GB)",
+    "hours": "hours",
+}
+OTHERS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "peak_memory_gb": lambda result: result["peak_memory_bytes"] / 1e9,
+    "hours": lambda result: (result["seconds"]["train"] + result["seconds"]["merge"]) / 3600,
+}
+
+
+class Cell(NamedTuple):
+    """One number. ours: of every seed. paper, deviation: published, or None. why: what stands in the way of ours."""
+
+    column: str
+    metric: str
+    row: str
+    ours: tuple[float, ...]
+    paper: float | None
+    deviation: float | None
+    why: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.ours) if self.ours else None
+
+    @property
+    def spread(self) -> float | None:
+        """Sample deviation of ours."""
+        return statistics.stdev(self.ours) if len(self.ours) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.mean is None or self.paper is None else self.mean - self.paper
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the difference, or None with a single seed. A published number without a deviation counts as
+        one run with the spread of ours, one with a deviation as the mean of RUNS runs."""
+        if self.difference is None or self.spread is None:
+            return None
+        theirs = self.spread**2 if self.deviation is None else self.deviation**2 / RUNS
+        return math.sqrt(self.spread**2 / len(self.ours) + theirs)
+
+    @property
+    def reproduced(self) -> bool | None:
+        """Whether the difference is within two standard errors; None if that cannot be said."""
+        return None if self.difference is None or self.error is None else abs(self.difference) <= 2 * self.error
+
+
+def value(result: dict[str, Any], metric: str) -> float | None:
+    return OTHERS[metric](result) if metric in OTHERS else result[metric]
+
+
+def cells(
+    target: Target,
+    column: Column,
+    found: Mapping[str, Sequence[dict[str, Any]]],
+    why: dict[str, str],
+    rows: Sequence[str],
+) -> list[Cell]:
+    """The cells of one column. found: row -> results of its seeds. why: row -> why it has none."""
+    paper = published().get(target.name, {})
+    made = []
+    for metric in target.metrics:
+        for row in rows:
+            ours = [value(result, metric) for result in found.get(row, ()) if metric in METRICS or "seconds" in result]
+            number, deviation = paper.get((row, column.name, metric), (None, None))
+            kept = tuple(x for x in ours if x is not None)
+            made.append(Cell(column.name, metric, row, kept, number, deviation, why.get(row, "")))
+    return made
+
+
+def rank_correlation(cells: Sequence[Cell]) -> float | None:
+    """Spearman's rho between ours and the published numbers; None for fewer than three rows or a constant one."""
+    pairs = [(cell.mean, cell.paper) for cell in cells if cell.mean is not None and cell.paper is not None]
+    if len(pairs) < 3:
+        return None
+    ranks = [midranks([pair[k] for pair in pairs]) for k in (0, 1)]
+    return None if any(len(set(r)) == 1 for r in ranks) else statistics.correlation(*ranks)
+
+
+def midranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0; equal values share the mean of theirs."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+
+def markdown(target: Target, found: Sequence[Cell], stand_in: dict[str, str], command: str) -> str:
+    """The table. stand_in: column -> the embedded set that was run in its place. command: what made it."""
+    lines = [f"# {target.name}: {target.title}", "", f"```bash\n{command}\n```", ""]
+    if stand_in:
+        lines += [
+            "On embedded data sets, so ours and the paper's numbers differ by what the data are; their order may agree.",
+            "",
+        ]
+    for column in dict.fromkeys(cell.column for cell in found):
+        lines += [f"## {column}" + (f" (here: {stand_in[column]})" if column in stand_in else ""), ""]
+        for metric in target.metrics:
+            its = [cell for cell in found if (cell.column, cell.metric) == (column, metric)]
+            lines += [HEADINGS[metric] + ":", "", *block(its, bool(stand_in)), ""]
+            rho = rank_correlation(its)
+            if rho is not None:
+                lines += [f"Order of the rows: Spearman's rho between ours and the paper's is {rho:.2f}.", ""]
+    return "\n".join(lines)
+
+
+def block(its: Sequence[Cell], small: bool) -> list[str]:
+    """The rows of one column and metric."""
+    titles = ["row", "ours", "seeds", "paper"] + ([] if small else ["difference", "within 2 standard errors"])
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for cell in its:
+        digits = 2 if cell.mean is not None and abs(cell.mean) < 1 and cell.metric in OTHERS else 1
+        ours = cell.why or ("not run" if cell.mean is None else plus_minus(cell.mean, cell.spread, digits))
+        words = [cell.row, ours, str(len(cell.ours) or ""), plus_minus(cell.paper, cell.deviation, digits)]
+        if not small:
+            said = {True: "yes", False: "**no**", None: "" if cell.difference is None else "one run"}[cell.reproduced]
+            words += [plus_minus(cell.difference, cell.error, digits, "+"), said]
+        lines.append(f"| {' | '.join(words)} |")
+    return lines
+
+
+def plus_minus(mean: float | None, spread: float | None, digits: int, sign: str = "") -> str:
+    if mean is None:
+        return ""
+    return f"{mean:{sign}.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+def save(target: Target, found: Sequence[Cell], stand_in: dict[str, str], command: str, out: Path) -> list[Path]:
+    """Write NAME.md and NAME.csv into `out`; returns their paths."""
+    paths = [out / f"{target.file}.md", out / f"{target.file}.csv"]
+    columns = (
+        "column",
+        "data",
+        "metric",
+        "row",
+        "ours",
+        "spread",
+        "seeds",
+        "paper",
+        "paper_spread",
+        "difference",
+        "error",
+    )
+
+    def table(path: Path) -> None:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow((*columns, "reproduced", "why_not"))
+            for c in found:
+                numbers = (c.mean, c.spread, len(c.ours), c.paper, c.deviation, c.difference, c.error)
+                shown = [f"{x:.6g}" if isinstance(x, float) else "" if x is None else x for x in numbers]
+                data = stand_in.get(c.column, "the paper's")
+                judged = "" if stand_in or c.reproduced is None else c.reproduced
+                writer.writerow((c.column, data, c.metric, c.row, *shown, judged, c.why))
+
+    save_text(paths[0], markdown(target, found, stand_in, command))
+    write_atomically(paths[1], table)
+    return paths

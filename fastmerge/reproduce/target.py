@@ -1,0 +1,80 @@
+"""What a table or figure of a paper runs: columns (a data set each), rows (a method each), and what draws it."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+SIZES = {  # training and test images of the official copies (docs/DATA.md), to plan without the data
+    "cars": (8144, 8041),
+    "cifar100": (50000, 10000),
+    "cub200": (5994, 5794),
+    "domainnet": (409832, 176743),
+    "imagenet-a": (5981, 1519),
+    "imagenet-r": (24000, 6000),
+    "imagenet1k": (1281167, 50000),
+    "office-home": (12470, 3118),
+    "office31": (3288, 822),
+    "glyphs": (3600, 1800),
+    "glyphs-hard": (3600, 1800),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One run folder: a data set and its tasks.
+
+    name: as in `published.csv`; of a small column, what the embedded set stands for. flags: of the trainer. folder: under
+    the folder of all runs; columns with the same folder have the same flags, so targets share runs.
+    """
+
+    name: str
+    flags: str
+    folder: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.flags)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A table, or a figure where `draw` is given.
+
+    where: section of the paper. rows: row -> `--method` of the trainer; 'zero-shot' is the untrained model. metrics: names
+    in `results.METRICS`, or those of `compare.OTHERS`; 'task:NAME' is the final accuracy on one task. draw: words of
+    `fastmerge analyse`; {runs} stands for the run folder and {flags} for the column's flags. seeds: of the paper's figure,
+    if it says. needs: row -> the flag of a file that the user must give. apart: row -> flags of the data that it alone has.
+    small: columns on the embedded sets.
+    """
+
+    name: str
+    title: str
+    where: str
+    columns: tuple[Column, ...]
+    small: tuple[Column, ...]
+    rows: dict[str, str] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ("final_accuracy",)
+    draw: str = ""
+    seeds: int = 3
+    needs: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """The name of its files."""
+        return self.name.replace(":", "-")
+
+
+@cache
+def published() -> dict[str, dict[tuple[str, str, str], tuple[float, float | None]]]:
+    """item -> (row, column, metric) -> (value, deviation over runs or None), as the papers print them."""
+    found: dict[str, dict[tuple[str, str, str], tuple[float, float | None]]] = {}
+    text = resources.files("fastmerge.reproduce").joinpath("published.csv").read_text(encoding="utf-8")
+    for line in csv.DictReader(text.splitlines()):
+        value = float(line["value"]), float(line["deviation"]) if line["deviation"] else None
+        found.setdefault(line["item"], {})[line["row"], line["column"], line["metric"]] = value
+    return found

@@ -1,0 +1,195 @@
+"""The papers' tables by command: what is declared, the arithmetic of the comparison, and one table from end to end."""
+
+import csv
+import math
+
+import pytest
+from image_trees import image_folder
+
+from fastmerge.__main__ import main
+from fastmerge.commands import reproduce
+from fastmerge.flags import parse
+from fastmerge.plan import read_method
+from fastmerge.reproduce import TARGETS
+from fastmerge.reproduce.compare import Cell, markdown, midranks, rank_correlation
+from fastmerge.reproduce.target import SIZES, Column, Target, published
+
+TRAIN = "--model tiny --epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean --dataset folder --tasks 2"
+
+
+def test_every_published_number_has_a_row_and_a_column():
+    assert set(published()) <= set(TARGETS)
+    for item, numbers in published().items():
+        target = TARGETS[item]
+        assert {column for _, column, _ in numbers} == {column.name for column in target.columns}
+        assert {row for row, _, _ in numbers} - {"CLG-CBM", "PROOF"} == set(target.rows), item
+        assert {metric for _, _, metric in numbers} == set(target.metrics)
+        assert {column.name for column in target.small} <= {column.name for column in target.columns}
+        assert all(0 < value < 100 for value, _ in numbers.values())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_row_and_column_is_a_command(name):
+    target = TARGETS[name]
+    assert target.columns and target.small
+    for column in (*target.columns, *target.small):
+        config = parse(column.words)
+        assert config.data.dataset[0] in SIZES
+        for spec in target.rows.values():
+            assert spec == "zero-shot" or read_method(spec, config)
+    for column in target.columns:
+        paper = name.partition(":")[0]
+        assert parse(column.words).training.preset == paper
+
+
+def test_a_folder_has_the_same_flags_in_every_target():
+    """Else the second target would be refused, because the folder holds runs made from something else."""
+    flags = {}
+    for target in TARGETS.values():
+        for column in (*target.columns, *target.small):
+            words = [word for word in column.words if word not in ("strict", "full")]  # each protocol has its own runs
+            assert flags.setdefault(column.folder, words) == words
+
+
+def test_the_comparison_by_hand():
+    cell = Cell("c", "final_accuracy", "r", (70.0, 72.0, 74.0), 75.0, 1.5)
+    assert (cell.mean, cell.spread, cell.difference) == (72.0, 2.0, -3.0)
+    assert cell.error == pytest.approx(math.sqrt(4 / 3 + 2.25 / 3)) and cell.reproduced is False  # 2 x 1.443 < 3
+    alone = cell._replace(deviation=None)
+    assert alone.error == pytest.approx(math.sqrt(4 / 3 + 4)) and alone.reproduced is True
+    one = cell._replace(ours=(72.0,))
+    assert (one.difference, one.error, one.reproduced) == (-3.0, None, None)
+    assert cell._replace(ours=()).difference is None and cell._replace(paper=None).reproduced is None
+
+
+def test_the_order_of_the_rows():
+    assert midranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0, 2.5, 1]
+
+    def column(*pairs):
+        return [Cell("c", "m", "r", (ours,), paper, None) for ours, paper in pairs]
+
+    assert rank_correlation(column((1, 10), (2, 20), (3, 30))) == pytest.approx(1)
+    assert rank_correlation(column((1, 30), (2, 20), (3, 10))) == pytest.approx(-1)
+    assert rank_correlation(column((1, 1), (2, 3), (3, 2), (4, 4))) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert rank_correlation(column((1, 1), (2, 3))) is None and rank_correlation(column((1, 1), (1, 3), (1, 2))) is None
+
+
+def test_the_table_marks_what_is_not_reproduced():
+    target = Target("trm:table9", "a title", "here", (), ())
+    far = Cell("data", "final_accuracy", "far", (50.0, 51.0), 80.0, None)
+    near = far._replace(row="near", paper=50.0)
+    lost = far._replace(row="lost", ours=(), why="needs --x")
+    text = markdown(target, [far, near, lost], {}, "fastmerge reproduce trm:table9")
+    assert "| far | 50.5 ± 0.7 | 2 | 80.0 | -29.5 ± 0.9 | **no** |" in text
+    assert "| near | 50.5 ± 0.7 | 2 | 50.0 | +0.5 ± 0.9 | yes |" in text
+    assert "| lost | needs --x |  | 80.0 |  |  |" in text
+    small = markdown(target, [far], {"data": "`glyphs`"}, "c")
+    assert "**no**" not in small and "## data (here: `glyphs`)" in small and "| far | 50.5 ± 0.7 | 2 | 80.0 |" in small
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table of three rows and two columns, the second without its data."""
+    rows = {"Zero-shot": "zero-shot", "Ours": "finetune", "Merged": "average", "Other": "magmax", "Words": "zero-shot"}
+    columns = (Column("here", TRAIN, "here"), Column("nowhere", "--preset trm --dataset cifar100", "nowhere"))
+    apart = {"Words": "--template '{}'"}
+    target = Target(
+        "trm:table1", "a table", "a section", columns, (), rows, needs={"Other": "--split-file"}, apart=apart
+    )
+    monkeypatch.setitem(TARGETS, "trm:table1", target)
+    return target
+
+
+def test_a_table_from_end_to_end(table, tmp_path, capsys):
+    data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
+    words = ["reproduce", "trm:table1", "--data-root", str(data), "--seeds", "0", "1", "--runs", str(tmp_path / "runs")]
+    words += ["--out", str(tmp_path / "out"), "--protocol", "strict"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "not run" in shown.err and "--dataset cifar100" in shown.err and "--method finetune average" in shown.err
+    rows = {(r["column"], r["row"]): r for r in csv.DictReader(open(tmp_path / "out" / "trm-table1.csv"))}
+    assert len(rows) == 10 and rows["nowhere", "Ours"]["why_not"] == "data not found"
+    assert rows["here", "Other"]["why_not"] == "needs --split-file"
+    assert not (tmp_path / "runs" / "here" / "magmax-strict-seed0").exists()
+    for row, label in (("Ours", "finetune"), ("Merged", "average-strict")):
+        from fastmerge.results import read_result
+
+        ours = [
+            read_result(tmp_path / "runs" / "here" / f"{label}-seed{s}" / "result.json")["final_accuracy"]
+            for s in (0, 1)
+        ]
+        assert float(rows["here", row]["ours"]) == pytest.approx(sum(ours) / 2, rel=1e-5)
+        assert rows["here", row]["seeds"] == "2"
+    assert rows["here", "Zero-shot"]["seeds"] == rows["here", "Words"]["seeds"] == "1"
+    assert (tmp_path / "runs" / "here-words" / "nearest-mean-seed0" / "result.json").exists()
+
+    written = tmp_path / "runs" / "here" / "finetune-seed0" / "result.json"
+    before = written.stat().st_mtime_ns
+    assert main([*words, "--only", "Ours"]) == 0 and written.stat().st_mtime_ns == before  # nothing is trained again
+    rows = list(csv.DictReader(open(tmp_path / "out" / "trm-table1.csv")))
+    assert {row["row"] for row in rows} == {"Ours"}
+
+
+def test_a_process_of_several_trains_and_writes_no_table(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
+    words = ["reproduce", "trm:table1", "--data-root", str(data), "--processes", "2", "--seeds", "0"]
+    words += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--protocol", "strict"]
+    job = reproduce.Job(*_parsed(words[1:]))
+    assert job.worker is None
+    other = job.command_of_worker()
+    assert other[3:5] == words[:2] and str(data) in other and other[-2:] == ["--protocol", "strict"]
+    own, rest, targets = _parsed(other[4:])
+    assert (own.processes, own.seeds, own.runs) == (2, [0], job.own.runs) and rest == [
+        "--quiet",
+        "--protocol",
+        "strict",
+    ]
+    monkeypatch.setenv("FASTMERGE_REPRODUCE_WORKER", "1")
+    worker = reproduce.Job(own, rest, targets)
+    assert worker.worker == 1 and worker.run() == 0
+    assert (
+        job.own.runs / "here" / "finetune-seed0" / "result.json"
+    ).exists() and not own.out.exists()  # it only trains
+
+
+def _parsed(words):
+    own, rest = reproduce.parser().parse_known_args(words)
+    return own, rest, reproduce.chosen(own)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "name a table or figure"),
+        (["trm:table1", "--all"], "name a table or figure"),
+        (["trm:tabel1"], "Did you mean: trm:table1"),
+        (["trm:table1", "--only", "MagMix"], "Did you mean: MagMax"),
+        (["trm:table1", "--processes", "0"], "at least 1"),
+        (["trm:table1", "--epoch", "3"], "unknown flag --epoch"),
+    ],
+)
+def test_bad_words_are_refused_before_anything_runs(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *words]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_list_and_the_plan(capsys):
+    assert main(["reproduce", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{name} " in text for name in TARGETS)
+    assert main(["reproduce", "trm:table3", "pam:table7", "--small", "--dry-run", "--only", "k", "LoRA-P&M"]) == 0
+    text = capsys.readouterr().out
+    assert "trm:table3 · ImageNet-R, 10 tasks: 2 runs, 0.02 million images" in text  # 2 seeds x 3600 x (2 + 1) epochs
+    assert "pam:table7 · CIFAR-100, 10 tasks: 2 runs" in text and "in all 6 runs" in text
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_small_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "trm:table2 --small --only MagMax LwF --epochs 1 --batch-size 256 --seeds 0 --processes 2 --quiet".split()
+    assert main(["reproduce", *words]) == 0
+    rows = list(csv.DictReader(open("reproduced/trm-table2.csv")))
+    assert len(rows) == 8 and all(row["ours"] and row["data"] != "the paper's" for row in rows)
+    assert len(list((tmp_path / "runs").rglob("result.json"))) == 8
