@@ -140,7 +140,8 @@ class Earlier:
             settings = self.manifest["determines"]["runs"].get(file.parent.name, {})
             learned = {name.partition(".")[0] for name in settings} & TEXT_GROUPS
             if about["head"] == "text" and not learned:
-                return select(tensors, "head")
+                made = select(tensors, "head")
+                return {name: made[name] for name in ("weight", "scale")}  # a method may add its own
         return None
 
     def digest(self, name: str) -> str:

@@ -9,7 +9,8 @@ import toy
 from fastmerge.data.rehearsal import Joined
 from fastmerge.errors import UserError
 from fastmerge.evaluate import accuracies
-from fastmerge.methods.icarl import ICaRL, herd
+from fastmerge.exemplars import herd
+from fastmerge.methods.icarl import ICaRL
 from fastmerge.report import results_rows
 
 FLAGS = ("--clip=0", "--icarl.exemplars=13", "--epochs=1", "--weight-decay=0")
@@ -103,9 +104,9 @@ def test_three_tasks_equal_a_plain_loop():
         for c in task.classes:
             rows = np.flatnonzero(images.labels.numpy() == c)
             kept.append((c, images.images[rows[herding(f[rows], each)]]))
-        assert torch.equal(method.exemplars, torch.cat([pixels for _, pixels in kept]))
-        assert method.labels.tolist() == [c for c, pixels in kept for _ in pixels]
-        assert len(method.exemplars) <= 13 and method.known.tolist() == list(range(2 * t + 2))
+        assert torch.equal(method.kept.exemplars, torch.cat([pixels for _, pixels in kept]))
+        assert method.kept.labels.tolist() == [c for c, pixels in kept for _ in pixels]
+        assert len(method.kept.exemplars) <= 13 and method.known.tolist() == list(range(2 * t + 2))
     # the nearest mean of the exemplars, in numpy
     (name, features), *_ = method.also_evaluated().items()
     f = F.normalize(learner.backbone(learner.plain(images.images)).detach(), dim=1).double().numpy()

@@ -24,6 +24,7 @@ from fastmerge.methods.method import Method
 from fastmerge.methods.nearest_mean import NearestMean
 from fastmerge.methods.pam import PAM
 from fastmerge.methods.posthoc import method_of
+from fastmerge.methods.proof import Proof
 from fastmerge.methods.ranpac import RanPAC
 from fastmerge.methods.rapf import RAPF
 from fastmerge.methods.sdlora import SDLoRA
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "coop": CoOp,
     "vpt": VPT,
     "icarl": ICaRL,
+    "proof": Proof,
     "attriclip": AttriCLIP,
     "maple": MaPLe,
     "inflora": InfLoRA,

@@ -46,7 +46,8 @@ class LwF(Method):
         return Distil(self, task, images, during)
 
     def merge(self, task: Task, images: TaskImages, during: Tensors) -> None:
-        self.known = torch.unique(torch.cat([self.known, torch.tensor(task.classes)]))
+        own = torch.tensor(task.classes, device=self.known.device)
+        self.known = torch.unique(torch.cat([self.known, own]))
 
     def state_dict(self) -> Tensors:
         return {"known": self.known}

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.errors import UserError
 from fastmerge.models.features import Features, plain
 from fastmerge.models.lora import check_rank
 from fastmerge.models.prompts import check_prompts
@@ -111,3 +112,12 @@ class Method(ABC):
 
     def load_state_dict(self, tensors: Tensors) -> None:
         """Continue from what `state_dict` returned."""
+
+
+def check_text_head(config: Config, backbone: Backbone, why: str) -> None:
+    """Raise UserError unless the run has a text head. why: what the method, named first, does with it."""
+    if config.model.head not in (None, "text") or backbone.family == "timm":
+        raise UserError(
+            f"{why}: it needs --head text and a model with a text tower "
+            f"(given: --head {config.model.head or 'prototype'}, {backbone.name}); leave it out of --method"
+        )

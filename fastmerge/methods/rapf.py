@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.errors import UserError
 from fastmerge.gaussians import Gaussians
-from fastmerge.methods.method import Method, Tensors
+from fastmerge.methods.method import Method, Tensors, check_text_head
 from fastmerge.models.adapter import linear_map
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.features import Features, mapped
@@ -65,11 +64,7 @@ class RAPF(Method):
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
-        if config.model.head not in (None, "text") or backbone.family == "timm":
-            raise UserError(
-                "rapf compares class names by their text embeddings: it needs --head text and a model with a text tower "
-                f"(given: --head {config.model.head or 'prototype'}, {backbone.name}); leave it out of --method"
-            )
+        check_text_head(config, backbone, "rapf compares class names by their text embeddings")
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:

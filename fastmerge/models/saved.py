@@ -30,6 +30,7 @@ from fastmerge.flat import FlatModel
 from fastmerge.models import load_backbone
 from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.features import Features, restore
+from fastmerge.models.fusion import FusionHead
 from fastmerge.models.heads import AttributeHead, Head, LinearHead, PrototypeHead, TextHead
 from fastmerge.models.normalisation import Normalisation
 
@@ -275,6 +276,8 @@ def load(path: str | Path) -> Model:
     classes = len(about["class_names"])
     if "table" in parts:
         head: Head = AttributeHead.of(parts)
+    elif "contexts" in parts:
+        head = FusionHead.of(parts)
     elif about["head"] == "text":
         head = TextHead(parts["weight"], float(parts["scale"]))
     else:

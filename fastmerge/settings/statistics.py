@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fastmerge.declaration import setting
 
@@ -90,7 +91,9 @@ class RAPFSettings:
 
 
 @dataclass
-class ICaRLSettings:
+class RehearsalSettings:
+    """Of the methods that keep images."""
+
     exemplars: int = setting(
         2000,
         "K, the number of images that are kept in all.",
@@ -99,6 +102,10 @@ class ICaRLSettings:
         at_least=1,
         source="paper",
     )
+
+
+@dataclass
+class ICaRLSettings(RehearsalSettings):
     lam: float = setting(
         1.0,
         "Weight of the distillation loss (PILOT).",
@@ -108,4 +115,28 @@ class ICaRLSettings:
         2.0,
         "Temperature of both predictions in the distillation (PILOT).",
         above=0,
+    )
+
+
+@dataclass
+class ProofSettings(RehearsalSettings):
+    context: int = setting(
+        3,
+        "Context prompts of every task (released code).",
+        at_least=1,
+    )
+    fusion: Literal["image", "batch"] = setting(
+        "image",
+        "Class texts and prototypes after the attention are those of each image, or their means over a batch, also at test "
+        "time (released code): then predictions depend on the batch.",
+    )
+    lr: float = setting(
+        1e-3,
+        "Peak learning rate of SGD (released code).",
+        at_least=0,
+    )
+    weight_decay: float = setting(
+        0.05,
+        "Weight decay of SGD (released code).",
+        at_least=0,
     )
