@@ -20,6 +20,7 @@ from fastmerge.settings.merging import (
     CofimaSettings,
     ComaSettings,
     DareSettings,
+    DellaSettings,
     EWCSettings,
     FisherSettings,
     IsoCSettings,
@@ -276,9 +277,9 @@ class TrainingSettings:
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
-        "karcher, nuslerp (each with --protocol); the baselines finetune, joint, lwf, ewc, clip-adapter, nearest-mean, "
-        "icarl, proof, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: l2p, dualprompt, coda, hide; "
-        "of the text tower: coop, vpt, attriclip, maple. "
+        "karcher, nuslerp, della, della-linear (each with --protocol); the baselines finetune, joint, lwf, ewc, "
+        "clip-adapter, nearest-mean, icarl, proof, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: "
+        "l2p, dualprompt, coda, hide; of the text tower: coop, vpt, attriclip, maple. "
         "NAME:SETTING=VALUE,... changes settings of the method or "
         "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
@@ -464,6 +465,7 @@ class Config:
     task_arithmetic: TaskArithmeticSettings = field(default_factory=TaskArithmeticSettings)
     ties: TiesSettings = field(default_factory=TiesSettings)
     dare: DareSettings = field(default_factory=DareSettings)
+    della: DellaSettings = field(default_factory=DellaSettings)
     magmax: MagMaxSettings = field(default_factory=MagMaxSettings)
     fisher: FisherSettings = field(default_factory=FisherSettings)
     cofima: CofimaSettings = field(default_factory=CofimaSettings)

@@ -9,14 +9,19 @@ import itertools
 from types import SimpleNamespace
 
 import fastmerge_kernels as fk
+import fastmerge_kernels.reference
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastmerge.config import Config
+from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.merging import RULES, build_rule
+from fastmerge.merging import della as della_rule
 from fastmerge.merging.rule import Base
+from fastmerge.methods import METHODS
 
 SEED = 7
 ROUNDING = {"rtol": 0, "atol": 4e-6}  # 20 models of order 1, merged in sequence in fp32
@@ -182,6 +187,58 @@ def dare(case):
 
 def dare_ties(case):
     return ties(case, thinned(case))
+
+
+def rows_of(x):
+    return list(x.flatten(1)) if x.dim() > 1 else [x.flatten()]
+
+
+def magpruned(case):
+    """The bits of the draws are those of the reference; the ranks and the arithmetic are done here."""
+    s, n, pruned = case.config.della, case.base.theta.numel(), []
+    for k, deltas in zip(case.subsequences, case.deltas(), strict=True):
+        draws = np.zeros(n)
+        for bit in range(16):
+            words = fk.reference.random_words(n, SEED, 16 * k + bit, "mix")
+            draws = draws / 2 + (words < 2**31) / 2
+        draws = case.named(torch.from_numpy(draws))
+        if s.scope == "row":
+            rows = [pair for name, d in deltas.items() for pair in zip(*map(rows_of, (d, draws[name])), strict=True)]
+        elif s.scope == "tensor":
+            rows = [(d.flatten(), draws[name].flatten()) for name, d in deltas.items()]
+        else:
+            rows = [tuple(torch.cat([x.flatten() for x in of.values()]) for of in (deltas, draws))]
+        found = []
+        for x, u in rows:
+            share = torch.full_like(x, 0.5)
+            if len(x) > 1:
+                share[x.abs().sort(stable=True).indices] = torch.linspace(0, 1, len(x), dtype=x.dtype)
+            stay = 1 - (s.p + s.epsilon) + 2 * s.epsilon * share
+            out = x * (u >= 1 - stay) / (stay if s.rescale == "probability" else 1)
+            found.append(out)
+        out = torch.cat(found).split([x.numel() for x in deltas.values()])
+        out = {name: new.view(x.shape) for (name, x), new in zip(deltas.items(), out, strict=True)}
+        if s.rescale == "norm":
+            groups = [list(deltas)] if s.scope == "global" else [[name] for name in deltas]
+            for names in groups:
+                before, after = (sum(of[name].abs().sum() for name in names) for of in (deltas, out))
+                for name in names:
+                    out[name] = out[name] * (before / after if after else 1)
+        pruned.append(out)
+    return pruned
+
+
+def della_linear(case):
+    return plus(case, case.config.della.scale, each(mean, *magpruned(case)))
+
+
+def della(case):
+    def tensor(*ds):
+        rows = torch.stack(ds)
+        agree = rows * torch.where(rows.sum(0) >= 0, 1, -1) > 0
+        return (rows * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+    return plus(case, case.config.della.scale, each(tensor, *magpruned(case)))
 
 
 def magmax(case):
@@ -432,6 +489,7 @@ ORACLES = {
     "breadcrumbs": breadcrumbs, "sce": sce, "karcher": karcher, "nuslerp": nuslerp,
     "regmean": regmean, "iso-c": iso_c, "tsv": tsv, "opcm": opcm, "knots": knots,
     "average": average, "task-arithmetic": task_arithmetic, "ties": ties, "dare": dare, "dare-ties": dare_ties,
+    "della": della, "della-linear": della_linear,
     "magmax": magmax, "randmix": random_mix, "stock": stock, "slerp": slerp, "coma": coma,
     "fisher": lambda case: weighed(case, case.config.fisher), "cofima": lambda case: weighed(case, case.config.cofima),
     "wise-ft": lambda case: each(mix, case.start, case.models[-1], lam=case.config.wise_ft.alpha),
@@ -446,6 +504,11 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
     ("dare", "near", {"dare": {"p": 0.7, "scale": 0.5}}),
     ("dare-ties", "lattice", {"dare": {"p": 0.5}, "ties": {"scope": "tensor", "keep": "at least"}}),
     ("dare-ties", "lattice", {"dare": {"p": 0.5, "scale": 0.3}, "ties": {"density": 0.5, "zero": "positive"}}),
+    *[(name, kind, {"della": {"p": 0.3, "epsilon": 0.3, "scope": scope, "rescale": how, "scale": 0.7}})
+      for name, kind, scope, how in (
+        ("della", "lattice", "row", "probability"), ("della-linear", "near", "tensor", "norm"),
+        ("della", "near", "global", "norm"), ("della-linear", "lattice", "global", "probability"))],
+    ("della-linear", "near", {"della": {"p": 0.0, "epsilon": 0.0}}),
     ("magmax", "near", {"magmax": {"scale": 1.0}}),
     *[("magmax", "lattice", {"magmax": {"ties": order}}) for order in ("later", "earlier")],
     *[("fisher", kind, {"fisher": {"accumulate": how, "lam": 0.3}})
@@ -647,3 +710,37 @@ def test_two_rules_do_not_share_a_state():
     other.load_state_dict(one.state_dict())
     other.update(torch.full((4,), 9.0))
     assert one.merged(torch.empty(4)).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("rescale", ["probability", "norm"])
+def test_magprune_is_that_of_mergekit(rescale, monkeypatch):
+    """mergekit's own code with our draws; it keeps the L1 norm, or with no norm leaves the division to us."""
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    settings = configured({"della": {"p": 0.6, "epsilon": 0.2, "rescale": rescale}}).della
+    torch.manual_seed(0)
+    delta, draws, chances = torch.randn(5, 41), torch.rand(5, 41), []
+    monkeypatch.setattr(torch, "bernoulli", lambda p: chances.append(p) or (1 - draws < p).float())
+    theirs = sparsify.della_magprune(delta, 0.4, 0.2, "l1" if rescale == "norm" else None)
+    if rescale == "probability":
+        theirs = theirs / chances[0]
+    torch.testing.assert_close(della_rule.magpruned(delta, draws, settings), theirs)
+    assert 0 < theirs.count_nonzero() < theirs.numel()
+
+
+def test_della_drops_small_entries_more_often():
+    n = 40_000
+    base = Base(torch.zeros(n), shapes=[(n // 20, 20)], seed=SEED)
+    rule = build_rule("della-linear", base, configured({"della": {"p": 0.4, "epsilon": 0.3}}))
+    rule.update(torch.arange(1.0, 21.0).repeat(n // 20))
+    kept = (result(rule).view(-1, 20) != 0).double().mean(0)
+    expected = torch.linspace(0.3, 0.9, 20).double()
+    assert (kept - expected).abs().max() < 5 * (0.25 / (n // 20)) ** 0.5
+
+
+def test_probabilities_of_della_that_are_none_are_refused():
+    backbone = SimpleNamespace(layers=1)
+    for p, epsilon in ((0.1, 0.15), (0.9, 0.15)):
+        config = configured({"della": {"p": p, "epsilon": epsilon}})
+        for name in ("della", "della-linear"):
+            with pytest.raises(UserError, match=rf"--della.p {p} and --della.epsilon {epsilon}: "):
+                METHODS[name].check(config, backbone)

@@ -6,6 +6,7 @@ from fastmerge.config import Config
 from fastmerge.merging.average import Average
 from fastmerge.merging.breadcrumbs import Breadcrumbs
 from fastmerge.merging.dare import Dare, DareTies
+from fastmerge.merging.della import Della, DellaLinear
 from fastmerge.merging.fisher import CoFiMA, CoMA, Fisher
 from fastmerge.merging.iso_c import IsoC
 from fastmerge.merging.karcher import Karcher
@@ -29,6 +30,8 @@ RULES: dict[str, type[Rule]] = {
     "ties": Ties,
     "dare": Dare,
     "dare-ties": DareTies,
+    "della": Della,
+    "della-linear": DellaLinear,
     "magmax": MagMax,
     "randmix": RandomMix,
     "stock": ModelStock,

@@ -89,6 +89,10 @@ class Rule:
         self.count = self.fed = 0
         self.kept: dict[str, Tensor] = {}
 
+    @classmethod
+    def check(cls, *settings: Any) -> None:
+        """Raise UserError for settings of its groups that do not fit each other, before anything is trained."""
+
     def update(self, theta: Tensor, about: Any = None) -> None:
         """Take in one more model `[n]`. about: what the rule needs of the model's data, its Fisher or moments. Neither is
         changed or kept."""

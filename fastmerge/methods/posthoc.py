@@ -32,6 +32,7 @@ from fastmerge.merging import RULES, build_rule
 from fastmerge.merging.rule import Base
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trajectory import Trajectory
+from fastmerge.models.backbone import Backbone
 from fastmerge.models.lora import Projections
 from fastmerge.moments_pass import MomentsPass
 from fastmerge.training import Learner, Phase, Train
@@ -63,6 +64,12 @@ class PostHoc(Method):
         """What the rule merges, `[m]`: the model itself, or a copy of its adapted weights."""
         theta = self.learner.theta
         return self.adapted.gather(theta) if isinstance(self.adapted, Projections) else theta
+
+    @classmethod
+    def check(cls, config: Config, backbone: Backbone) -> None:
+        super().check(config, backbone)
+        rule = RULES[cls.rule_name]
+        rule.check(*(getattr(config, group) for group in rule.groups))
 
     @classmethod
     def build(cls, learner: Learner, trajectory: Trajectory, protocol: str | None) -> PostHoc:

@@ -144,6 +144,35 @@ class DareSettings:
 
 
 @dataclass
+class DellaSettings:
+    p: float = setting(
+        0.5,
+        "Mean probability of dropping an entry.",
+        at_least=0,
+        below=1,
+    )
+    epsilon: float = setting(
+        0.15,
+        "How far above and below p the probabilities of a row go (mergekit); half the epsilon of the paper.",
+        at_least=0,
+        below=1,
+    )
+    scope: Literal["row", "tensor", "global"] = setting(
+        "row",
+        "Where an entry is ranked: in the weights of one output (paper), in its tensor, or in the whole vector.",
+    )
+    rescale: Literal["probability", "norm"] = setting(
+        "probability",
+        "Divide what stays by the probability of staying (paper), or keep the L1 norm of every tensor (mergekit).",
+    )
+    scale: float = setting(
+        1.0,
+        "Factor of the merged task vector (mergekit; the paper searches it).",
+        above=0,
+    )
+
+
+@dataclass
 class MagMaxSettings:
     scale: float = setting(
         0.5,
