@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastmerge import analysis
+from fastmerge.analysis.figure import Output
 from fastmerge.errors import UserError
 from fastmerge.wording import counted
 
@@ -15,9 +17,9 @@ from fastmerge.wording import counted
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one analysis; returns the exit code (2: bad input)."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNG and the CSV (figures)")
+    common.add_argument("--out", type=Path, default=Path("figures"), help="folder for the CSV, PNG and PDF (figures)")
     parser = argparse.ArgumentParser(
-        prog="fastmerge.analysis",
+        prog="fastmerge analyse",
         description=analysis.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -45,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("runs", type=Path, nargs="+", help="run folders")
     one.add_argument("--x", required=True, metavar="SETTING", help="the setting, such as trm.replace_ratio or lr")
     one.add_argument("--metric", default="final_accuracy", help="such as aaa or forgetting (final_accuracy)")
-    own, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    own, rest = parser.parse_known_args(words)
     try:
-        paths = run(own, rest)
+        paths = run(own, rest, shlex.join(["python", "-m", "fastmerge", "analyse", *words]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,18 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
-    """Run one analysis; returns the paths that it wrote. own: its settings; rest: the trainer's settings."""
+def run(own: argparse.Namespace, rest: list[str], command: str) -> list[Path]:
+    """Run one analysis; returns the paths that it wrote. own: its settings; rest: the trainer's; command: as typed."""
     if own.what in ("bars", "sweep") and rest:
         raise UserError(f"{own.what} takes run folders and --out, not {' '.join(rest)}")
     if own.what == "sweep":
         from fastmerge.analysis.sweep import sweep
 
-        return sweep(own.runs, own.x, own.metric, folder(own.out))
+        return sweep(own.runs, own.x, own.metric, output(own.out, command))
     if own.what == "bars":
         from fastmerge.analysis.bars import bars
 
-        return bars(own.runs, folder(own.out))
+        return bars(own.runs, output(own.out, command))
     for name, least in (("points", 2), ("classes", 1), ("after", 2)):
         value = getattr(own, name, None)
         if value is not None and value < least:
@@ -83,7 +86,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
     tasks = len(setup.scenario.tasks)
     if tasks < 2:
         raise UserError("--tasks 1: an analysis compares the models of two tasks; choose at least 2")
-    out = folder(own.out)
+    out = output(own.out, command)
     if own.what == "interpolate":
         from fastmerge.analysis.interpolate import interpolate
 
@@ -100,12 +103,12 @@ def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
     return embeddings(setup, own.classes, out)
 
 
-def folder(out: Path) -> Path:
+def output(out: Path, command: str) -> Output:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error}); choose another folder") from None
-    return out
+    return Output(out, command)
 
 
 if __name__ == "__main__":
