@@ -21,6 +21,7 @@ os.environ["XDG_CACHE_HOME"] = _cache.name  # text heads are cached there
 LONG = {
     "test_alone.py",
     "test_analysis.py",
+    "test_analysis_merges.py",
     "test_baselines.py::test_rows_with_settings_of_training",
     "test_bench.py::test_quick_rows_are_complete",
     "test_bench.py::test_unknown_size_is_named",

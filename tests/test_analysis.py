@@ -5,6 +5,7 @@ import json
 
 import pytest
 from image_trees import image_folder
+from PIL import Image
 
 from fastmerge.__main__ import main as train
 from fastmerge.analysis.__main__ import main
@@ -44,7 +45,11 @@ def test_interpolate(data, tmp_path, capsys):
         )
         == 0
     )
-    assert capsys.readouterr().out.split() == [str(tmp_path / "f" / f"interpolate.{e}") for e in ("csv", "png")]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "f" / f"interpolate.{e}") for e in ("csv", "png", "pdf")]
+    with Image.open(tmp_path / "f" / "interpolate.png") as image:
+        assert image.text["Description"].startswith(
+            "python -m fastmerge analyse interpolate --points 3 --cmm.merge none"
+        )
     rows = read(tmp_path / "f" / "interpolate.csv")
     assert len(rows) == 12 and {float(r["lambda"]) for r in rows} == {0.0, 0.5, 1.0}
     for row in rows:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastmerge import analysis
+from fastmerge.analysis.figure import Output
 from fastmerge.errors import UserError
 from fastmerge.wording import counted
+
+if TYPE_CHECKING:
+    from fastmerge.setup import Setup
+
+
+FINISHED = ("bars", "sweep")  # they read finished runs, and train nothing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one analysis; returns the exit code (2: bad input)."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, default=Path("figures"), help="folder for the PNG and the CSV (figures)")
+    common.add_argument("--out", type=Path, default=Path("figures"), help="folder for the CSV, PNG and PDF (figures)")
     parser = argparse.ArgumentParser(
-        prog="fastmerge.analysis",
+        prog="fastmerge analyse",
         description=analysis.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -25,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="what", required=True)
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
-        more = (
-            None
-            if name in ("bars", "sweep")
-            else "All settings of the trainer apply too: python -m fastmerge --help-all."
-        )
+        more = None if name in FINISHED else "All settings of the trainer apply too: python -m fastmerge --help-all."
         return kinds.add_parser(name, parents=[common], description=text, help=text, epilog=more, allow_abbrev=False)
 
     one = kind("interpolate", "accuracy and loss between the models of two tasks")
@@ -39,15 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = kind("landscape", "the loss over the plane through P&M's initial, old and new model")
     one.add_argument("--points", type=int, default=11, help="number of weights per axis (11)")
     one.add_argument("--after", type=int, help="number of the task whose merge is shown, at least 2 (the last one)")
+    one = kind("trajectory", "the loss between the old and the new model, and that of every merge")
+    one.add_argument("--points", type=int, default=21, help="number of weights from 0 to 1 (21)")
+    more = kind("drift", "how far every merge moves the class token of every layer")
+    for each in (one, more):
+        each.add_argument("--method", nargs="+", metavar="MERGE", help="trm or merge rules, with settings (all)")
     one = kind("bars", "accuracy, forgetting and plasticity of finished runs")
     one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
     one = kind("sweep", "a setting against a metric of finished runs: mean, least and largest over the seeds")
     one.add_argument("runs", type=Path, nargs="+", help="run folders")
     one.add_argument("--x", required=True, metavar="SETTING", help="the setting, such as trm.replace_ratio or lr")
     one.add_argument("--metric", default="final_accuracy", help="such as aaa or forgetting (final_accuracy)")
-    own, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    own, rest = parser.parse_known_args(words)
     try:
-        paths = run(own, rest)
+        paths = run(own, rest, shlex.join(["python", "-m", "fastmerge", "analyse", *words]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,53 +70,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(own: argparse.Namespace, rest: list[str]) -> list[Path]:
-    """Run one analysis; returns the paths that it wrote. own: its settings; rest: the trainer's settings."""
-    if own.what in ("bars", "sweep") and rest:
+def run(own: argparse.Namespace, rest: list[str], command: str) -> list[Path]:
+    """Run one analysis; returns the paths that it wrote. own: its settings; rest: the trainer's; command: as typed."""
+    if own.what in FINISHED and rest:
         raise UserError(f"{own.what} takes run folders and --out, not {' '.join(rest)}")
-    if own.what == "sweep":
-        from fastmerge.analysis.sweep import sweep
-
-        return sweep(own.runs, own.x, own.metric, folder(own.out))
-    if own.what == "bars":
-        from fastmerge.analysis.bars import bars
-
-        return bars(own.runs, folder(own.out))
     for name, least in (("points", 2), ("classes", 1), ("after", 2)):
         value = getattr(own, name, None)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: expected {least} or more")
+    if own.what in FINISHED:
+        return of_runs(own, output(own.out, command))
 
     from fastmerge.flags import parse
     from fastmerge.setup import Setup
 
     setup = Setup(parse(rest))
-    tasks = len(setup.scenario.tasks)
-    if tasks < 2:
-        raise UserError("--tasks 1: an analysis compares the models of two tasks; choose at least 2")
-    out = folder(own.out)
+    tasks, needed = len(setup.scenario.tasks), 2
+    if tasks < needed:
+        raise UserError(
+            f"--tasks {tasks}: {own.what} compares the models of {counted(needed, 'task')}; choose at least {needed}"
+        )
+    return of_training(own, setup, output(own.out, command))
+
+
+def of_runs(own: argparse.Namespace, out: Output) -> list[Path]:
+    if own.what == "sweep":
+        from fastmerge.analysis.sweep import sweep
+
+        return sweep(own.runs, own.x, own.metric, out)
+    from fastmerge.analysis.bars import bars
+
+    return bars(own.runs, out)
+
+
+def of_training(own: argparse.Namespace, setup: Setup, out: Output) -> list[Path]:
     if own.what == "interpolate":
         from fastmerge.analysis.interpolate import interpolate
 
         return interpolate(setup, own.points, out)
+    if own.what == "embeddings":
+        from fastmerge.analysis.embeddings import embeddings
+
+        return embeddings(setup, own.classes, out)
     if own.what == "landscape":
         from fastmerge.analysis.landscape import landscape
 
+        tasks = len(setup.scenario.tasks)
         after = own.after or tasks
         if after > tasks:
             raise UserError(f"--after {after}: the scenario has {counted(tasks, 'task')}")
         return landscape(setup, after, own.points, out)
-    from fastmerge.analysis.embeddings import embeddings
+    from fastmerge.analysis.merges import NAMES
 
-    return embeddings(setup, own.classes, out)
+    specs = own.method or NAMES
+    if own.what == "trajectory":
+        from fastmerge.analysis.trajectory import trajectory
+
+        return trajectory(setup, specs, own.points, out)
+    from fastmerge.analysis.drift import drift
+
+    return drift(setup, specs, out)
 
 
-def folder(out: Path) -> Path:
+def output(out: Path, command: str) -> Output:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error}); choose another folder") from None
-    return out
+    return Output(out, command)
 
 
 if __name__ == "__main__":

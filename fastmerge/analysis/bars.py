@@ -9,15 +9,15 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmerge.analysis.figure import save
+from fastmerge.analysis.figure import Output, save
 from fastmerge.results import names, read_run
 
 COLUMNS = ("run", "method", "metric", "mean", "deviation", "seeds")
 METRICS = {"final_accuracy": "final accuracy", "forgetting": "forgetting", "plasticity": "plasticity"}
 
 
-def bars(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write `bars.csv` (COLUMNS; percent; sample deviation over the seeds, 0 for one seed) and `bars.png` into `out`.
+def bars(folders: Sequence[Path], out: Output) -> list[Path]:
+    """Write `bars.csv` (COLUMNS; percent; sample deviation over the seeds, 0 for one seed) and its plot.
 
     Raises:
         UserError: a folder has no readable results.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmerge.analysis.figure import save
+from fastmerge.analysis.figure import Output, point_style, save
 from fastmerge.analysis.stages import Stages, work
 from fastmerge.errors import UserError
 from fastmerge.methods.cmm import CMM
@@ -23,8 +23,8 @@ MODELS = ("previous", "merged", "aligned")
 COLUMNS = ("class", "image", "model", "x", "y", "distance")
 
 
-def embeddings(setup: Setup, classes: int, out: Path) -> list[Path]:
-    """Write `embeddings.csv` (COLUMNS; image: position among the task's test images) and `embeddings.png` into `out`."""
+def embeddings(setup: Setup, classes: int, out: Output) -> list[Path]:
+    """Write `embeddings.csv` (COLUMNS; image: position among the task's test images) and its plot."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -70,14 +70,14 @@ def embed(two: Stages, rows: list[int]) -> Tensor:
 
 def draw(figure, table: list[tuple]) -> None:
     names = list(dict.fromkeys(line[0] for line in table))
-    for axes, model in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("merged", "aligned"), strict=True):
+    for axes, model in zip(figure.subplots(1, 2, sharex=True, sharey=True), MODELS[1:], strict=True):
         for number, name in enumerate(names):
-            for which, marker in (("previous", "o"), (model, "^")):
+            for which, filling in (("previous", "none"), (model, "full")):
                 spots = [(line[3], line[4]) for line in table if line[0] == name and line[2] == which]
-                label = name if which == "previous" else None
-                axes.scatter(
-                    *zip(*spots, strict=True), marker=marker, s=14, color=f"C{number % 10}", alpha=0.7, label=label
-                )
+                style = point_style(number) | {"fillstyle": filling, "ms": 4, "alpha": 0.7}
+                axes.plot(*zip(*spots, strict=True), **style, label=name if which == model else None)
         far = [line[5] for line in table if line[2] == model]
-        axes.set(title=f"{model} (triangles): mean distance {sum(far) / len(far):.2f}", xticks=[], yticks=[])
-    axes.legend(fontsize=8)
+        axes.set(
+            title=f"{model} (filled), previous (open): mean distance {sum(far) / len(far):.2f}", xticks=[], yticks=[]
+        )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

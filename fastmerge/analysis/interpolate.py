@@ -14,7 +14,7 @@ from pathlib import Path
 import fastmerge_kernels as fk
 import torch
 
-from fastmerge.analysis.figure import save
+from fastmerge.analysis.figure import Output, line_style, save
 from fastmerge.analysis.stages import Stages
 from fastmerge.methods.cmm import CMM
 from fastmerge.setup import Setup
@@ -22,8 +22,8 @@ from fastmerge.setup import Setup
 COLUMNS = ("training", "merge", "lambda", "accuracy_task1", "accuracy_task2", "accuracy", "loss")
 
 
-def interpolate(setup: Setup, points: int, out: Path) -> list[Path]:
-    """Write `interpolate.csv` (COLUMNS; accuracies in percent, loss in nats per image) and `interpolate.png` into `out`."""
+def interpolate(setup: Setup, points: int, out: Output) -> list[Path]:
+    """Write `interpolate.csv` (COLUMNS; accuracies in percent, loss in nats per image) and its plot."""
     rows = [row for tangent in (False, True) for row in curves(setup, tangent, points)]
     return save(out, "interpolate", COLUMNS, rows, lambda figure: draw(figure, rows), (9, 3.6))
 
@@ -52,10 +52,9 @@ def curves(setup: Setup, tangent: bool, points: int) -> Iterator[tuple]:
 
 def draw(figure, rows: list[tuple]) -> None:
     for axes, column, title in zip(figure.subplots(1, 2), (5, 6), ("accuracy (%)", "loss"), strict=True):
-        for training, style in (("normal", "--"), ("tangent", "-")):
-            for merge, colour in (("average", "C0"), ("fisher", "C1")):
-                line = [(r[2], r[column]) for r in rows if r[:2] == (training, merge)]
-                axes.plot(*zip(*line, strict=True), style, color=colour, marker=".", label=f"{training}, {merge}")
+        for k, (training, merge) in enumerate(dict.fromkeys(r[:2] for r in rows)):
+            line = [(r[2], r[column]) for r in rows if r[:2] == (training, merge)]
+            axes.plot(*zip(*line, strict=True), **line_style(k), label=f"{training}, {merge}")
         axes.set(xlabel="weight of the second task's model", ylabel=title)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

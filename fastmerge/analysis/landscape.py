@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastmerge.analysis.figure import save
+from fastmerge.analysis.figure import Output, save
 from fastmerge.analysis.stages import Stages, work
 from fastmerge.errors import UserError
 from fastmerge.methods.pam import PAM
@@ -22,8 +22,8 @@ COLUMNS = ("part", "alpha", "beta", "loss", "loss_own", "accuracy")
 FAR = 1.25  # alpha and beta range from 0 to this
 
 
-def landscape(setup: Setup, after: int, points: int, out: Path) -> list[Path]:
-    """Write `landscape.csv` and `landscape.png` into `out`.
+def landscape(setup: Setup, after: int, points: int, out: Output) -> list[Path]:
+    """Write `landscape.csv` and its plot.
 
     COLUMNS: part is 'plane', 'path' (beta = 1 - alpha) or 'chosen'; loss: mean over the tasks of the cross-entropy in
     nats among the classes of all tasks; loss_own: among the task's own classes (as in eq. 6); accuracy in percent.

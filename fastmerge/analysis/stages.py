@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -38,6 +39,7 @@ class Stages(Generic[M]):
 
     def __init__(self, setup: Setup, method: Callable[[Learner], M], count: int, config: Config | None = None):
         self.learner = setup.learner(setup.config.training.seeds[0], config=config)
+        self.learner.parts.say = lambda text: print(text, file=sys.stderr)  # standard output lists the files
         self.method: M = method(self.learner)
         self.during: Tensors = {}
         self.images = Images(setup.scenario, setup.cache)
@@ -57,6 +59,18 @@ class Stages(Generic[M]):
     def merging(self, number: int, images: TaskImages) -> Phase | None:
         """The merging phase of task `number`, after `train`."""
         return self.method.merge(self.tasks[number], images, self.during)
+
+    @torch.no_grad()
+    def loss(self, number: int, images: TaskImages) -> float:
+        """The loss of training at the current weights, without augmentation: the mean over `images`, of task `number`, of the
+        cross-entropy in nats among the task's own classes."""
+        learner, classes = self.learner, torch.tensor(self.tasks[number].classes, device=self.learner.device)
+        total = torch.zeros((), dtype=torch.float64, device=learner.device)
+        for rows in torch.arange(len(images)).split(learner.config.training.batch_size):
+            pixels, labels = images.batch(rows)
+            logits = learner.head(learner.without_gradient(learner.backbone, pixels), classes)
+            total += F.cross_entropy(logits, positions(labels, classes), reduction="sum")
+        return float(total) / len(images)
 
     @torch.no_grad()
     def score(self) -> Score:

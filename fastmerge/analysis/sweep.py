@@ -1,7 +1,7 @@
 """One setting against one metric over finished runs: mean, least and largest over the seeds (TRM, Figure 7; P&M, Figure 3).
 
     python -m fastmerge --method trm trm:replace_ratio=0.2 trm:replace_ratio=1 --seeds 0 1 2 --run-dir runs/ratio
-    python -m fastmerge.analysis sweep runs/ratio --x trm.replace_ratio
+    python -m fastmerge analyse sweep runs/ratio --x trm.replace_ratio
 
 The value of the setting is read from the model of every run, so rows of one command, several run folders, and defaults go
 together. Runs that differ in nothing else are one line.
@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fastmerge.analysis.figure import save
+from fastmerge.analysis.figure import Output, line_style, save
 from fastmerge.config import PLAIN_GROUPS, declarations
 from fastmerge.errors import UserError, nearest
 from fastmerge.results import METRICS, finished
@@ -26,8 +26,8 @@ from fastmerge.results import METRICS, finished
 COLUMNS = ("line", "x", "mean", "least", "largest", "seeds")
 
 
-def sweep(folders: Sequence[Path], x: str, metric: str, out: Path) -> list[Path]:
-    """Write `sweep.csv` (COLUMNS, in the order of x) and `sweep.png` into `out`. x: a setting, as its flag.
+def sweep(folders: Sequence[Path], x: str, metric: str, out: Output) -> list[Path]:
+    """Write `sweep.csv` (COLUMNS, in the order of x) and its plot. x: a setting, as its flag.
 
     Raises:
         UserError: the setting or the metric is unknown, a folder has no finished run with its model, or all runs have the
@@ -111,14 +111,13 @@ def draw(figure, rows: list[tuple], x: str, metric: str) -> None:
     values = sorted({row[1] for row in rows}, key=place)
     numbers = all(place(value)[0] == 0 for value in values)
     places = {value: value if numbers else k for k, value in enumerate(values)}
-    styles = ("-", "--", ":", "-.")  # to be told apart in grey
     for k, line in enumerate(dict.fromkeys(row[0] for row in rows)):
         mine = [row for row in rows if row[0] == line]
         at = [places[row[1]] for row in mine]
-        axes.plot(at, [row[2] for row in mine], styles[k % 4], marker="o", color=f"C{k % 10}", label=line)
+        axes.plot(at, [row[2] for row in mine], **line_style(k), label=line)
         axes.fill_between(at, [row[3] for row in mine], [row[4] for row in mine], color=f"C{k % 10}", alpha=0.15)
     if not numbers:
         axes.set_xticks(range(len(values)), [str(value) for value in values])
     axes.set(xlabel=x, ylabel=f"{metric.replace('_', ' ')} (%)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(loc="outside right upper", fontsize=8)

@@ -44,7 +44,7 @@ class PostHoc(Method):
 
     rule_name: ClassVar[str]
 
-    def __init__(self, learner: Learner, trajectory: Trajectory, rule: str, protocol: str):
+    def __init__(self, learner: Learner, trajectory: Trajectory | None, rule: str, protocol: str):
         super().__init__(learner)
         self.shared, self.protocol = trajectory, protocol
         self.init = learner.config.training.init if protocol == "full" else "sequential"
@@ -102,7 +102,7 @@ class PostHoc(Method):
         return during
 
     def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
-        if self.protocol == "strict":
+        if self.protocol == "strict" or self.shared is None:
             return Train(self.learner, task, images)
         return self.shared.train(self.learner, task, images, self.init)
 
