@@ -62,6 +62,7 @@ LONG = {
     "test_merge_files.py",
     "test_merge_inputs.py::test_a_killed_merge_goes_on",
     "test_merge_inputs.py::test_an_adapter_is_the_product_on_the_base",
+    "test_merge_statistics.py",
     "test_method_cmm.py::test_linearised_serves_both_families",
     "test_method_pam.py::test_lora_equals_peft_on_separate_projections",
     "test_method_trm.py::test_state_goes_on_in_a_new_search",

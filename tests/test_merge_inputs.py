@@ -422,5 +422,5 @@ def test_the_page_about_merging(tmp_path, monkeypatch, capsys):
     exec(python, {})
     for name, rule in FILE_RULES.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
-        assert name == "dare-ties" or all(f"`{setting}`" in row for setting in places(name)), name
+        assert name in ("dare-ties", "knots") or all(f"`{setting}`" in row for setting in places(name)), name
         assert ("| yes |" in row) == rule.needs_base

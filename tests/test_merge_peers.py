@@ -82,6 +82,17 @@ def test_equals_mergekit(files, mergekit, weights):
         close(merge("stock", out="stock.safetensors"), mergekit("model_stock", models, base, filter_wise=False))
         two = mergekit("slerp", models[1:2], models[0], t=0.5)
         close(merge("slerp", models=MODELS[:2], base=None, out="slerp.safetensors"), two)
+        karcher = mergekit("karcher", models)  # in fp32, and it stops at 1e-5
+        close(merge("karcher", base=None, out="karcher.safetensors"), karcher, rtol=1e-5, atol=5e-5)
+        for density in (0.3, 1.0):
+            sce = mergekit("sce", models, base, select_topk=density)
+            found = merge("sce", out=f"sce{density}.safetensors", density=density)
+            for name in ("a.bias", "b.weight", "b.bias"):  # mergekit selects nothing of a tensor of few entries
+                torch.testing.assert_close(found[name], sce[name], **TIGHT)
+    pair = mergekit("nuslerp", models[:2], base, weights[1:])
+    close(merge("nuslerp", models=MODELS[:2], weights=weights[1:], out="nuslerp.safetensors"), pair)
+    crumbs = mergekit("breadcrumbs", models, base, weights, density=0.4, gamma=0.05)
+    close(merge("breadcrumbs", weights=weights, out="c.safetensors", density=0.4, gamma=0.05, scale=1), crumbs)
 
 
 def test_ties_equals_peft(files):
@@ -143,6 +154,9 @@ RANDOM_AND_GLOBAL = [
     ("ties", {}),
     ("stock", {}),
     ("slerp", {}),
+    ("opcm", {}),
+    ("knots", {}),
+    ("tsv", {}),
 ]
 
 

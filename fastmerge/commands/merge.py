@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         options = read_config(given.mergekit)
     else:
         options = Options(given.rule, given.models, given.base, given.weights, settings_of(given.set))
+    options.statistics = given.statistics
     options.tensors += given.tensors
     options.missing, options.mismatch, options.seed = given.missing, given.mismatch, given.seed
     options.dtype = given.dtype or options.dtype
@@ -83,10 +84,18 @@ def parsed(argv: Sequence[str]) -> Any:
     add(
         "rule",
         nargs="?",
-        help="average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp, wise-ft, coma",
+        help="average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp, nuslerp, karcher, wise-ft, "
+        "coma, breadcrumbs, sce, iso-c, tsv, opcm, knots, fisher, cofima, regmean",
     )
     add("--models", nargs="+", default=[], metavar="PATH", help="what to merge, in this order")
     add("--base", metavar="PATH", help="the model that the others were fine-tuned from; task-vector rules need it")
+    add(
+        "--statistics",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="of each model's data: fisher, cofima, regmean need them",
+    )
     add("--weights", nargs="+", type=float, metavar="W", help="one number per model (default: all 1)")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the rule; the defaults are the papers'")
     add(

@@ -17,6 +17,7 @@ from fastmerge.files.headers import Entry
 from fastmerge.files.inputs import Input, open_input, shown
 from fastmerge.files.rules import FileRule
 from fastmerge.files.settings import check_patterns, defaults, known_rule, read_override, read_values, read_weights
+from fastmerge.files.statistics import Statistics
 
 OUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MISSING = ("error", "base", "average", "skip")
@@ -27,7 +28,8 @@ LARGEST_PART = 1 << 20  # entries: more does not make it faster, less does not f
 
 @dataclass
 class Options:
-    """What a merge is asked for; see `fastmerge merge --help`. models, base: paths, or mappings of names to tensors."""
+    """What a merge is asked for; see `fastmerge merge --help`. models, base, statistics: paths, or mappings of names to
+    tensors."""
 
     rule: str
     models: list[Any]
@@ -40,15 +42,17 @@ class Options:
     dtype: str | None = None
     shard: int | None = None
     seed: int = 0
+    statistics: list[Any] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For the recipe; paths as text."""
-        paths = {"models": [_path(model) for model in self.models], "base": _path(self.base)}
+        paths: dict[str, Any] = {name: [_path(one) for one in getattr(self, name)] for name in ("models", "statistics")}
+        paths["base"] = _path(self.base)
         return {name: value for name, value in asdict(_plain(self)).items() if name not in paths} | paths
 
 
 def _plain(options: Options) -> Options:
-    return Options(**{**vars(options), "models": [], "base": None})
+    return Options(**{**vars(options), "models": [], "statistics": [], "base": None})
 
 
 def _path(source: Any) -> str | None:
@@ -69,6 +73,7 @@ class Item:
     position: int
     settings: dict[str, Any]
     weights: tuple[float, ...]
+    statistics: list[Entry] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -85,6 +90,7 @@ class Plan:
     rule: FileRule
     models: list[Input]
     base: Input | None
+    statistics: list[Input]
     items: list[Item]  # sorted by name
     notes: list[str]
     shards: dict[str, str]  # name -> file of the input whose sharding is kept
@@ -92,21 +98,23 @@ class Plan:
 
     @property
     def inputs(self) -> list[Input]:
-        return [*self.models, *([self.base] if self.base is not None else [])]
+        return [*self.models, *([self.base] if self.base is not None else []), *self.statistics]
 
     def part(self, item: Item, memory: int) -> int:
         """Entries of a part of this tensor."""
         if self.rule.whole and item.action == "merge":
             return max(1, item.numel)
         entry = sum(e.dtype.itemsize for e in [*item.models, *([item.base] if item.base else [])])
-        return max(SMALLEST_PART, min(LARGEST_PART, memory // (entry + 4 * self.rule.buffers + item.dtype.itemsize)))
+        room = self.rule.room(len(self.models))
+        return max(SMALLEST_PART, min(LARGEST_PART, memory // (entry + room + item.dtype.itemsize)))
 
     def memory(self, memory: int) -> int:
         """Bytes that the largest part takes: the mapped inputs, the buffers of the rule, the output."""
 
         def taken(item: Item) -> int:
             entries = [*item.models, *([item.base] if item.base else [])]
-            each = sum(e.dtype.itemsize for e in entries) + 4 * self.rule.buffers + item.dtype.itemsize
+            room = self.rule.room(len(self.models)) if item.action == "merge" else 0
+            each = sum(e.dtype.itemsize for e in entries) + room + item.dtype.itemsize
             return min(self.part(item, memory), item.numel) * each
 
         return max(map(taken, self.items), default=0)
@@ -167,12 +175,14 @@ def make_plan(options: Options) -> Plan:
         weights = read_weights(options.rule, options.weights, count, "--weights")
     overrides = [read_override(options.rule, text, count) for text in options.tensors]
     models, base, notes = _open(options)
+    statistics = Statistics(options.rule, rule, options.statistics, models)
     everything = [*models, *([base] if base is not None else [])]
     reference = base if base is not None else models[0]
     aliases = _aliases(everything)
     names = sorted({name for one in everything for name in one.entries} - aliases.keys())
     check_patterns(overrides, names)
     items: list[Item] = []
+    alone: list[str] = []
     problems: list[str] = []
     position = 0
     for name in names:
@@ -187,15 +197,20 @@ def make_plan(options: Options) -> Plan:
             take = override.take
         try:
             chosen = _choose(name, here, start, base is not None, rule, options, take, len(models), models)
+            of_data, axis = statistics.of(name, first.shape) if chosen and chosen[0] == "merge" else ([], {})
         except UserError as problem:
             problems.append(str(problem))
             continue
         if chosen is not None:
             action, entries = chosen
+            if rule.statistics is not None and not of_data and action == "merge":
+                action = "average"
+                alone.append(name)
             shares = own if action == "merge" else (1.0,) * len(entries)
             dtype = _dtype(first if action != "copy" else entries[0], action, options)
             used = start if action == "merge" else None
-            items.append(Item(name, entries[0].shape, dtype, action, entries, used, position, mine, shares))
+            mine |= axis
+            items.append(Item(name, entries[0].shape, dtype, action, entries, used, position, mine, shares, of_data))
         else:
             notes.append(f"left out: {name}")
         position += first.numel
@@ -208,7 +223,9 @@ def make_plan(options: Options) -> Plan:
     wide = [item.name for item in items if any(e.dtype == torch.float64 for e in item.models) and item.action != "copy"]
     if wide:
         notes.append(f"float64 is merged in fp32: {shown(wide)}")
-    return Plan(options, rule, models, base, items, notes, _shards(reference), aliases)
+    if alone:
+        notes.append(f"averaged, without statistics: {shown(alone)}")
+    return Plan(options, rule, models, base, statistics.inputs, items, notes, _shards(reference), aliases)
 
 
 def _open(options: Options) -> tuple[list[Input], Input | None, list[str]]:

@@ -7,56 +7,31 @@ sorted by name. Hence no bit depends on the size of the parts, on shards, or on 
 
 Weights: `average` divides them by their sum (mergekit's linear); task arithmetic multiplies the task vectors; DARE divides by
 their sum, as its rule averages; TIES elects the sign of the weighted sum and divides by the weights that agree
-(mergekit); SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with more. The others refuse weights.
+(mergekit); SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with more. Those of by_tensor.py are described
+there. The others refuse weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
-from fastmerge.files.thresholds import Trim
+from fastmerge.files.by_tensor import (
+    FileBreadcrumbs,
+    FileCoFiMA,
+    FileFisher,
+    FileIsoC,
+    FileKarcher,
+    FileRegMean,
+    FileSCE,
+    FileTSV,
+)
+from fastmerge.files.rule import FileRule, Part
+from fastmerge.files.surveyed import FileKnots, FileOPCM
 from fastmerge.merging import slerp
-
-
-@dataclass
-class Part:
-    """Entries start..start + n of one tensor. models: T tensors [n]; base: [n]; out: [n], written; bad: int64 [1],
-    receives how many NaN and inf were written. position: of the first entry in all tensors. settings: of the rule, for
-    this tensor."""
-
-    models: list[Tensor]
-    base: Tensor
-    out: Tensor
-    bad: Tensor
-    start: int
-    position: int
-    seed: int
-    weights: Sequence[float]
-    settings: dict[str, Any]
-    trims: list[Trim] = field(default_factory=list)
-
-
-class FileRule:
-    """groups: of settings. whole: the rule needs a tensor as a whole. needs_base: it merges task vectors. weighted: it takes
-    weights. buffers: fp32 buffers of a part that it needs. least, most: numbers of models."""
-
-    groups: ClassVar[tuple[str, ...]] = ()
-    whole: ClassVar[bool] = False
-    needs_base: ClassVar[bool] = True
-    weighted: ClassVar[bool] = True
-    buffers: ClassVar[int] = 0
-    least: ClassVar[int] = 1
-    most: ClassVar[int | None] = None
-    passes: ClassVar[str] = "one pass"
-
-    def write(self, part: Part) -> None:
-        raise TypeError(f"{type(self).__name__} does not say how it merges")
 
 
 class Average(FileRule):
@@ -169,23 +144,40 @@ class Slerp(FileRule):
     whole = True
     needs_base = False
     least = 2
+    buffers = 1
     passes = "three passes"
 
     def write(self, part: Part) -> None:
-        merged, total = part.models[0], part.weights[0]
-        for k, (theta, weight) in enumerate(zip(part.models[1:], part.weights[1:], strict=True)):
+        self.into(part.out, part.models, part, slerp.Slerp.parallel)
+
+    def into(self, out: Tensor, tensors: list[Tensor], part: Part, parallel: float) -> None:
+        """Write the interpolation of all `tensors` into `out`."""
+        merged, total = tensors[0], part.weights[0]
+        for k, (x, weight) in enumerate(zip(tensors[1:], part.weights[1:], strict=True)):
             total += weight
-            out = part.out if k == len(part.models) - 2 else torch.empty(part.out.numel())
-            fk.weighted_sum([merged, theta], _shares(merged, theta, weight / total), out=out, nonfinite=part.bad)
-            merged = out
+            new = out if k == len(tensors) - 2 else torch.empty(out.numel())
+            fk.weighted_sum([merged, x], _shares(merged, x, weight / total, parallel), out=new, nonfinite=part.bad)
+            merged = new
 
 
-def _shares(a: Tensor, b: Tensor, t: float) -> list[float]:
+class NuSlerp(Slerp):
+    needs_base = True
+    buffers = 1
+    per_model = 1
+
+    def write(self, part: Part) -> None:
+        deltas, merged = [fk.axpy(x.float(), part.base, -1.0) for x in part.models], torch.empty(part.out.numel())
+        self.into(merged, deltas, part, slerp.NuSlerp.parallel)
+        part.bad.zero_()  # the task vectors may be finite where their sum with the base is not
+        fk.weighted_sum([merged, part.base], [1.0, 1.0], out=part.out, nonfinite=part.bad)
+
+
+def _shares(a: Tensor, b: Tensor, t: float, parallel: float) -> list[float]:
     """The factors of slerp(a, b, t): see `fastmerge.merging.slerp`."""
     left, right, apart = (fk.segment_norms(x, initial=y)[0] for x, y in ((a, None), (b, None), (b, a)))
     norms = (left * right).sqrt()
     cosine = ((left + right - apart) / (2 * norms)).clamp(-1, 1) if norms > 0 else torch.tensor(1.0)
-    if abs(cosine) > slerp.Slerp.parallel or not cosine == cosine:
+    if abs(cosine) > parallel or not cosine == cosine:
         return [1 - t, t]
     angle = cosine.acos()
     return [float(((1 - t) * angle).sin() / angle.sin()), float((t * angle).sin() / angle.sin())]
@@ -221,6 +213,17 @@ FILE_RULES: dict[str, FileRule] = {
     "randmix": RandomMix(),
     "stock": ModelStock(),
     "slerp": Slerp(),
+    "nuslerp": NuSlerp(),
+    "karcher": FileKarcher(),
     "wise-ft": WiseFT(),
     "coma": CoMA(),
+    "breadcrumbs": FileBreadcrumbs(),
+    "sce": FileSCE(),
+    "iso-c": FileIsoC(),
+    "tsv": FileTSV(),
+    "opcm": FileOPCM(),
+    "knots": FileKnots(),
+    "fisher": FileFisher(),
+    "cofima": FileCoFiMA(),
+    "regmean": FileRegMean(),
 }

@@ -28,7 +28,8 @@ def known_rule(name: str) -> FileRule:
 
 def places(rule: str) -> dict[str, str]:
     """Setting -> group of the rule that has it; the last group where two have one."""
-    return {name: group for group in known_rule(rule).groups for name in declarations()[group]}
+    known = known_rule(rule)
+    return {name: group for group in known.groups for name in declarations()[group] if name not in known.ignored}
 
 
 def defaults(rule: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def read_weights(rule: str, words: Sequence[Any], models: int, where: str) -> tu
         raise UserError(f"{where}: {len(given)} weights for {models} models; give one per model")
     if not all(abs(w) < float("inf") for w in given):
         raise UserError(f"{where}: weights {list(given)}: expected finite numbers")
-    if rule in ("ties", "dare-ties", "slerp") and not all(w > 0 for w in given):
+    if rule in ("ties", "dare-ties", "slerp", "nuslerp", "fisher", "cofima") and not all(w > 0 for w in given):
         raise UserError(
             f"{where}: weights {list(given)}: {rule} needs positive ones; leave a model out instead of weight 0"
         )

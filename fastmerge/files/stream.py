@@ -3,6 +3,7 @@ TIES."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from fastmerge.errors import UserError
 from fastmerge.files.measure import Measure
 from fastmerge.files.plan import Item, Plan
-from fastmerge.files.rules import Part, Ties
+from fastmerge.files.rule import Part, Whole
+from fastmerge.files.rules import Ties
 from fastmerge.files.thresholds import Parts, Trim, trims
 
 MEMORY = 256 << 20
@@ -57,6 +59,7 @@ class Stream:
     ):
         self.plan, self.memory, self.measure, self.finite, self.say = plan, memory, measure, finite, say
         self.trims: dict[str, list[Trim]] = {}
+        self.known: dict[str, Any] = {}
 
     def run(self, sink: Sink) -> dict[str, dict[str, Any]]:
         """Write every tensor into the sink; returns what is known of each: action, nonfinite, and the measures.
@@ -68,6 +71,12 @@ class Stream:
         todo = [item for item in self.plan.items if item.name not in found]
         if isinstance(self.plan.rule, Ties) and todo:
             self._thresholds([item for item in self.plan.items if item.action == "merge"])
+        if todo:
+            merged = [item for item in self.plan.items if item.action == "merge" and item.numel]
+            tensors = [
+                Whole(item.name, item.shape, item.settings, functools.partial(self._read, item)) for item in merged
+            ]
+            self.known = self.plan.rule.survey(tensors)
         for item in todo:
             found[item.name] = self._write(item, sink.tensor(item))
             if not found[item.name].get("undecided"):
@@ -130,10 +139,20 @@ class Stream:
                 models = [item.models[0].part(start, stop)]
             bad = torch.zeros(1, dtype=torch.int64)
             position, seed = item.position + start, self.plan.options.seed
-            yield Part(models, base, out[start:stop], bad, start, position, seed, item.weights, item.settings)
+            part = Part(
+                models, base, out[start:stop], bad, start, position, seed, item.weights, item.settings, item.shape
+            )
+            elementwise = [(e, e.numel == item.numel) for e in item.statistics]
+            part.statistics = [_view(e, start, stop) if fits else e.whole() for e, fits in elementwise]
+            part.known = self.known.get(item.name)
+            yield part
+
+    def _read(self, item: Item) -> Part:
+        """The whole tensor, without an output."""
+        return next(self._parts(item, torch.empty(item.numel, dtype=item.dtype, device="meta")))
 
     def _release(self, item: Item) -> None:
-        for entry in [*item.models, *([item.base] if item.base is not None else [])]:
+        for entry in [*item.models, *([item.base] if item.base is not None else []), *item.statistics]:
             if entry.release is not None:
                 entry.release()
 

@@ -2,8 +2,8 @@
 
 For every tensor: keep the share `density` of the entries whose variance over the models is largest (of those that is not
 zero); weigh each model by the sum of the squares it has left; keep of every entry the models with the sign of the sum; take
-the mean with these weights. Without a difference anywhere, as with one model, all entries count. As in mergekit, whose
-default density is 1; the paper has 0.1.
+the mean with these weights. Where that selects no entry, as with one model or in a scalar, all entries count; mergekit leaves
+such a tensor as it was. The rest is as in mergekit, whose default density is 1; the paper has 0.1.
 
 The variance selects entries of all earlier models anew, so it keeps every task vector: Theta(T n).
 """

@@ -1,0 +1,121 @@
+"""Merge rules of a training (`fastmerge.merging`) on files: the rule itself, on one tensor after the other.
+
+So the formulas, papers and defaults are theirs. Iso-C, TSV, Breadcrumbs, SCE, RegMean and the Karcher mean treat every tensor
+alone and need it as a whole. Fisher merging has one formula per entry and takes any part.
+
+Fisher, CoFiMA and RegMean need tensors of every model's data, `--statistics`, one file per model with the names of the
+model's tensors: diagonal Fishers of their shapes, or the mean of X^T X, [in, in], of the inputs X of linear layers. Where no
+file has one, the tensor is averaged. A weight is [out, in] (nn.Linear); one that is used as x @ W has its input first, and
+the metadata `axes` of the file, such as {"visual.proj": 0} as JSON, says so where the weight is square.
+
+Weights: Breadcrumbs, Iso-C and TSV multiply the task vectors by them, Fisher the Fishers (Matena & Raffel, section 3).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import fastmerge_kernels as fk
+import torch
+from torch import Tensor
+
+from fastmerge.files.rule import FileRule, Part
+from fastmerge.merging.breadcrumbs import Breadcrumbs
+from fastmerge.merging.fisher import CoFiMA, Fisher
+from fastmerge.merging.iso_c import IsoC
+from fastmerge.merging.karcher import Karcher
+from fastmerge.merging.regmean import RegMean
+from fastmerge.merging.rule import Base, Rule
+from fastmerge.merging.sce import SCE
+from fastmerge.merging.tsv import TSV
+
+
+class ByTensor(FileRule):
+    """rule: the rule of a training, with one group of settings at most."""
+
+    rule: ClassVar[type[Rule]]
+    whole = True
+
+    def write(self, part: Part) -> None:
+        size = part.out.numel()
+        base = Base(part.base.float(), [0, size], [size], part.seed, [part.shape])
+        rule = self.rule(base, *[SimpleNamespace(**part.settings)] * bool(self.groups))
+        for k in range(len(part.models)):
+            rule.update(self.model(part, k), self.about(part, k))
+        merged = rule.merged(torch.empty(size))
+        part.out.copy_(merged)
+        part.bad.fill_(int((~part.out.isfinite()).sum()))
+
+    def model(self, part: Part, k: int) -> Tensor:
+        return part.models[k].float()
+
+    def about(self, part: Part, k: int) -> Any:
+        """What the rule needs of the data of model k."""
+        return None
+
+
+class ByTaskVector(ByTensor):
+    """Weights are factors of the task vectors."""
+
+    def model(self, part: Part, k: int) -> Tensor:
+        theta, weight = super().model(part, k), part.weights[k]
+        return theta if weight == 1 else fk.lerp(part.base.float(), theta, weight)
+
+
+class FileBreadcrumbs(ByTaskVector):
+    rule, groups = Breadcrumbs, Breadcrumbs.groups
+    buffers = 8
+
+
+class FileIsoC(ByTaskVector):
+    rule, groups = IsoC, IsoC.groups
+    buffers = 14
+
+
+class FileTSV(ByTaskVector):
+    rule, groups = TSV, TSV.groups
+    buffers = 20
+
+
+class FileSCE(ByTensor):
+    rule, groups = SCE, SCE.groups
+    weighted = False
+    per_model = 10
+
+
+class FileKarcher(ByTensor):
+    rule = Karcher
+    needs_base = False
+    weighted = False
+    per_model = 12
+
+
+class FileFisher(ByTensor):
+    rule = Fisher
+    groups: ClassVar[tuple[str, ...]] = ("fisher",)
+    ignored = frozenset({"labels", "per", "images"})  # of the pass over images that computes the Fishers
+    whole = False
+    needs_base = False
+    buffers = 5
+    statistics = "the diagonal Fisher"
+
+    def about(self, part: Part, k: int) -> Tensor:
+        return (part.statistics[k].float() + part.settings["floor"]) * part.weights[k]
+
+
+class FileCoFiMA(FileFisher):
+    rule = CoFiMA
+    groups = ("fisher", "cofima")
+
+
+class FileRegMean(ByTensor):
+    rule, groups = RegMean, RegMean.groups
+    needs_base = False
+    weighted = False
+    buffers = 12
+    statistics = "the mean of X^T X for its linear layers"
+
+    def about(self, part: Part, k: int) -> dict[int, tuple[int, Tensor]]:
+        gram = part.statistics[k].float()
+        return {0: (part.settings["axis"], gram.view(part.shape[part.settings["axis"]], -1))}
