@@ -61,6 +61,20 @@ def reader(hint: Any) -> Callable[[str], Any]:
     return read
 
 
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say, beside its name, which images of a data set a saved model classifies, and how
+    many at a time."""
+    parser.add_argument(
+        "--data-root", nargs="+", help="folder of the data set (default: the run's, for the run's data set)"
+    )
+    parser.add_argument("--split-file", help="as for training (default: the run's, for the run's data set)")
+    parser.add_argument("--test-part", help="as for training (default: the run's, for the run's data set)")
+    parser.add_argument("--class-names", help="as for training (default: the run's, for the run's data set)")
+    parser.add_argument("--download", action="store_true", help="allow the download of the data set")
+    parser.add_argument("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
+    parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
+
+
 @functools.cache
 def parser() -> Parser:
     """The parser of all settings; it returns only what was given, as 'group.name'."""

@@ -60,6 +60,7 @@ LONG = {
     "test_lists.py::test_weighted_sum",
     "test_merge_peers.py",
     "test_merge_files.py",
+    "test_merge_sweep.py",
     "test_merge_inputs.py::test_a_killed_merge_goes_on",
     "test_merge_inputs.py::test_an_adapter_is_the_product_on_the_base",
     "test_merge_statistics.py",

@@ -23,7 +23,7 @@ from fastmerge.checkpoint import write_atomically
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.joined import load_datasets
 from fastmerge.errors import UserError, nearest
-from fastmerge.flags import as_flags, read_flags, resolve
+from fastmerge.flags import add_data_flags, as_flags, read_flags, resolve
 from fastmerge.machine import choose_device
 from fastmerge.models.saved import Model, load, model_file
 from fastmerge.setup import prepared
@@ -42,15 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="folder of a finished run (runs/NAME/METHOD-seed0), or its model.safetensors")
     parser.add_argument("--dataset", nargs="+", help="as for training (default: the data set of the run)")
-    parser.add_argument(
-        "--data-root", nargs="+", help="folder of the data set (default: the run's, for the run's data set)"
-    )
-    parser.add_argument("--split-file", help="as for training (default: the run's, for the run's data set)")
-    parser.add_argument("--test-part", help="as for training (default: the run's, for the run's data set)")
-    parser.add_argument("--class-names", help="as for training (default: the run's, for the run's data set)")
-    parser.add_argument("--download", action="store_true", help="allow the download of the data set")
-    parser.add_argument("--skip-bad-images", action="store_true", help="skip unreadable images and count them")
-    parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
+    add_data_flags(parser)
     parser.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda or cuda:N")
     parser.add_argument("--out", type=Path, help="folder of the files (default: evaluate-DATASET beside the model)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

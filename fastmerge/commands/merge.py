@@ -4,6 +4,7 @@
   fastmerge merge average --models a.pt b.pt --weights 1 3 --tensors 'head\\..*:take=1' --dtype bf16 --out merged.safetensors
   fastmerge merge --mergekit config.yml --out merged/
   fastmerge merge --recipe merged/          # merges again from the recorded inputs and compares every bit
+  fastmerge merge average --models runs/x/finetune-seed0 runs/x/finetune-seed1 --sweep weights.1=0.1:2:0.1 --evaluate --out m
 
 A model is a .safetensors or .pt file, a folder with shards, a folder of a run, or a folder of a peft LoRA adapter. All
 headers are compared before data is read. An interrupted merge goes on where it was with the same command. See
@@ -13,12 +14,15 @@ docs/MERGE.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import UserError
+
+SCORING = ("model", "validation", "data_root", "split_file", "test_part", "class_names", "batch_size")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,14 +63,25 @@ def main(argv: Sequence[str]) -> int:
     options.missing, options.mismatch, options.seed = given.missing, given.mismatch, given.seed
     options.dtype = given.dtype or options.dtype
     options.shard = None if given.shard is None else read_size("--shard", given.shard)
+    if given.evaluate is None and (flag := next((f for f in SCORING if getattr(given, f) is not None), None)):
+        raise UserError(f"--{flag.replace('_', '-')} needs --evaluate: a merge without --sweep is scored by none")
+    if (given.sweep is None) != (given.evaluate is None):
+        raise UserError(
+            "--sweep and --evaluate need each other: what to try, and the images that choose the best of it"
+        )
     plan = make_plan(options)
     for line in plan.lines(memory):
         print(line)
+    chosen = None
+    if given.sweep is not None:
+        options, chosen = best(options, plan, given, memory)
+        if not given.dry_run:
+            plan = make_plan(options)
     if given.dry_run:
         print("--dry-run: nothing is merged or written")
         return 0
     stream = Stream(plan, memory, given.report is not None, not given.allow_nonfinite)
-    found = write(plan, stream, given.out.expanduser(), print)
+    found = write(plan, stream, given.out.expanduser(), print, chosen)
     bad = sum(about["nonfinite"] for about in found.values())
     print(f"{given.out}: written" + (f", with {bad} values that are NaN or inf" if bad else ""))
     if given.report is not None:
@@ -75,8 +90,35 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def best(options: Any, plan: Any, given: Any, memory: int) -> tuple[Any, dict[str, Any]]:
+    """The options of the best merge of --sweep, and what the recipe says of the choice.
+
+    Raises:
+        UserError: a sweep that cannot be scored.
+    """
+    from fastmerge.files.score import Scorer
+    from fastmerge.files.sweep import read_grid, save_table, sweep, text_of
+    from fastmerge.files.write import check_target
+
+    points = read_grid(given.sweep, options)
+    if not given.dry_run:
+        check_target(given.out.expanduser())
+    first = plan.models if plan.base is None else [plan.base, *plan.models]
+    scorer = Scorer(first, given)
+    print(f"{len(points)} merges are scored on {scorer.images}")
+    if given.dry_run:
+        return options, {}
+    found = sweep(
+        options, points, scorer, functools.partial(print, flush=True), memory=memory, finite=not given.allow_nonfinite
+    )
+    point, score = points[found.best], found.scores[found.best]
+    files = save_table(given.out.expanduser(), found)
+    print(f"best: {text_of(point)}, accuracy {score:.2f} % on {scorer.images}; all: {', '.join(map(str, files))}")
+    return found.options, {"point": point, "accuracy": score, "images": scorer.images, "merges": len(points)}
+
+
 def parsed(argv: Sequence[str]) -> Any:
-    from fastmerge.flags import Parser
+    from fastmerge.flags import Parser, add_data_flags
 
     made = Parser("fastmerge merge", description=__doc__, allow_abbrev=False)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -115,6 +157,22 @@ def parsed(argv: Sequence[str]) -> Any:
     add("--max-memory", metavar="SIZE", help="bound of the parts that are merged at a time (default: 256MB)")
     add("--report", type=Path, metavar="CSV", help="write norm, cosines, sign conflicts per tensor, and a picture")
     add("--allow-nonfinite", action="store_true", help="NaN and inf in the output are no error")
+    add(
+        "--sweep",
+        nargs="+",
+        metavar="NAME=VALUES",
+        help="try values of one or two settings, and write the best: FROM:TO:STEP or A,B,C; weights.2 is a model's weight",
+    )
+    add("--evaluate", nargs="*", metavar="DATASET", help="data set that scores a sweep (default: that of the runs)")
+    add("--model", help="open_clip or timm model that a sweep loads the merged tensors into, if they are not of runs")
+    add(
+        "--validation",
+        type=float,
+        help="share of the training images of every class that is held out to score a sweep (default: the run's, or 0.2); "
+        "0: the test images",
+    )
+    add_data_flags(made)
+    add("--device", default="cpu", help="of the evaluation in a sweep: cpu, cuda, cuda:N or auto")
     add("--dry-run", action="store_true", help="compare the inputs, print the plan, write nothing")
     add("--mergekit", type=Path, metavar="YAML", help="rule, models and settings from a config of mergekit")
     add("--recipe", type=Path, metavar="MERGED", help="repeat a merge from its recorded recipe and compare")

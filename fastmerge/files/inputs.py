@@ -36,11 +36,13 @@ class Input:
 
 
 def open_input(source: Any) -> Input:
-    """An input from a path, or from a mapping of names to tensors.
+    """An input from a path, or from a mapping of names to tensors; an opened one is returned as it is.
 
     Raises:
         UserError: nothing that can be merged is there.
     """
+    if isinstance(source, Input):
+        return source
     if isinstance(source, Mapping):
         return of_tensors("state dict", [], source)
     path = Path(source).expanduser()

@@ -58,9 +58,13 @@ def merge(
 
 
 def write(
-    plan: Plan, stream: Stream, out: Path, say: Callable[[str], None] = lambda text: None
+    plan: Plan,
+    stream: Stream,
+    out: Path,
+    say: Callable[[str], None] = lambda text: None,
+    chosen: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write the merged files; returns what `Stream.run` does.
+    """Write the merged files; returns what `Stream.run` does. chosen: how a sweep chose the options, for the recipe.
 
     Raises:
         UserError: see `Output` and `Stream.run`; nothing is left then.
@@ -70,6 +74,7 @@ def write(
             if out.resolve() in (file.resolve(), *file.resolve().parents):
                 raise UserError(f"--out {out}: the input {file} is there; choose another name")
     about, pending = recipe(plan)
+    about |= {"chosen": chosen} if chosen else {}
     text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
     output = Output(out, plan, text, identity(plan))
     if output.done:

@@ -58,8 +58,7 @@ class Output:
         self.done: dict[str, dict[str, Any]] = {}
         self.waiting: list[dict[str, Any]] = []
         self.unsaved = 0
-        if target.exists() or target.is_symlink():
-            raise UserError(f"--out {target}: exists already; choose another name, or delete it")
+        check_target(target)
         self.single = target.suffix == ".safetensors"
         layout = _layout(plan, target.name if self.single else None)
         try:
@@ -204,6 +203,12 @@ class Output:
         for name in ("journal", "lock"):
             if hasattr(self, name):
                 getattr(self, name).close()
+
+
+def check_target(target: Path) -> None:
+    """Raise UserError if there is something at the target already."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"--out {target}: exists already; choose another name, or delete it")
 
 
 def _layout(plan: Plan, single: str | None) -> dict[str, list[Item]]:

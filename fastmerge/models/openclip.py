@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,9 +193,9 @@ def find_weights(name: str, tag: str, download: bool) -> Path:
         raise missing_weights(name, tag, looked, f", and the download failed ({first_line(error)})") from None
 
 
-def load_file(clip: Any, path: Path, name: str) -> tuple[str, bool]:
+def load_file(clip: Any, path: Path, name: str, content: Mapping[str, Tensor] | None = None) -> tuple[str, bool]:
     """Load a checkpoint into `clip`: of this model, of OpenAI, of Apple's MobileCLIP, of Big Vision (.npz), or of the image
-    tower alone, which leaves the text tower random.
+    tower alone, which leaves the text tower random. content: tensors in memory, in place of the file's.
 
     Returns what was unwrapped, in words, and whether the text tower was there. Raises UserError for another file.
     """
@@ -207,7 +207,7 @@ def load_file(clip: Any, path: Path, name: str) -> tuple[str, bool]:
             raise refused(path, reason(error), name) from None
         check_finite(clip.state_dict(), f"--pretrained {path}")
         return "", True
-    state, found = read(path, own)
+    state, found = read(path, own, content)
     if not any(key.startswith("visual.") for key in state):  # names that only the image tower has, without its prefix
         bare = not state.keys().isdisjoint(clip.visual.state_dict().keys() - own.keys())
         state = {f"visual.{key}": tensor for key, tensor in state.items()} if bare else state

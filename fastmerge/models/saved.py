@@ -265,7 +265,11 @@ def load(path: str | Path) -> Model:
     Raises:
         UserError: the file is missing, or is not the model of a finished run.
     """
-    tensors, about = read(path)
+    return built(*read(path), str(path))
+
+
+def built(tensors: dict[str, Tensor], about: dict[str, Any], path: str) -> Model:
+    """The model of the tensors and the recipe of a model file, on the CPU, in eval mode. path: what messages call it."""
     settings, numbers = about["config"]["model"], (tuple(about["input"]["mean"]), tuple(about["input"]["std"]))
     normalisation = Normalisation(*numbers, f"of the run {path}")
     with torch.random.fork_rng(devices=[]):  # random weights are overwritten, so leave the generator as it was

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,9 @@ def find_weights(name: str, tag: str, download: bool) -> tuple[Path | None, str,
     return None, found_tag, looked
 
 
-def load_file(model: nn.Module, path: Path, name: str) -> str:
-    """Load a local checkpoint without its classifier; return what was unwrapped and left out, in words.
+def load_file(model: nn.Module, path: Path, name: str, content: Mapping[str, Tensor] | None = None) -> str:
+    """Load a local checkpoint without its classifier; return what was unwrapped and left out, in words. content: tensors in
+    memory, in place of the file's.
 
     Raises:
         UserError: the file is not a checkpoint of this model. (timm itself accepts files that lack tensors.)
@@ -96,7 +98,7 @@ def load_file(model: nn.Module, path: Path, name: str) -> str:
             raise refused(path, reason(error), name) from None
         check_finite(model.state_dict(), f"--pretrained {path}")
         return ""
-    state, found = read(path, model.state_dict())
+    state, found = read(path, model.state_dict(), content)
     # such as resizing position embeddings
     mend = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if mend is not None:

@@ -26,15 +26,17 @@ ARCHIVE_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in Open
 SHOWN = 3  # names of tensors in a message
 
 
-def read(path: Path, own: Collection[str]) -> tuple[dict[str, Tensor], list[str]]:
+def read(
+    path: Path, own: Collection[str], content: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a file (.safetensors, or torch's .pt, .pth, .bin, TorchScript), floats as fp32; and what was unwrapped,
-    in words. own: names in the model, which no prefix is taken from.
+    in words. own: names in the model, which no prefix is taken from. content: what would be in the file.
 
     Raises:
         UserError: the file cannot be read, holds no tensors, or holds objects other than tensors, which could run code.
     """
     try:
-        content = _content(path)
+        content = _content(path) if content is None else content
     except Exception as error:  # unpickling, safetensors and the zip reader share no base class
         raise refused(path, reason(error)) from None
     found: list[str] = []
