@@ -117,7 +117,7 @@ def test_of_equal_scores_the_first_wins_and_the_split_is_said(data, models, tmp_
         main([*words, "--sweep", "weights.1=2,2.0", "--dry-run", *flags])
         said = capsys.readouterr()
         assert re.search(message, said.out + said.err), said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a-sweep.csv", "a-sweep.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a-sweep.csv", "a-sweep.pdf", "a-sweep.png"]
 
 
 def test_state_dicts_with_a_text_tower(data, tmp_path):

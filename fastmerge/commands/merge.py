@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         print(line)
     chosen = None
     if given.sweep is not None:
-        options, chosen = best(options, plan, given, memory)
+        options, chosen = best(options, plan, given, memory, shlex.join(["fastmerge", "merge", *argv]))
         if not given.dry_run:
             plan = make_plan(options)
     if given.dry_run:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def best(options: Any, plan: Any, given: Any, memory: int) -> tuple[Any, dict[str, Any]]:
+def best(options: Any, plan: Any, given: Any, memory: int, command: str) -> tuple[Any, dict[str, Any]]:
     """The options of the best merge of --sweep, and what the recipe says of the choice.
 
     Raises:
@@ -112,7 +113,7 @@ def best(options: Any, plan: Any, given: Any, memory: int) -> tuple[Any, dict[st
         options, points, scorer, functools.partial(print, flush=True), memory=memory, finite=not given.allow_nonfinite
     )
     point, score = points[found.best], found.scores[found.best]
-    files = save_table(given.out.expanduser(), found)
+    files = save_table(given.out.expanduser(), found, command)
     print(f"best: {text_of(point)}, accuracy {score:.2f} % on {scorer.images}; all: {', '.join(map(str, files))}")
     return found.options, {"point": point, "accuracy": score, "images": scorer.images, "merges": len(points)}
 

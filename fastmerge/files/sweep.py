@@ -154,13 +154,15 @@ def sweep(
     return dataclasses.replace(found, options=_applied(points[found.best], options))
 
 
-def save_table(out: Path, found: Swept) -> list[Path]:
-    """Write `OUT-sweep.csv` (the swept settings, accuracy) and `OUT-sweep.png` beside the output; returns their paths.
+def save_table(out: Path, found: Swept, command: str) -> list[Path]:
+    """Write `OUT-sweep.csv` (the swept settings, accuracy) and its plot beside the output; returns their paths.
+
+    command: what the user typed.
 
     Raises:
         UserError: they cannot be written.
     """
-    from fastmerge.analysis.figure import save
+    from fastmerge.analysis.figure import Output, save
 
     names = list(found.points[0])
     rows = [(*point.values(), score) for point, score in zip(found.points, found.scores, strict=True)]
@@ -169,11 +171,14 @@ def save_table(out: Path, found: Swept) -> list[Path]:
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
     name = f"{out.stem if out.suffix == '.safetensors' else out.name}-sweep"
-    return save(out.parent, name, (*names, "accuracy"), rows, lambda figure: _draw(figure, names, found), (6, 4))
+    place = Output(out.parent, command)
+    return save(place, name, (*names, "accuracy"), rows, lambda figure: _draw(figure, names, found), (6, 4))
 
 
 def _draw(figure: Any, names: list[str], found: Swept) -> None:
     """Accuracy against the first setting, with a line for every value of the second."""
+    from fastmerge.analysis.figure import line_style
+
     axes = figure.subplots()
     words = list(dict.fromkeys(point[names[0]] for point in found.points))
     try:
@@ -184,9 +189,8 @@ def _draw(figure: Any, names: list[str], found: Swept) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for point, score in zip(found.points, found.scores, strict=True):
         lines.setdefault(point[names[-1]] if len(names) > 1 else "", []).append((places[point[names[0]]], score))
-    styles = ("-", "--", ":", "-.")  # to be told apart in grey
     for k, (label, line) in enumerate(lines.items()):
-        axes.plot(*zip(*line, strict=True), styles[k % 4], marker=".", color=f"C{k % 10}", label=f"{names[-1]}={label}")
+        axes.plot(*zip(*line, strict=True), **line_style(k), label=f"{names[-1]}={label}")
     best = found.points[found.best]
     axes.plot(places[best[names[0]]], found.scores[found.best], "o", mfc="none", ms=12, color="black", label="best")
     axes.set(xlabel=names[0], ylabel="accuracy (%)")

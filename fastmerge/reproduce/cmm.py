@@ -56,6 +56,7 @@ TARGETS = (
             "L2P": "l2p",
             "DualPrompt": "dualprompt",
             "CODA-P": "coda",
+            "PROOF": "proof",
             "Continual-CLIP": "zero-shot",
             "CoOp": "coop",
             "MaPLe": "maple",
