@@ -158,6 +158,7 @@ def run(config: Any) -> int:
     runs = plan(config, scenario, setup.earlier)
     for run in runs:  # before anything is trained or written
         METHODS[run.method].check(run.config, setup.backbone)
+        METHODS[run.method].check_classes(run.config, setup.dataset.class_names)
         if run.config.training.checkpoint_gradients and METHODS[run.method].trains:
             blocks_of(setup.backbone)
     manifest = scenario.manifest() | {
@@ -271,6 +272,7 @@ def run(config: Any) -> int:
                     "bad_images": state.bad_images,
                     "bytes_written": state.bytes_written,
                     "keeps_images": kind.keeps_images,
+                    "chosen_on_test": method.chosen_on_test,
                 }
                 names, features = [task.name for task in run.scenario.tasks], method.features()
                 about = {"method": run.label, "seed": run.seed, "final_accuracy": result["final_accuracy"]}

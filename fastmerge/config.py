@@ -37,7 +37,14 @@ from fastmerge.settings.merging import (
     WiseFTSettings,
 )
 from fastmerge.settings.prompts import CodaSettings, DualPromptSettings, HiDeSettings, L2PSettings
-from fastmerge.settings.statistics import ICaRLSettings, ProofSettings, RanPACSettings, RAPFSettings, SLCASettings
+from fastmerge.settings.statistics import (
+    CLGCBMSettings,
+    ICaRLSettings,
+    ProofSettings,
+    RanPACSettings,
+    RAPFSettings,
+    SLCASettings,
+)
 from fastmerge.settings.text import AttriCLIPSettings, CoOpSettings, MaPLeSettings, VPTSettings
 
 
@@ -278,10 +285,8 @@ class TrainingSettings:
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
         "karcher, nuslerp, della, della-linear (each with --protocol); the baselines finetune, joint, lwf, ewc, "
-        "clip-adapter, nearest-mean, icarl, proof, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen backbone: "
-        "l2p, dualprompt, coda, hide; of the text tower: coop, vpt, attriclip, maple. "
-        "NAME:SETTING=VALUE,... changes settings of the method or "
-        "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
+        "clip-adapter, nearest-mean, clg-cbm, icarl, proof, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen "
+        "backbone: l2p, dualprompt, coda, hide; of the text tower: coop, vpt, attriclip, maple. "
         "(trm:training.lr where trm has a setting lr too).",
         derived="trm; for embedded data also finetune",
     )
@@ -488,6 +493,7 @@ class Config:
     lwf: LwFSettings = field(default_factory=LwFSettings)
     ranpac: RanPACSettings = field(default_factory=RanPACSettings)
     icarl: ICaRLSettings = field(default_factory=ICaRLSettings)
+    clg_cbm: CLGCBMSettings = field(default_factory=CLGCBMSettings)
     proof: ProofSettings = field(default_factory=ProofSettings)
     rapf: RAPFSettings = field(default_factory=RAPFSettings)
     slca: SLCASettings = field(default_factory=SLCASettings)

@@ -61,6 +61,7 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
             for group in METHODS[run.method].groups
             for setting, value in groups[group].items()
         }
+        own[name] |= METHODS[run.method].contents(run.config)
         changes = training_changes(run.config, setup.config)
         own[name] |= {f"training.{setting}": value for setting, value in changes.items()}
         if setup.earlier is not None and (setup.earlier.path / name).exists():

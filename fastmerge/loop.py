@@ -75,6 +75,7 @@ def learn(
     elif start is not None:
         state = start()
     learner.parts.sizes, learner.parts.say = state.parts, console.line
+    learner.test_images = lambda task: images.tests(task)[task]
     memory = PeakMemory(learner.device)
     console.begin(state)
 

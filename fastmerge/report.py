@@ -107,11 +107,13 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
             rows.append([name if result is zero_shot else f"zero-shot, {name}", "", *values, *[""] * 5])
     for method, seeds in methods.items():
         results = list(seeds.values())
+        accuracy, *others = (number([r[key] for r in results]) for key in columns.values())
         rows.append(
             [
                 method,
                 str(len(results)),
-                *(number([r[key] for r in results]) for key in columns.values()),
+                accuracy + ", chosen on these images" * any(r.get("chosen_on_test", False) for r in results),
+                *others,
                 *(clock(statistics.mean(r["seconds"][k] for r in results)) for k in ("train", "merge")),
                 f"{max(r['peak_memory_bytes'] for r in results) / 2**20:.0f} MiB",
                 f"{max(r['kept_bytes'][-1] for r in results) / 2**20:.1f} MiB"

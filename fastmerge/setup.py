@@ -130,7 +130,7 @@ class Setup:
         if learns := [name for name in names if METHODS[name].needs_text]:
             if self.head.kind != "text" or encoder is None:
                 raise UserError(
-                    f"--method {learns[0]} learns prompts of the text tower, so it needs --head text and a CLIP model"
+                    f"--method {learns[0]} uses the text tower in training, so it needs --head text and a CLIP model"
                 )
             precision = self.config.training.precision or "fp32"
             self.text = ClassPrompts(encoder, self.dataset.class_names, self.device, precision)

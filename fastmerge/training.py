@@ -77,6 +77,7 @@ class Learner:
         flat: the backbone's parameters as one buffer, with `--prompt-length` those of its prefix alone; `theta` is
             `flat.theta` without autograd, `[n]` fp32.
         text: the class names and the text tower, for methods with `needs_text`; else None.
+        test_images: those of a task, by its index, for a method that is asked to choose on them; set by the loop.
         initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
 
     frozen: the method never changes the backbone, whose weights need no autograd and no gradient buffer then.
@@ -117,6 +118,7 @@ class Learner:
         if config.training.compile and not config.training.checkpoint_gradients:  # a row may ask for the second alone
             self.backbone.compile_with(self.parts.usual, lambda text: self.parts.say(text))
         self.text: ClassPrompts | None = None  # set for methods that need it
+        self.test_images: Callable[[int], TaskImages] | None = None
         self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
 
     @property

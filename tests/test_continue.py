@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from image_trees import image_folder, write_tree
+from toy import CONCEPTS
 
 import fastmerge
 from fastmerge.__main__ import main
@@ -50,7 +51,7 @@ def results(folder):
 CASES = {
     "every method": (
         [m for m in METHODS if m != "joint"],
-        ["--head", "text", "--protocol", "full", "running", "strict"],
+        ["--head", "text", "--protocol", "full", "running", "strict", "--clg-cbm.concepts", str(CONCEPTS)],
     ),
     "text": (["cmm", "pam", "ties"], ["--head", "text", "--protocol", "full"]),
     "prompts": (["coda", "dualprompt", "hide", "magmax:prompt_length=2"], ["--head", "text"]),

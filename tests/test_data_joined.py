@@ -7,6 +7,7 @@ import pytest
 import torch
 from image_trees import image_folder, write_tree
 from published_trees import TREES, plant
+from toy import CONCEPTS
 
 from fastmerge.__main__ import main
 from fastmerge.config import Config
@@ -196,6 +197,7 @@ def test_methods_on_data_sets_that_share_classes(methods, tmp_path, capsys, monk
     places = [str(tmp_path / "a"), str(tmp_path / "b")]
     run = ["--model", "tiny", "--run-dir", str(tmp_path / "run"), "--epochs", "1", "--batch-size", "8"]
     command = ["--dataset", "folder", "folder", "--data-root", *places, *run, "--method", *methods, "--quiet"]
+    command += ["--clg-cbm.concepts", str(CONCEPTS)]
     assert main(command) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["methods"]) >= {"finetune", "nearest-mean"} and len(results["methods"]) >= len(methods)

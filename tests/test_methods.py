@@ -24,6 +24,7 @@ FLAGS = (
     "--epochs=1", "--merge-epochs=1", "--trm.lambda1=0", "--protocol", "full", "running", "strict",
     "--pam.rank=0",
     "--inflora.rank=2", "--sdlora.rank=2",
+    f"--clg-cbm.concepts={toy.CONCEPTS}", "--clg-cbm.per-class=2", "--clg-cbm.gate-epochs=2", "--clg-cbm.epochs=2",
 )  # fmt: skip
 CASES = [(name, protocol) for name, kind in METHODS.items() for protocol in kind.protocols(toy.parse(list(FLAGS)))]
 

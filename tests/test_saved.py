@@ -8,6 +8,7 @@ import pytest
 import torch
 from image_trees import image_folder
 from PIL import Image
+from toy import CONCEPTS
 
 import fastmerge
 from fastmerge.__main__ import main
@@ -51,7 +52,7 @@ def check_all(folder, results, data):
 
 
 CASES = {  # which methods, with which flags
-    "text": (list(METHODS), [*PROTOCOLS, "--model", "tiny", "--head", "text"]),
+    "text": (list(METHODS), [*PROTOCOLS, "--model", "tiny", "--head", "text", "--clg-cbm.concepts", str(CONCEPTS)]),
     "linear": (["cmm", "ewc"], ["--model", "tiny", "--head", "linear"]),
     "prototype": (["trm"], ["--model", "tiny", "--pretrained", "none", "--head", "prototype"]),
     "lora": (["magmax"], [*PROTOCOLS, "--model", "tiny", "--lora-rank", "2"]),

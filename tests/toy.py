@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,13 @@ from fastmerge.models.timm_vit import TimmBackbone
 from fastmerge.training import Learner
 
 CLASSES, TASKS, IMAGES = 6, 3, 20
+_folder = tempfile.TemporaryDirectory()
+CONCEPTS = Path(_folder.name) / "concepts.json"  # of the toy's classes, and of those of image_trees
+CONCEPTS.write_text(
+    json.dumps(
+        {f"{kind} {c}": [f"{kind} {c} part {i}" for i in range(4)] for kind in ("class", "colour") for c in range(8)}
+    )
+)
 
 
 class Backbone(nn.Module):
@@ -79,6 +89,7 @@ class Text:
     """In place of `ClassPrompts`: rows that depend on the context and the class."""
 
     width, blocks = 6, (0, 1, 2)
+    names = tuple(f"class {c}" for c in range(CLASSES))
 
     def __init__(self, device: torch.device | str = "cpu"):
         g = torch.Generator().manual_seed(5)
@@ -87,6 +98,11 @@ class Text:
 
     def starting(self, words, count):
         return self, self.of_class[:count] / 10
+
+    def encode(self, texts):
+        """A row for every text, which depends on it alone."""
+        rows = [torch.randn(5, generator=torch.Generator().manual_seed(zlib.crc32(text.encode()))) for text in texts]
+        return nn.functional.normalize(torch.stack(rows).to(self.projection), dim=1)
 
     def rows(self, context, classes, of=None, deep=()):
         context = context if of is None else context[of]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastmerge.merging import RULES
 from fastmerge.methods.attriclip import AttriCLIP
+from fastmerge.methods.clg_cbm import CLGCBM
 from fastmerge.methods.clip_adapter import CLIPAdapter
 from fastmerge.methods.cmm import CMM
 from fastmerge.methods.coda import CODA
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "vpt": VPT,
     "icarl": ICaRL,
     "proof": Proof,
+    "clg-cbm": CLGCBM,
     "attriclip": AttriCLIP,
     "maple": MaPLe,
     "inflora": InfLoRA,

@@ -8,6 +8,7 @@ phases read and change it, and the loop saves it and clears it after the last ph
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -46,6 +47,7 @@ class Method(ABC):
     trains: ClassVar[bool] = True
     joint: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
+    chosen_on_test: bool = False  # whether it chose something on the images that are evaluated, which the table says
 
     learner: Learner
 
@@ -84,6 +86,15 @@ class Method(ABC):
             check_rank("--lora-rank", config.training.lora_rank, backbone, ADAPTED)
         if cls.lora and cls.trains and config.training.prompt_length:
             check_prompts(backbone, range(backbone.layers), "--prompt-length")
+
+    @classmethod
+    def check_classes(cls, config: Config, names: Sequence[str]) -> None:
+        """Raise UserError for a setting that does not fit the classes of the data, before anything is trained."""
+
+    @classmethod
+    def contents(cls, config: Config) -> dict[str, str]:
+        """Hashes of the files that its settings name, by setting: a file may move but not change."""
+        return {}
 
     def begin(self, task: Task) -> Tensors:
         """Set the model to where training on `task` starts; return the tensors that are needed during the task."""

@@ -29,6 +29,7 @@ from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.models import load_backbone
 from fastmerge.models.backbone import Backbone, hash_tensors
+from fastmerge.models.concepts import ConceptHead
 from fastmerge.models.features import Features, restore
 from fastmerge.models.fusion import FusionHead
 from fastmerge.models.heads import AttributeHead, Head, LinearHead, PrototypeHead, TextHead
@@ -280,6 +281,9 @@ def built(tensors: dict[str, Tensor], about: dict[str, Any], path: str) -> Model
     classes = len(about["class_names"])
     if "table" in parts:
         head: Head = AttributeHead.of(parts)
+    elif about["head"] == "concepts":
+        head = ConceptHead(backbone.feature_dim)
+        head.load_state_dict(parts)
     elif "contexts" in parts:
         head = FusionHead.of(parts)
     elif about["head"] == "text":

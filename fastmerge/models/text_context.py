@@ -62,6 +62,13 @@ class ClassPrompts:
             )
         self.end = int(ends[0])
 
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """The embeddings of texts, `[n, d]` fp32, L2-normalised."""
+        with flags(self.precision, self.tokens.device), computing(self.precision):
+            parts = self.tokenize(list(texts)).to(self.tokens.device).split(CHUNK)
+            return F.normalize(torch.cat([self.clip.encode_text(part).float() for part in parts]), dim=1)
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of the tower.

@@ -91,6 +91,63 @@ class RAPFSettings:
 
 
 @dataclass
+class CLGCBMSettings:
+    concepts: str | None = setting(
+        None,
+        "A JSON file with texts for every class, which describe what its images show (docs/METHODS.md); it must be given.",
+    )
+    prompt: str = setting(
+        "A bad photo of an object with {}",
+        "What the text tower encodes, {} is the concept (released code, for CIFAR-100).",
+    )
+    per_class: int = setting(
+        10,
+        "Concepts that are chosen for a task, for each of its new classes (released code).",
+        at_least=1,
+    )
+    gate_epochs: int = setting(
+        31,
+        "Epochs of the gate that chooses (released code).",
+        at_least=1,
+    )
+    gate_lr: float = setting(
+        1e-2,
+        "Rate of Adam there, constant (released code).",
+        at_least=0,
+    )
+    epochs: int = setting(
+        60,
+        "Epochs of the bottleneck (released code); all epochs are on features, and --epochs does not count.",
+        at_least=1,
+    )
+    lr: float = setting(
+        1e-3,
+        "Rate of Adam there; a tenth of it after 1/2, 2/3 and 5/6 of the epochs (released code).",
+        at_least=0,
+    )
+    align: float = setting(
+        1.0,
+        "Weight of the alignment of scores and texts (released code).",
+        at_least=0,
+    )
+    sparsity: float = setting(
+        1e-3,
+        "Weight of the elastic net (released code).",
+        at_least=0,
+    )
+    samples: int = setting(
+        1,
+        "Features drawn for each of two old classes in a batch (released code).",
+        at_least=0,
+    )
+    select: Literal["last", "test"] = setting(
+        "last",
+        "The epoch of both parts that is kept: the last, or of every tenth the best on the images that are evaluated "
+        "(released code), which the table marks.",
+    )
+
+
+@dataclass
 class RehearsalSettings:
     """Of the methods that keep images."""
 
@@ -132,8 +189,10 @@ class ProofSettings(RehearsalSettings):
     )
     lr: float = setting(
         1e-3,
-        "Peak learning rate of SGD (released code).",
+        "Peak learning rate of SGD.",
+        tiny=1e-2,
         at_least=0,
+        source="released code",
     )
     weight_decay: float = setting(
         0.05,
