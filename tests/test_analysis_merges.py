@@ -12,7 +12,11 @@ import fastmerge
 from fastmerge.__main__ import main as train
 from fastmerge.analysis.__main__ import main
 from fastmerge.analysis.merges import NAMES
+from fastmerge.analysis.stages import work
 from fastmerge.data import load_dataset
+from fastmerge.flags import parse
+from fastmerge.setup import Setup
+from fastmerge.training import Train
 
 FLAGS = (
     "--tasks 3 --model tiny --pretrained none --head prototype --epochs 1 --batch-size 8 --lr 3e-3 --device cpu"
@@ -127,6 +131,48 @@ def test_drift(data, run, tmp_path):
         far = tokens(model_of(run, row["merge"], 2))[layer] - wanted[layer]
         assert float(row["drift"]) == pytest.approx(np.mean(np.sqrt((far**2).sum(1))), rel=1e-4)
         assert float(row["norm"]) == pytest.approx(np.mean(np.sqrt((wanted[layer] ** 2).sum(1))), rel=1e-4)
+
+
+def test_gradients(data, run, tmp_path):
+    """The training of the third task from each start by the trainer's own phase; gradients in float64, an image at a time."""
+    rows = analyse(data, tmp_path, "gradients", "--points", "3", "--method", "magmax:scale=0.7", "trm")
+    starts = ["finetune", "magmax:scale=0.7", "trm"]
+    assert [(row["start"], float(row["x"])) for row in rows] == [(s, x) for s in starts for x in (0, 0.5, 1)]
+    setup = Setup(parse([*FLAGS, "--data-root", str(data)]))
+    task = setup.scenario.tasks[2]
+    found = {}
+    for name in starts:
+        learner, start = setup.learner(0), torch.from_numpy(vector(model_of(run, name, 2)))
+        for known in setup.scenario.tasks:
+            learner.grow_head(known, setup.cache.get(setup.dataset.train, known.train))
+        flat = learner.flat
+        for view, part in zip(flat.views(learner.theta), start.split(flat.sizes), strict=True):
+            view.copy_(part.view(view.shape))
+        work(Train(learner, task, setup.cache.get(setup.dataset.train, task.train)))
+        end = torch.cat([view.double().flatten() for view in flat.views(learner.theta)])
+        model = model_of(run, name, 3)
+        found[name] = [gradient_of(model, data, start + x * (end - start)) for x in (0, 0.5, 1)]
+    for row in rows:
+        first, here = found[row["start"]][0], found[row["start"]][int(2 * float(row["x"]))]
+        cosine = min(1.0, first @ here / np.sqrt((first @ first) * (here @ here)))
+        assert float(row["angle"]) == pytest.approx(np.degrees(np.arccos(cosine)), rel=1e-3, abs=1e-3)
+        assert float(row["norm"]) == pytest.approx(np.sqrt(here @ here), rel=1e-3)
+    ends = [float(row["angle"]) for row in rows if float(row["x"]) == 1]
+    assert min(ends) > 1 and len(set(ends)) == 3
+
+
+def gradient_of(model, data, weights):
+    """The gradient of the third task's mean loss in float64: the sum of every image's, divided by their number."""
+    parameters = [p for _, p in sorted(model.backbone.named_parameters())]
+    for parameter, part in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
+        parameter.data.copy_(part.view(parameter.shape))
+    images, labels = images_of(model, data, 2)
+    classes, total = model.recipe["tasks"][2]["classes"], 0
+    for image, label in zip(images, labels, strict=True):
+        logits = model.head(model.backbone(image[None]), torch.tensor(classes))[0]
+        gradient = torch.autograd.grad(logits.logsumexp(0) - logits[classes.index(label)], parameters)
+        total = total + np.concatenate([g.numpy().ravel() for g in gradient])
+    return total / len(labels)
 
 
 def test_every_rule_is_a_merge(data, tmp_path):

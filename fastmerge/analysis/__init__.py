@@ -5,6 +5,7 @@
     python -m fastmerge analyse landscape --after 3   # the loss around P&M's merge (P&M, Figure 2); use --head linear
     python -m fastmerge analyse trajectory            # the loss at every merge of two models (TRM, Figure 2)
     python -m fastmerge analyse drift                 # the class token of every layer at every merge (TRM, Figure 3)
+    python -m fastmerge analyse gradients             # how the next task's gradient turns (TRM, Figure 4)
     python -m fastmerge analyse bars runs/a runs/b    # accuracy, forgetting, plasticity of runs (P&M, Figure 1)
     python -m fastmerge analyse sweep runs/a --x trm.replace_ratio   # a setting against a metric (TRM, Figure 7)
 

@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = kind("drift", "how far every merge moves the class token of every layer")
     for each in (one, more):
         each.add_argument("--method", nargs="+", metavar="MERGE", help="trm or merge rules, with settings (all)")
+    one = kind("gradients", "how much the gradient of the next task turns along its training, from every merge")
+    one.add_argument("--points", type=int, default=11, help="number of weights from 0 to 1 (11)")
+    one.add_argument(
+        "--method", nargs="+", metavar="MERGE", help="trm or merge rules, with settings (magmax ties stock trm)"
+    )
     one = kind("bars", "accuracy, forgetting and plasticity of finished runs")
     one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
     one = kind("sweep", "a setting against a metric of finished runs: mean, least and largest over the seeds")
@@ -85,7 +90,7 @@ def run(own: argparse.Namespace, rest: list[str], command: str) -> list[Path]:
     from fastmerge.setup import Setup
 
     setup = Setup(parse(rest))
-    tasks, needed = len(setup.scenario.tasks), 2
+    tasks, needed = len(setup.scenario.tasks), 3 if own.what == "gradients" else 2
     if tasks < needed:
         raise UserError(
             f"--tasks {tasks}: {own.what} compares the models of {counted(needed, 'task')}; choose at least {needed}"
@@ -120,6 +125,10 @@ def of_training(own: argparse.Namespace, setup: Setup, out: Output) -> list[Path
         if after > tasks:
             raise UserError(f"--after {after}: the scenario has {counted(tasks, 'task')}")
         return landscape(setup, after, own.points, out)
+    if own.what == "gradients":
+        from fastmerge.analysis.gradients import SHOWN, gradients
+
+        return gradients(setup, own.method or SHOWN, own.points, out)
     from fastmerge.analysis.merges import NAMES
 
     specs = own.method or NAMES

@@ -55,7 +55,7 @@ def embeddings(setup: Setup, classes: int, out: Output) -> list[Path]:
             x, y = places[number * len(rows) + k].tolist()
             table.append((name, row, model, x, y, far[k]))
 
-    return save(out, "embeddings", COLUMNS, table, lambda figure: draw(figure, table), (9, 4))
+    return save(out, "embeddings", COLUMNS, table, lambda figure: draw(figure, table), (9, 5))
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def draw(figure, table: list[tuple]) -> None:
                 style = point_style(number) | {"fillstyle": filling, "ms": 4, "alpha": 0.7}
                 axes.plot(*zip(*spots, strict=True), **style, label=name if which == model else None)
         far = [line[5] for line in table if line[2] == model]
-        axes.set(
-            title=f"{model} (filled), previous (open): mean distance {sum(far) / len(far):.2f}", xticks=[], yticks=[]
-        )
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        title = f"{model} (filled), previous (open)\nmean distance {sum(far) / len(far):.2f}"
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=8)

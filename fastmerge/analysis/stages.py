@@ -47,10 +47,13 @@ class Stages(Generic[M]):
         self.tests: list[TaskImages] = [setup.cache.get(setup.dataset.test, t.test, keep=True) for t in self.tasks]
         self.classes = setup.scenario.seen(count - 1)
 
-    def train(self, number: int) -> TaskImages:
-        """Begin task `number` and train it; returns its images."""
+    def training_images(self, number: int) -> TaskImages:
+        return self.images.train(self.tasks[number])
+
+    def train(self, number: int, images: TaskImages | None = None) -> TaskImages:
+        """Begin task `number` and train it; returns its images. images: these, if the caller has them."""
         task = self.tasks[number]
-        images = self.images.train(task)
+        images = images or self.training_images(number)
         self.learner.grow_head(task, images)
         self.during = self.method.begin(task)
         work(self.method.train(task, images, self.during))
@@ -71,6 +74,22 @@ class Stages(Generic[M]):
             logits = learner.head(learner.without_gradient(learner.backbone, pixels), classes)
             total += F.cross_entropy(logits, positions(labels, classes), reduction="sum")
         return float(total) / len(images)
+
+    def gradient(self, number: int, images: TaskImages) -> Tensor:
+        """The gradient of `loss` with respect to the weights that training changes, a new tensor `[n]`, or `[m]` of LoRA."""
+        learner, classes = self.learner, torch.tensor(self.tasks[number].classes, device=self.learner.device)
+        flat = learner.flat
+        flat.zero_grad()
+        for rows in torch.arange(len(images)).split(learner.config.training.batch_size):
+            pixels, labels = images.batch(rows)
+            inputs, targets = learner.plain(pixels), positions(labels, classes)
+            for part, share in learner.parts.of(len(rows), "train"):
+                loss = F.cross_entropy(learner.head(learner.backbone(inputs[part]), classes), targets[part])
+                (loss * (share * len(rows) / len(images))).backward(inputs=flat.parameters)
+        learner.ranks.add_(flat.gradient)
+        found = learner.adapted(learner.config.training.lora_rank).gather(flat.gradient)
+        flat.zero_grad()
+        return found
 
     @torch.no_grad()
     def score(self) -> Score:

@@ -62,7 +62,10 @@ def draw(figure, rows: list[tuple]) -> None:
     axes = figure.subplots()
     line = [(r[2], r[4]) for r in rows if r[0] == "line"]
     axes.plot(*zip(*line, strict=True), "-", color="0.4", label="from theta_0 to theta_1")
-    for k, (_, merge, x, _, loss) in enumerate(r for r in rows if r[0] == "merge"):
+    merges = sorted(
+        (r for r in rows if r[0] == "merge"), key=lambda r: r[2]
+    )  # the legend names them from left to right
+    for k, (_, merge, x, _, loss) in enumerate(merges):
         axes.plot(x, loss, **point_style(k), label=merge)
     scale = "log" if min(r[4] for r in rows) > 0 else "linear"  # losses of a task that was learned are close to 0
     axes.set(xlabel="x: 0 is theta_0, 1 is theta_1", ylabel="loss on the second task (nats)", yscale=scale)
