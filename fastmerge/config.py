@@ -21,6 +21,7 @@ from fastmerge.settings.merging import (
     ComaSettings,
     DareSettings,
     DellaSettings,
+    EMASettings,
     EWCSettings,
     FisherSettings,
     IsoCSettings,
@@ -283,10 +284,12 @@ class TrainingSettings:
     method: tuple[str, ...] = setting(
         ("trm",),
         "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
-        "magmax, randmix, stock, slerp, fisher, cofima, coma, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, sce, "
-        "karcher, nuslerp, della, della-linear (each with --protocol); the baselines finetune, joint, lwf, ewc, "
+        "magmax, randmix, stock, slerp, fisher, cofima, coma, ema, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, "
+        "sce, karcher, nuslerp, della, della-linear (each with --protocol); the baselines finetune, joint, lwf, ewc, "
         "clip-adapter, nearest-mean, clg-cbm, icarl, proof, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen "
         "backbone: l2p, dualprompt, coda, hide; of the text tower: coop, vpt, attriclip, maple. "
+        "NAME:SETTING=VALUE,... changes settings of the method or "
+        "of training for one run, as in cmm:lam=0.3 cmm:tangent=false finetune:lr=1e-4 trm:merge_epochs=1,lambda0=0 "
         "(trm:training.lr where trm has a setting lr too).",
         derived="trm; for embedded data also finetune",
     )
@@ -296,9 +299,16 @@ class TrainingSettings:
         "where training continues, and the merged one. strict: only the merged model, where the next task "
         "starts (TRM, Fig. 1: A, B, C).",
     )
-    init: Literal["sequential", "independent"] = setting(
-        "sequential",
-        "Where training starts under --protocol full: at the last task's un-merged model, or at the starting weights.",
+    init_rule: str | None = setting(
+        None,
+        "Where training of a task starts for a merge rule: zero-shot (the starting weights) | last (the last un-merged "
+        "model) | the merge of the earlier tasks by any rule (TIME).",
+        derived="last; with --protocol strict, or where another rule is deployed, the merge by the method's rule",
+    )
+    deploy_rule: str | None = setting(
+        None,
+        "What is evaluated and saved after a task: the merge by this rule, or last, the un-merged model (TIME).",
+        derived="the method's rule",
     )
     keep_trajectory: bool = setting(
         False,
@@ -475,6 +485,7 @@ class Config:
     fisher: FisherSettings = field(default_factory=FisherSettings)
     cofima: CofimaSettings = field(default_factory=CofimaSettings)
     coma: ComaSettings = field(default_factory=ComaSettings)
+    ema: EMASettings = field(default_factory=EMASettings)
     wise_ft: WiseFTSettings = field(default_factory=WiseFTSettings)
     regmean: RegMeanSettings = field(default_factory=RegMeanSettings)
     iso_c: IsoCSettings = field(default_factory=IsoCSettings)

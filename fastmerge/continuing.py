@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from fastmerge.training import Learner
 
 # what the kept state of every method depends on; epochs, rates and the like may change from task to task
-SAME = ("model.model", "model.head", "training.lora_rank", "training.prompt_length", "training.init")
+SAME = (
+    "model.model",
+    "model.head",
+    "training.lora_rank",
+    "training.prompt_length",
+    "training.init_rule",
+    "training.deploy_rule",
+)
 TEXT_GROUPS = {group for method in METHODS.values() if method.needs_text for group in method.groups}
 CONTENTS = ("starting weights", "text tower", "normalisation")
 NEEDED = {"bad_images": NUMBER, "bytes_written": NUMBER, "peak_memory_bytes_per_task": [NUMBER], "kept_bytes": [NUMBER]}

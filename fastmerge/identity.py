@@ -58,7 +58,7 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
         name = f"{run.label}-seed{run.seed}"
         own[name] = {
             f"{group}.{setting}": value
-            for group in METHODS[run.method].groups
+            for group in METHODS[run.method].groups_read(run.config)
             for setting, value in groups[group].items()
         }
         own[name] |= METHODS[run.method].contents(run.config)

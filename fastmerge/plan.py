@@ -12,6 +12,7 @@ from fastmerge.data.scenario import Scenario
 from fastmerge.errors import UserError, nearest
 from fastmerge.flags import changed
 from fastmerge.methods import METHODS
+from fastmerge.methods.posthoc import AXES, ZERO_SHOT
 from fastmerge.report import BASELINE
 from fastmerge.training import PHASES
 
@@ -49,7 +50,7 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
     name, _, rest = spec.partition(":")
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}.{nearest(name, METHODS)} There are: {', '.join(METHODS)}.")
-    mine = row_settings(name, config)
+    mine = row_settings(name, named_rules(name, rest, config))
     changes: dict[str, dict[str, str]] = {}
     for pair in _pairs(rest):
         setting, equals, value = pair.partition("=")
@@ -67,6 +68,10 @@ def read_method(spec: str, config: Config) -> tuple[str, Config]:
             raise UserError(f"--method {spec}: {setting} is given twice; expected each setting once")
         changes[group][known] = value
     its = changed(config, changes, f"--method {spec}") if changes else config
+    for axis, names in AXES.items():
+        if (given := getattr(its.training, axis)) is not None and given not in names:
+            flag = f"--{axis.replace('_', '-')}"
+            raise UserError(f"{flag} {given}: expected one of {', '.join(names)}.{nearest(given, names)}")
     if its.training.lora_rank and not METHODS[name].lora:
         raise UserError(f"--lora-rank: {name} does not read it; omit --lora-rank, or remove {name} from --method")
     if its.training.prompt_length and not METHODS[name].lora:
@@ -89,18 +94,26 @@ def label_of(spec: str, protocol: str | None) -> str:
     return "-".join(filter(None, (name, protocol))) + (f"({','.join(pairs)})" if pairs else "")
 
 
+def named_rules(name: str, rest: str, config: Config) -> Config:
+    """`config` with the rules that a row names, whose settings it may set then."""
+    words = [pair.partition("=") for pair in _pairs(rest)]
+    given = {setting.replace("-", "_"): value for setting, _, value in words}
+    rules: dict[str, Any] = {axis: given[axis] for axis, known in AXES.items() if given.get(axis) in known}
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **rules))
+
+
 def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
     """What NAME:... may set -> (group, setting); also under the name group.setting. The method's own come first."""
     method, found = METHODS[name], dict[str, tuple[str, str]]()
-    places = [(group, setting) for group in method.groups for setting in vars(getattr(config, group))]
+    places = [(group, setting) for group in method.groups_read(config) for setting in vars(getattr(config, group))]
     if method.trains:
-        other = dataclasses.replace(config.training, merge_epochs=config.training.merge_epochs + 1, init="independent")
+        other = dataclasses.replace(config.training, merge_epochs=config.training.merge_epochs + 1, init_rule=ZERO_SHOT)
         changed_config = dataclasses.replace(config, training=other)
         unread = {"precision", "preset"}  # one for the command
         if method.merge_epochs(changed_config) == method.merge_epochs(config):
             unread.add("merge_epochs")
         if method.trajectory(changed_config, "full") != "independent":
-            unread.add("init")
+            unread |= AXES.keys()
         if not method.lora:
             unread |= {"lora_rank", "prompt_length"}
         places += [("training", s) for s in vars(config.training) if f"training.{s}" not in FREE and s not in unread]
@@ -120,7 +133,7 @@ def training_changes(config: Config, command: Config) -> dict[str, Any]:
 def _variant(config: Config, command: Config) -> str:
     """Names the un-merged training of a run beside that with the command's settings; runs with the same name train alike."""
     changes = training_changes(config, command).items()
-    words = [f"{name}={value}" for name, value in changes if name not in ("merge_epochs", "init")]
+    words = [f"{name}={value}" for name, value in changes if name not in ("merge_epochs", *AXES)]
     return f"({','.join(words)})" if words else ""
 
 

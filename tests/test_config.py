@@ -298,6 +298,8 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("data", "cache_gb"): declarations()["data"]["cache_gb"][0].derived,
         ("data", "flip"): "as the data set says: on for published photos, else off",
         ("run", "continue_from"): None,
+        ("training", "init_rule"): declarations()["training"]["init_rule"][0].derived,
+        ("training", "deploy_rule"): "the method's rule",
         ("scenario", "first_classes"): None,
         ("scenario", "task_sizes"): None,
         ("scenario", "top_classes"): None,
@@ -354,5 +356,5 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.cache_gb",
         "data.flip", "model.mean", "model.std", "model.head", "run.continue_from", "scenario.first_classes",
         "scenario.task_sizes", "scenario.top_classes", "training.compile", "training.precision", "training.preset",
-        "trm.layer_b", "fisher.images",
+        "training.init_rule", "training.deploy_rule", "trm.layer_b", "fisher.images",
     }  # fmt: skip

@@ -317,6 +317,13 @@ def coma(case):
     return merged
 
 
+def ema(case):
+    merged = case.start
+    for model in case.models:
+        merged = each(mix, merged, model, lam=case.config.ema.weight)
+    return merged
+
+
 def regmean(case):
     shares = torch.tensor(case.shares).double()
     merged = each(lambda *ws: (torch.stack(ws, -1) * shares).sum(-1) / shares.sum(), *case.models)
@@ -490,7 +497,7 @@ ORACLES = {
     "regmean": regmean, "iso-c": iso_c, "tsv": tsv, "opcm": opcm, "knots": knots,
     "average": average, "task-arithmetic": task_arithmetic, "ties": ties, "dare": dare, "dare-ties": dare_ties,
     "della": della, "della-linear": della_linear,
-    "magmax": magmax, "randmix": random_mix, "stock": stock, "slerp": slerp, "coma": coma,
+    "magmax": magmax, "randmix": random_mix, "stock": stock, "slerp": slerp, "coma": coma, "ema": ema,
     "fisher": lambda case: weighed(case, case.config.fisher), "cofima": lambda case: weighed(case, case.config.cofima),
     "wise-ft": lambda case: each(mix, case.start, case.models[-1], lam=case.config.wise_ft.alpha),
 }  # fmt: skip
@@ -515,6 +522,7 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
       for kind in ("near", "lattice") for how in ("sum", "ema", "last")],
     *[("cofima", "lattice", {"cofima": {"accumulate": how, "lam": 0.7}}) for how in ("sum", "ema", "last")],
     ("coma", "near", {"coma": {"lam": 0.2}}),
+    ("ema", "near", {"ema": {"weight": 0.2}}),
     ("wise-ft", "near", {"wise_ft": {"alpha": 0.8}}),
     ("regmean", "near", {"regmean": {"alpha": 0.5}}),
     ("iso-c", "near", {"iso_c": {"scale": 0.6}}),
@@ -610,6 +618,8 @@ def test_restart_is_a_merge_of_two(name, groups):
     one, two, _, end = case.moments
     case.moments = [{k: (axis, g + two[k][1]) for k, (axis, g) in one.items()}, end]
     case.models, case.fishers, case.subsequences, case.shares = case.models[2:], [past, last], (3, 4), (2, 1)
+    if name == "ema":  # the stand-in is its average so far
+        case.start, case.models = case.models[0], case.models[1:]
     expected = case.named(case.filled(lambda n: ORACLES[name](case)[n]))
     each(lambda x, y: torch.testing.assert_close(x, y, **ROUNDING), case.named(merged[0]), expected)
 

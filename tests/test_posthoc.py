@@ -7,6 +7,8 @@ import toy
 from fastmerge.config import declarations
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
+from fastmerge.merging import build_rule
+from fastmerge.merging.rule import Base
 from fastmerge.methods import METHODS
 from fastmerge.methods.posthoc import PostHoc
 from fastmerge.methods.trajectory import Recorded, Reused, Trajectory
@@ -34,40 +36,112 @@ def average(initial, models):
     return torch.stack(models).double().mean(0)
 
 
-def slow(rule, protocol, init):
-    """Return the model after every task, by the definition of the protocol."""
+def ema(initial, models, weight=0.5):
+    merged = initial.double()
+    for theta in models:
+        merged = (1 - weight) * merged + weight * theta.double()
+    return merged
+
+
+RULES = {"magmax": magmax, "average": average, "ema": ema}
+
+
+def slow(protocol, init, deploy):
+    """Return the model after every task, by the definition of the protocol and of the two axes. Both rules see the same
+    models, each beside its own merge of the past."""
     learner = toy.learner()
-    initial, trained, merged, seen, after = learner.theta.clone(), learner.theta.clone(), learner.theta.clone(), [], []
-    unscaled = initial.double()
+    initial, seen, after = learner.theta.clone(), [], []
+    merged = dict.fromkeys(RULES, initial)
     for task, images in toy.tasks():
-        if protocol == "strict":
-            theta = fit(learner, merged, task, images)
-            merged = rule(initial, [merged, theta]).float() if task.index else theta
-        else:
-            theta = fit(learner, initial if init == "independent" else trained, task, images)
-            trained = theta
+        places = {"zero-shot": initial, "last": seen[-1] if seen else initial, **merged}
+        theta = fit(learner, places[init], task, images)
+        seen.append(theta)
+        for name, rule in RULES.items():
+            past = merged[name]
+            if protocol == "running" and name == "magmax":
+                past = initial + (past - initial) / 0.5  # without the rule's scale
+            pair = [past, theta] if task.index else [theta]
             if protocol == "full":
-                seen.append(theta)
-                merged = rule(initial, seen).float()
+                merged[name] = rule(initial, seen).float()
+            elif name == "ema":
+                merged[name] = (0.5 * past.double() + 0.5 * theta.double()).float()
+            elif protocol == "strict" and task.index == 0:
+                merged[name] = theta
             else:
-                pair = [unscaled, theta] if task.index else [theta]
-                merged = rule(initial, pair).float()
-                scale = 0.5 if rule is magmax else 1.0
-                unscaled = initial + (merged - initial) / scale
-        after.append(merged)
+                merged[name] = rule(initial, pair).float()
+        after.append(theta if deploy == "last" else merged[deploy])
     return after
 
 
-@pytest.mark.parametrize("rule", [magmax, average], ids=lambda r: r.__name__)
-@pytest.mark.parametrize(
-    ("protocol", "init"),
-    [("full", "sequential"), ("full", "independent"), ("running", "sequential"), ("strict", "sequential")],
-)
-def test_protocols_do_what_they_are_defined_to_do(rule, protocol, init, tmp_path):
-    learner = toy.learner(f"--init={init}")
-    after = toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), rule.__name__, protocol))
-    for got, want in zip(after, slow(rule, protocol, init), strict=True):
+PAIRS = [
+    (protocol, init, deploy)
+    for protocol in ("full", "running", "strict")
+    for init in ("zero-shot", "last", *RULES)
+    for deploy in ("last", *RULES)
+    if (protocol, init) != ("strict", "last")
+]
+
+
+@pytest.mark.parametrize(("protocol", "init", "deploy"), PAIRS)
+def test_every_start_with_every_deployment_equals_a_plain_loop(protocol, init, deploy, tmp_path):
+    learner = toy.learner(f"--init-rule={init}", f"--deploy-rule={deploy}")
+    after = toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), "ties", protocol))
+    for got, want in zip(after, slow(protocol, init, deploy), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "protocol", "flags", "meant"),
+    [
+        ("magmax", "full", [], ("last", "magmax")),
+        ("magmax", "running", [], ("last", "magmax")),
+        ("magmax", "strict", [], ("magmax", "magmax")),
+        ("magmax", "full", ["--deploy-rule=average"], ("magmax", "average")),
+        ("magmax", "full", ["--init-rule=ema"], ("ema", "magmax")),
+        ("ema", "strict", [], ("ema", "ema")),  # TIME's best
+    ],
+)
+def test_the_protocol_chooses_what_is_not_given(rule, protocol, flags, meant, tmp_path):
+    learner = toy.learner(*flags)
+    after = toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), rule, protocol))
+    for got, want in zip(after, slow(protocol, *meant), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_two_rules_that_need_the_images_share_their_passes(tmp_path):
+    """Start at the Fisher merge, deploy RegMean's: a plain loop over both rules."""
+    learner = toy.learner("--init-rule=fisher", "--deploy-rule=regmean", "--fisher.labels=data")
+    after = toy.drive(learner, PostHoc(learner, toy.nowhere(tmp_path), "average", "full"))
+
+    slow_learner = toy.learner("--fisher.labels=data")
+    base = Base.of(slow_learner.flat, 0)
+    start, deployed = (build_rule(name, base, slow_learner.config) for name in ("fisher", "regmean"))
+    at = base.theta
+    for (task, images), got in zip(toy.tasks(), after, strict=True):
+        theta = fit(slow_learner, at, task, images)
+        start.update(theta, fishers(slow_learner, task, images))
+        seen = moments(slow_learner, images)
+        deployed.update(theta, {k: (1, seen[name]) for k, name in enumerate(base.names) if name in seen})
+        torch.testing.assert_close(got, deployed.merged(out=torch.empty_like(theta)), rtol=1e-3, atol=1e-4)
+        at = start.merged(out=torch.empty_like(theta))
+
+
+def moments(learner, images):
+    """X^T X / n of the toy's three linear layers, image by image."""
+    backbone, found = learner.backbone, {}
+    x = learner.plain(images.images).flatten(1)
+    query, key, value = backbone.attn.qkv(x).chunk(3, 1)
+    inner = torch.tanh(backbone.inner(x)) + query + torch.tanh(key) * value
+    for name, rows in {"inner.weight": x, "attn.qkv.weight": x, "outer.weight": inner}.items():
+        found[name] = sum(torch.outer(row, row) for row in rows.detach()) / len(rows)
+    return found
+
+
+def test_strict_keeps_no_unmerged_model_to_start_at():
+    config = toy.parse(["--init-rule", "last", "--method", "average"])
+    with pytest.raises(UserError, match="--init-rule last: --protocol strict keeps no un-merged model"):
+        METHODS["average"].check(config, toy.Backbone())
+    METHODS["average"].check(toy.parse(["--init-rule", "last", "--protocol", "full"]), toy.Backbone())
 
 
 def test_the_protocols_differ(tmp_path):
@@ -123,25 +197,33 @@ def test_fisher_rule_under_strict_keeps_the_fisher_of_the_past(tmp_path):
             merged = torch.where(total == 0, ((t - 1) * merged + theta) / t, weighed).float()
             known = total
         torch.testing.assert_close(after[task.index], merged, rtol=1e-4, atol=1e-5)
-    assert set(method.rule.state_dict()) == {"fisher", "count", "fed"}  # no second merged model
+    assert set(method.rules["fisher"].state_dict()) == {"fisher", "count", "fed"}  # no second merged model
 
 
 @pytest.mark.parametrize(
-    ("rule", "protocol", "models"),
+    ("rule", "protocol", "models", "flags"),
     [
-        ("average", "full", 3),  # merged, trained, mean
-        ("average", "running", 2),
-        ("average", "strict", 1),
-        ("magmax", "full", 4),  # plus theta_init
-        ("magmax", "running", 3),
-        ("magmax", "strict", 2),
-        ("ties", "full", 7),
-        ("ties", "strict", 2),
-        ("fisher", "strict", 2),
+        ("ema", "strict", 1, []),
+        ("ema", "full", 3, []),  # merged, trained, ema's own
+        ("average", "full", 3, ["--init-rule=ema"]),  # merged, mean, ema's
+        ("average", "running", 2, ["--init-rule=ema"]),  # merged, start
+        ("average", "strict", 2, ["--init-rule=ema"]),
+        ("average", "strict", 2, ["--init-rule=zero-shot"]),  # plus theta_init
+        ("average", "full", 2, ["--deploy-rule=last"]),  # trained, mean
+        ("average", "running", 1, ["--init-rule=last", "--deploy-rule=last"]),
+        ("average", "full", 3, []),  # merged, trained, mean
+        ("average", "running", 2, []),
+        ("average", "strict", 1, []),
+        ("magmax", "full", 4, []),  # plus theta_init
+        ("magmax", "running", 3, []),
+        ("magmax", "strict", 2, []),
+        ("ties", "full", 7, []),
+        ("ties", "strict", 2, []),
+        ("fisher", "strict", 2, []),
     ],
 )
-def test_kept_between_tasks(rule, protocol, models, tmp_path):
-    learner = toy.learner()
+def test_kept_between_tasks(rule, protocol, models, flags, tmp_path):
+    learner = toy.learner(*flags)
     method = PostHoc(learner, toy.nowhere(tmp_path), rule, protocol)
     for task, images in toy.tasks():
         learner.grow_head(task, images)
@@ -202,12 +284,57 @@ def test_plan_shares_what_can_be_shared():
     ]  # fmt: skip
     assert shared_trainings(runs, keep=False) == {"sequential"}
     runs = plan(
-        toy.parse(["--method", "finetune", "ties", "--protocol", "full", "--init", "independent", "--no-nearest-mean"]),
+        toy.parse(
+            ["--method", "finetune", "ties", "--protocol", "full", "--init-rule", "zero-shot", "--no-nearest-mean"]
+        ),
         scenario,
     )
     assert [r.trajectory for r in runs] == ["sequential", "independent"]
     assert shared_trainings(runs, keep=False) == set()
     assert shared_trainings(runs, keep=True) == {"sequential", "independent"}
+
+
+def test_rows_that_start_alike_share_one_training():
+    specs = [
+        "average:init_rule=ema",
+        "ties:init-rule=ema,density=0.3",
+        "ema:init_rule=ema",
+        "ema:init_rule=ema,weight=0.3",
+    ]
+    specs += ["average:init_rule=fisher,fisher.labels=data", "magmax:deploy_rule=wise-ft,alpha=0.3", "magmax"]
+    runs = plan(toy.parse(["--method", *specs, "--protocol", "full", "strict", "--no-nearest-mean"]), None)
+    found = {run.label: (run.trajectory, run.epochs["train"]) for run in runs}
+    assert found == {
+        "average-full(init_rule=ema)": ("full-ema", 3),
+        "average-strict(init_rule=ema)": ("strict-ema", 3),
+        "ties-full(init-rule=ema,density=0.3)": ("full-ema", 0),
+        "ties-strict(init-rule=ema,density=0.3)": ("strict-ema", 0),
+        "ema-full(init_rule=ema)": ("full-ema", 0),
+        "ema-strict(init_rule=ema)": ("strict-ema", 0),
+        "ema-full(init_rule=ema,weight=0.3)": ("full-ema(ema.weight=0.3)", 3),
+        "ema-strict(init_rule=ema,weight=0.3)": ("strict-ema(ema.weight=0.3)", 3),
+        "average-full(init_rule=fisher,fisher.labels=data)": ("full-fisher(fisher.labels=data)", 3),
+        "average-strict(init_rule=fisher,fisher.labels=data)": ("strict-fisher(fisher.labels=data)", 3),
+        "magmax-full(deploy_rule=wise-ft,alpha=0.3)": ("full-magmax", 3),
+        "magmax-strict(deploy_rule=wise-ft,alpha=0.3)": ("strict-magmax", 3),
+        "magmax-full": ("sequential", 3),
+        "magmax-strict": (None, 3),
+    }
+    assert {run.label: run.epochs["merge"] for run in runs if run.epochs["merge"]} == dict.fromkeys(
+        ("average-full(init_rule=fisher,fisher.labels=data)", "average-strict(init_rule=fisher,fisher.labels=data)"), 1
+    )
+    assert shared_trainings(runs, keep=False) == {"full-ema", "strict-ema"}
+
+
+def test_training_shared_from_a_merge_ends_with_the_same_bits(tmp_path):
+    def ends(trajectory):
+        learner = toy.learner("--init-rule=ema")
+        return toy.drive(learner, PostHoc(learner, trajectory, "ties", "running"))
+
+    alone = ends(toy.nowhere(tmp_path))
+    first, second = (ends(Trajectory(tmp_path / "b", {"running-ema"}, run)) for run in ("first", "second"))
+    for a, b, c in zip(alone, first, second, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_a_method_with_settings_of_its_own():
@@ -244,6 +371,10 @@ def test_a_method_with_settings_of_its_own():
         ("finetune:lr=1,lr=2", "lr is given twice"),
         ("ewc:lora_rank=2", "expected ewc:SETTING=VALUE"),
         ("tise:scale=1", "unknown method 'tise'"),
+        ("average:init_rule=emma", "--init-rule emma: expected one of zero-shot, last, average.*Did you mean: ema"),
+        ("average:deploy-rule=zero-shot", "--deploy-rule zero-shot: expected one of last, average"),
+        ("ties:init_rule=ema,deploy_rule=average,density=0.3", "expected ties:SETTING=VALUE"),  # ties merges nothing
+        ("finetune:init_rule=ema", "expected finetune:SETTING=VALUE"),
     ],
 )
 def test_bad_settings_of_a_method(spec, message):

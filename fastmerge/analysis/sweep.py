@@ -87,7 +87,8 @@ def uses(group: str, label: str) -> bool:
 
     method = re.split(r"[(:]", label)[0]
     known = next((m for m in sorted(METHODS, key=len, reverse=True) if method == m or method.startswith(f"{m}-")), None)
-    return group in PLAIN_GROUPS or known is None or group in METHODS[known].groups
+    rules = [name for name in re.findall(r"(?:init|deploy)[-_]rule=([^,)]+)", label) if name in METHODS]
+    return group in PLAIN_GROUPS or known is None or any(group in METHODS[name].groups for name in (known, *rules))
 
 
 def without(label: str, name: str) -> str:

@@ -7,6 +7,7 @@ from fastmerge.merging.average import Average
 from fastmerge.merging.breadcrumbs import Breadcrumbs
 from fastmerge.merging.dare import Dare, DareTies
 from fastmerge.merging.della import Della, DellaLinear
+from fastmerge.merging.ema import EMA
 from fastmerge.merging.fisher import CoFiMA, CoMA, Fisher
 from fastmerge.merging.iso_c import IsoC
 from fastmerge.merging.karcher import Karcher
@@ -39,6 +40,7 @@ RULES: dict[str, type[Rule]] = {
     "fisher": Fisher,
     "cofima": CoFiMA,
     "coma": CoMA,
+    "ema": EMA,
     "wise-ft": WiseFT,
     "regmean": RegMean,
     "iso-c": IsoC,

@@ -65,6 +65,11 @@ class Method(ABC):
         return (None,)
 
     @classmethod
+    def groups_read(cls, config: Config) -> tuple[str, ...]:
+        """The groups of settings that a run with `config` reads: `groups`, and those of rules that `config` names."""
+        return cls.groups
+
+    @classmethod
     def trajectory(cls, config: Config, protocol: str | None) -> str | None:
         """The un-merged training that it shares with other methods: 'sequential', 'independent', or None."""
         return None

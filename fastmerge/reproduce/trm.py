@@ -28,7 +28,7 @@ TERMS = {  # Table 3: which of L_init, L_rep, L_curv
     "k": "trm",
 }
 CIL = {"LwF": "lwf", "EWC": "ewc", "Model Stock": "stock", "TIES": "ties", "MagMax": "magmax", "Ours": "trm"}
-PROMPTS = {"L2P": "l2p", "DualPrompt": "dualprompt", "CODAPrompt": "coda", "RAPF": "rapf"}
+PROMPTS = {"L2P": "l2p", "DualPrompt": "dualprompt", "CODAPrompt": "coda", "RAPF": "rapf", "CLG-CBM": "clg-cbm"}
 RATIOS = {f"{ratio:g}": f"trm:replace_ratio={ratio:g}" for ratio in (0, 0.2, 0.4, 0.6, 0.8, 1)}
 WEIGHTS = {
     f"{one:g}, {two:g}": f"trm:lambda1={one:g},lambda2={two:g}" for one in (0.01, 0.1, 1) for two in (0.001, 0.01, 0.1)
@@ -47,6 +47,7 @@ TARGETS = (
         ),
         (easy("CIFAR-100, 5 tasks"), hard("ImageNet-R, 5 tasks")),
         {"Zero-shot": "zero-shot", "Joint": "joint"} | PROMPTS | {"PM": "pam"} | CIL,
+        needs={"CLG-CBM": "--clg-cbm.concepts"},
     ),
     Target(
         "trm:table2",
@@ -73,6 +74,30 @@ TARGETS = (
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         {"a": "randmix"} | TERMS,
+    ),
+    Target(
+        "trm:figure2",
+        "Loss of the first task between two models, and where merges lie",
+        "Suboptimal Local Convergence",
+        (INR,),
+        (easy("ImageNet-R, 10 tasks"),),
+        draw="trajectory {flags}",
+    ),
+    Target(
+        "trm:figure3",
+        "How far merging moves the class tokens of every layer",
+        "Disruption of Structural Semantic Representation",
+        (INR,),
+        (easy("ImageNet-R, 10 tasks"),),
+        draw="drift {flags}",
+    ),
+    Target(
+        "trm:figure4",
+        "How the gradient of the next task turns along its training",
+        "Gradient variation",
+        (INR,),
+        (easy("ImageNet-R, 10 tasks"),),
+        draw="gradients {flags}",
     ),
     Target(
         "trm:figure7",

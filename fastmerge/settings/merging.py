@@ -248,6 +248,16 @@ class ComaSettings:
 
 
 @dataclass
+class EMASettings:
+    weight: float = setting(
+        0.5,
+        "Weight of the new model.",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass
 class WiseFTSettings:
     alpha: float = setting(
         0.5,
