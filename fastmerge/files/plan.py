@@ -43,6 +43,7 @@ class Options:
     shard: int | None = None
     seed: int = 0
     statistics: list[Any] = field(default_factory=list)
+    extract_lora: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For the recipe; paths as text."""
@@ -127,10 +128,12 @@ class Plan:
         kinds = ", ".join(
             f"{n} {word}" for n, word in zip(count.values(), ("merged", "averaged", "copied"), strict=True) if n
         )
+        rank = self.options.extract_lora
+        written = size(sum(i.nbytes for i in self.items)) if rank is None else f"a LoRA adapter of rank {rank}"
         return [
             f"{self.options.rule} of {len(self.models)} models{bases}",
             f"{len(self.items)} tensors ({kinds}), {sum(item.numel for item in self.items):,} entries",
-            f"read {size(read)} in {self.rule.passes}, write {size(sum(i.nbytes for i in self.items))}, "
+            f"read {size(read)} in {self.rule.passes}, write {written}, "
             f"memory {size(self.memory(memory))} beside the libraries",
             *self.notes,
         ]
@@ -162,6 +165,13 @@ def make_plan(options: Options) -> Plan:
         )
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
+    if options.extract_lora is not None:
+        if options.extract_lora < 1:
+            raise UserError(f"--extract-lora {options.extract_lora}: expected a rank of at least 1")
+        if options.base is None:
+            raise UserError("--extract-lora needs --base, the model that the adapter is for")
+        if options.shard is not None:
+            raise UserError("--extract-lora writes one small file: leave --shard away")
     count = len(options.models)
     if count < rule.least or (rule.most is not None and count > rule.most):
         needed = f"exactly {rule.most}" if rule.most == rule.least else f"at least {rule.least}"
@@ -335,6 +345,8 @@ def _equal(name: str, entries: list[Entry]) -> tuple[str, list[Entry]]:
 
 
 def _dtype(entry: Entry, action: str, options: Options) -> torch.dtype:
+    if options.extract_lora is not None and entry.dtype.is_floating_point:
+        return torch.float32  # of which the difference is taken; --dtype is the adapter's
     if options.dtype is not None and entry.dtype.is_floating_point:
         return OUT_DTYPES[options.dtype]
     return torch.float32 if entry.dtype == torch.float64 and action != "copy" else entry.dtype
