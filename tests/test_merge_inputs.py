@@ -275,6 +275,8 @@ def test_bad_inputs_are_one_line(tmp_path, capsys):
         "no regular expression": ("ties", *based, "--tensors", "(:density=1"),
         "matches no tensor": ("ties", *based, "--tensors", "a.weigth:density=1"),
         "take=3: expected base": ("ties", *based, "--tensors", "scale:take=3"),
+        "--set: p=0.1 and epsilon=0.15": ("della", *based, "--set", "p=0.1"),
+        "--tensors 'a.weight': scope=global ranks": ("della", *based, "--tensors", "a.weight:scope=global"),
         "--missing bse: .* Did you mean: base": ("average", *pair, "--missing", "bse"),
         "--dtype f16: .*fp16": ("average", *pair, "--dtype", "f16"),
         "--seed -1": ("average", *pair, "--seed", "-1"),
@@ -420,6 +422,9 @@ def test_the_page_about_merging(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert said == printed
     exec(python, {})
+    assert main(["merge", "--help"]) == 0
+    listed = re.sub(r"[^\w-]+", " ", capsys.readouterr().out).split()
+    assert FILE_RULES.keys() <= set(listed)
     for name, rule in FILE_RULES.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
         assert name in ("dare-ties", "knots") or all(f"`{setting}`" in row for setting in places(name)), name

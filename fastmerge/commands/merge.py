@@ -128,8 +128,8 @@ def parsed(argv: Sequence[str]) -> Any:
     add(
         "rule",
         nargs="?",
-        help="average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp, nuslerp, karcher, wise-ft, "
-        "coma, breadcrumbs, sce, iso-c, tsv, opcm, knots, fisher, cofima, regmean",
+        help="average, task-arithmetic, ties, dare, dare-ties, della, della-linear, magmax, randmix, stock, slerp, "
+        "nuslerp, karcher, wise-ft, coma, breadcrumbs, sce, iso-c, tsv, opcm, knots, fisher, cofima, regmean",
     )
     add("--models", nargs="+", default=[], metavar="PATH", help="what to merge, in this order")
     add("--base", metavar="PATH", help="the model that the others were fine-tuned from; task-vector rules need it")

@@ -184,6 +184,9 @@ def make_plan(options: Options) -> Plan:
     if options.weights is not None:
         weights = read_weights(options.rule, options.weights, count, "--weights")
     overrides = [read_override(options.rule, text, count) for text in options.tensors]
+    rule.check(settings, "--set")
+    for override in overrides:
+        rule.check(settings | override.values, f"--tensors {override.pattern!r}")
     models, base, notes = _open(options)
     statistics = Statistics(options.rule, rule, options.statistics, models)
     everything = [*models, *([base] if base is not None else [])]
