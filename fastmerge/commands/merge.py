@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     options.statistics = given.statistics
     options.tensors += given.tensors
     options.missing, options.mismatch, options.seed = given.missing, given.mismatch, given.seed
+    options.like = given.like
     options.dtype, options.extract_lora = given.dtype or options.dtype, given.extract_lora
     options.shard = None if given.shard is None else read_size("--shard", given.shard)
     if given.evaluate is None and (flag := next((f for f in SCORING if getattr(given, f) is not None), None)):
@@ -154,6 +155,11 @@ def parsed(argv: Sequence[str]) -> Any:
     add("--missing", default="error", help="tensors that not all inputs have: error, base, average or skip")
     add("--mismatch", default="error", help="tensors of different shapes: error, or base, the base's tensor")
     add("--dtype", help="fp32, bf16 or fp16 for all floats (default: as in the base, or in the first model)")
+    add(
+        "--like",
+        metavar="PATH",
+        help="the model whose names, types and files the output has: base (default), or another",
+    )
     add("--shard", metavar="SIZE", help="largest size of a file, such as 2GB (default: files like those of the base)")
     add("--extract-lora", type=int, metavar="RANK", help="write the difference to the base as a LoRA adapter of peft")
     add("--seed", type=int, default=0, help="of random rules")

@@ -38,8 +38,8 @@ def merge(
 
     models, base: paths, or mappings of names to tensors, which are not changed. out: a folder or a .safetensors file to
     write; without it the merged tensors (or the adapter's) are returned, on the CPU. memory: bytes that bound the parts.
-    report: a .csv file to write. options: weights, settings, tensors, statistics, missing, mismatch, dtype, shard, seed,
-    extract_lora, as on the command line.
+    report: a .csv file to write. options: weights, settings, tensors, statistics, missing, mismatch, dtype, like, shard,
+    seed, extract_lora, as on the command line.
 
     Raises:
         UserError: what is wrong with the inputs or the output; nothing is written then.
@@ -96,8 +96,7 @@ def write(
     except UserError:
         output.delete()
         raise
-    source = plan.base if plan.base is not None else plan.models[0]
-    output.finish({pending[file]: known[file] for file in pending}, source.folder)
+    output.finish({pending[file]: known[file] for file in pending}, plan.like.folder)
     return found
 
 
