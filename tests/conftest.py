@@ -59,6 +59,7 @@ LONG = {
     "test_lists.py::test_one_model",
     "test_lists.py::test_weighted_sum",
     "test_merge_peers.py",
+    "test_merge_extract.py::test_peft_computes_the_merged_model_with_it",
     "test_merge_files.py",
     "test_merge_sweep.py",
     "test_merge_inputs.py::test_a_killed_merge_goes_on",

@@ -78,6 +78,38 @@ def test_half_precision_is_rounded_once(tmp_path):
         assert x.dtype == torch.bfloat16 and torch.equal(x, exact.float().bfloat16())
 
 
+def test_an_output_like_another_model(tmp_path, capsys):
+    """Names, types, shards and small files of --like; no more and no less tensors."""
+    other = {f"model.{name}": x.bfloat16() if name == "b.weight" else x for name, x in A.items() if name != "scale"}
+    like = shards(tmp_path / "like", other, "safetensors")
+    save_file(A, tmp_path / "a.safetensors")
+    save_file({f"module.{name}": x for name, x in B.items()}, tmp_path / "b.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    words = ["merge", "average", "--models", *paths, "--like", str(like)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"names, types and files like {like}" in said and f"left out, as {like} has none: model.scale" in said
+    index = [json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (like, tmp_path / "out")]
+    assert index[0]["weight_map"] == index[1]["weight_map"]
+    assert (tmp_path / "out" / "config.json").read_text() == (like / "config.json").read_text()
+    found = merged(tmp_path / "out")
+    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in other.items()}
+    for name, x in found.items():
+        torch.testing.assert_close(x, MEAN[name.removeprefix("model.")].to(x.dtype))
+    assert main(["merge", "--recipe", str(tmp_path / "out")]) == 0
+    based = merged(*paths, base=BASE | {"extra": torch.ones(2)}, missing="base", like="base")
+    assert based.keys() == {*BASE, "extra"}
+    for message, options in {
+        "--like state dict has more, but the merge has not": {"like": A | {"more": torch.ones(2)}},
+        r"scale: shape \[\], but \[2\] in --like": {"like": A | {"scale": torch.ones(2)}},
+        "scale: torch.float32, but torch.int64 in --like": {"like": A | {"scale": torch.tensor(1)}},
+        "--like base: --base is not given": {"like": "base"},
+        "another architecture": {"like": {"x": torch.ones(2)}},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            merged(*paths, **options)
+
+
 def test_an_adapter_is_the_product_on_the_base(tmp_path):
     peft = pytest.importorskip("peft")
 
@@ -275,6 +307,8 @@ def test_bad_inputs_are_one_line(tmp_path, capsys):
         "no regular expression": ("ties", *based, "--tensors", "(:density=1"),
         "matches no tensor": ("ties", *based, "--tensors", "a.weigth:density=1"),
         "take=3: expected base": ("ties", *based, "--tensors", "scale:take=3"),
+        "--set: p=0.1 and epsilon=0.15": ("della", *based, "--set", "p=0.1"),
+        "--tensors 'a.weight': scope=global ranks": ("della", *based, "--tensors", "a.weight:scope=global"),
         "--missing bse: .* Did you mean: base": ("average", *pair, "--missing", "bse"),
         "--dtype f16: .*fp16": ("average", *pair, "--dtype", "f16"),
         "--seed -1": ("average", *pair, "--seed", "-1"),
@@ -420,6 +454,9 @@ def test_the_page_about_merging(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert said == printed
     exec(python, {})
+    assert main(["merge", "--help"]) == 0
+    listed = re.sub(r"[^\w-]+", " ", capsys.readouterr().out).split()
+    assert FILE_RULES.keys() <= set(listed)
     for name, rule in FILE_RULES.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
         assert name in ("dare-ties", "knots") or all(f"`{setting}`" in row for setting in places(name)), name

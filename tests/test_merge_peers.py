@@ -154,6 +154,7 @@ RANDOM_AND_GLOBAL = [
     ("ties", {}),
     ("stock", {}),
     ("slerp", {}),
+    ("della", {"scope": "tensor"}),
     ("opcm", {}),
     ("knots", {}),
     ("tsv", {}),

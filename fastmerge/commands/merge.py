@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: wrong flags, inputs that do not fit together, an output that cannot be written.
     """
     given = parsed(argv)
-    from fastmerge.files.merge import repeat, write  # imports torch: not for --help
+    from fastmerge.files.merge import NO_REPORT, repeat, write  # imports torch: not for --help
     from fastmerge.files.mergekit import read_config
     from fastmerge.files.plan import Options, make_plan
     from fastmerge.files.report import save_report
@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     options.statistics = given.statistics
     options.tensors += given.tensors
     options.missing, options.mismatch, options.seed = given.missing, given.mismatch, given.seed
-    options.dtype = given.dtype or options.dtype
+    options.like = given.like
+    options.dtype, options.extract_lora = given.dtype or options.dtype, given.extract_lora
     options.shard = None if given.shard is None else read_size("--shard", given.shard)
     if given.evaluate is None and (flag := next((f for f in SCORING if getattr(given, f) is not None), None)):
         raise UserError(f"--{flag.replace('_', '-')} needs --evaluate: a merge without --sweep is scored by none")
@@ -70,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             "--sweep and --evaluate need each other: what to try, and the images that choose the best of it"
         )
+    if given.report is not None and options.extract_lora is not None:
+        raise UserError(NO_REPORT)
     plan = make_plan(options)
     for line in plan.lines(memory):
         print(line)
@@ -127,8 +130,8 @@ def parsed(argv: Sequence[str]) -> Any:
     add(
         "rule",
         nargs="?",
-        help="average, task-arithmetic, ties, dare, dare-ties, magmax, randmix, stock, slerp, nuslerp, karcher, wise-ft, "
-        "coma, breadcrumbs, sce, iso-c, tsv, opcm, knots, fisher, cofima, regmean",
+        help="average, task-arithmetic, ties, dare, dare-ties, della, della-linear, magmax, randmix, stock, slerp, "
+        "nuslerp, karcher, wise-ft, coma, breadcrumbs, sce, iso-c, tsv, opcm, knots, fisher, cofima, regmean",
     )
     add("--models", nargs="+", default=[], metavar="PATH", help="what to merge, in this order")
     add("--base", metavar="PATH", help="the model that the others were fine-tuned from; task-vector rules need it")
@@ -153,7 +156,13 @@ def parsed(argv: Sequence[str]) -> Any:
     add("--missing", default="error", help="tensors that not all inputs have: error, base, average or skip")
     add("--mismatch", default="error", help="tensors of different shapes: error, or base, the base's tensor")
     add("--dtype", help="fp32, bf16 or fp16 for all floats (default: as in the base, or in the first model)")
+    add(
+        "--like",
+        metavar="PATH",
+        help="the model whose names, types and files the output has: base (default), or another",
+    )
     add("--shard", metavar="SIZE", help="largest size of a file, such as 2GB (default: files like those of the base)")
+    add("--extract-lora", type=int, metavar="RANK", help="write the difference to the base as a LoRA adapter of peft")
     add("--seed", type=int, default=0, help="of random rules")
     add("--max-memory", metavar="SIZE", help="bound of the parts that are merged at a time (default: 256MB)")
     add("--report", type=Path, metavar="CSV", help="write norm, cosines, sign conflicts per tensor, and a picture")

@@ -20,8 +20,10 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
+from fastmerge.errors import UserError
 from fastmerge.files.rule import FileRule, Part
 from fastmerge.merging.breadcrumbs import Breadcrumbs
+from fastmerge.merging.della import Della, DellaLinear
 from fastmerge.merging.fisher import CoFiMA, Fisher
 from fastmerge.merging.iso_c import IsoC
 from fastmerge.merging.karcher import Karcher
@@ -39,7 +41,7 @@ class ByTensor(FileRule):
 
     def write(self, part: Part) -> None:
         size = part.out.numel()
-        base = Base(part.base.float(), [0, size], [size], part.seed, [part.shape])
+        base = Base(part.base.float(), [0, size], [size], part.seed, [part.shape], position=part.position)
         rule = self.rule(base, *[SimpleNamespace(**part.settings)] * bool(self.groups))
         for k in range(len(part.models)):
             rule.update(self.model(part, k), self.about(part, k))
@@ -89,6 +91,29 @@ class FileKarcher(ByTensor):
     needs_base = False
     weighted = False
     per_model = 12
+
+
+class FileDella(ByTensor):
+    rule: ClassVar[type[Rule]] = Della
+    groups = Della.groups
+    weighted = False
+    buffers = 16
+
+    def check(self, settings: dict[str, Any], where: str) -> None:
+        p, epsilon = settings["p"], settings["epsilon"]
+        if p - epsilon < 0 or p + epsilon >= 1:
+            raise UserError(
+                f"{where}: p={p:g} and epsilon={epsilon:g}: entries are dropped with probabilities from p - epsilon to "
+                "p + epsilon; expected 0 or more, and below 1. A smaller epsilon is always possible"
+            )
+        if settings["scope"] == "global":
+            raise UserError(
+                f"{where}: scope=global ranks the whole model, but files are merged by tensor: row or tensor"
+            )
+
+
+class FileDellaLinear(FileDella):
+    rule = DellaLinear
 
 
 class FileFisher(ByTensor):

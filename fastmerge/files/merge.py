@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
+from fastmerge.files.extract import WEIGHTS, extracted, save
 from fastmerge.files.inputs import open_input
 from fastmerge.files.plan import Item, Options, Plan, make_plan
 from fastmerge.files.recipe import KEY, Hashes, check_inputs, identity, options_of, read_recipe, recipe
 from fastmerge.files.report import save_report
 from fastmerge.files.stream import MEMORY, Memory, Stream
 from fastmerge.files.write import Output
+
+NO_REPORT = "--report is of a merged model; the adapter of --extract-lora has extracted.csv beside it"
 
 
 def merge(
@@ -34,8 +37,9 @@ def merge(
     """Merge checkpoints by a rule of `fastmerge merge`.
 
     models, base: paths, or mappings of names to tensors, which are not changed. out: a folder or a .safetensors file to
-    write; without it the merged tensors are returned, on the CPU. memory: bytes that bound the parts. report: a .csv
-    file to write. options: weights, settings, tensors, missing, mismatch, dtype, shard, seed, as on the command line.
+    write; without it the merged tensors (or the adapter's) are returned, on the CPU. memory: bytes that bound the parts.
+    report: a .csv file to write. options: weights, settings, tensors, statistics, missing, mismatch, dtype, like, shard,
+    seed, extract_lora, as on the command line.
 
     Raises:
         UserError: what is wrong with the inputs or the output; nothing is written then.
@@ -44,8 +48,12 @@ def merge(
         asked = Options(rule, list(models), base, **options)
     except TypeError as error:
         raise UserError(f"merge: {error}") from None
+    if report is not None and asked.extract_lora is not None:
+        raise UserError(NO_REPORT)
     plan = make_plan(asked)
     stream = Stream(plan, memory, report is not None, not allow_nonfinite)
+    if out is None and asked.extract_lora is not None:
+        return extracted(plan, stream).factors
     if out is None:
         sink = Memory()
         found = stream.run(sink)
@@ -75,6 +83,8 @@ def write(
                 raise UserError(f"--out {out}: the input {file} is there; choose another name")
     about, pending = recipe(plan)
     about |= {"chosen": chosen} if chosen else {}
+    if plan.options.extract_lora is not None:
+        return write_adapter(plan, stream, out, say, about, pending)
     text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
     output = Output(out, plan, text, identity(plan))
     if output.done:
@@ -86,9 +96,34 @@ def write(
     except UserError:
         output.delete()
         raise
-    source = plan.base if plan.base is not None else plan.models[0]
-    output.finish({pending[file]: known[file] for file in pending}, source.folder)
+    output.finish({pending[file]: known[file] for file in pending}, plan.like.folder)
     return found
+
+
+def write_adapter(
+    plan: Plan,
+    stream: Stream,
+    out: Path,
+    say: Callable[[str], None],
+    about: dict[str, Any],
+    pending: dict[Path, str],
+) -> dict[str, dict[str, Any]]:
+    """Write the folder of the adapter that `--extract-lora` asks for; returns {}. about, pending: the recipe."""
+    if out.suffix == ".safetensors":
+        raise UserError(f"--out {out}: an adapter is a folder; leave the ending away")
+    hashes = Hashes(list(pending))
+    found = extracted(plan, stream)
+
+    def metadata() -> dict[str, str]:
+        text, known = json.dumps(about), hashes.wait()
+        for file, old in pending.items():
+            text = text.replace(old, known[file])
+        return {"format": "pt", KEY: text}
+
+    save(found, out, metadata)
+    for line in found.lines():
+        say(line)
+    return {}
 
 
 class Comparison(Memory):
@@ -100,13 +135,16 @@ class Comparison(Memory):
         self.different: list[str] = []
 
     def finished(self, item: Item, about: dict[str, Any]) -> None:
-        new, old = self.tensors.pop(item.name).view(-1), self.entries.pop(item.name, None)
+        self.compare(item.name, self.tensors.pop(item.name))
+
+    def compare(self, name: str, new: Tensor) -> None:
+        old = self.entries.pop(name, None)
         if (
             old is None
-            or (old.dtype, old.shape) != (item.dtype, item.shape)
-            or not torch.equal(new.view(torch.uint8), old.whole().view(torch.uint8))
+            or (old.dtype, old.shape) != (new.dtype, tuple(new.shape))
+            or not torch.equal(new.view(-1).view(torch.uint8), old.whole().view(torch.uint8))
         ):
-            self.different.append(item.name)
+            self.different.append(name)
 
 
 def repeat(path: Path, memory: int, allow_nonfinite: bool) -> int:
@@ -117,12 +155,21 @@ def repeat(path: Path, memory: int, allow_nonfinite: bool) -> int:
     """
     about = read_recipe(path)
     check_inputs(about)
-    plan, sink = make_plan(options_of(about)), Comparison(path)
-    Stream(plan, memory, finite=not allow_nonfinite).run(sink)
+    plan = make_plan(options_of(about))
+    if plan.options.extract_lora is not None:
+        new, sink = (
+            extracted(plan, Stream(plan, memory, finite=not allow_nonfinite)).factors,
+            Comparison(path / WEIGHTS),
+        )
+        for name, x in new.items():
+            sink.compare(name, x)
+    else:
+        sink = Comparison(path)
+        Stream(plan, memory, finite=not allow_nonfinite).run(sink)
     different = [*sink.different, *sink.entries]
     if different:
         raise UserError(
             f"{path}: {len(different)} of its tensors are not what the recipe gives, such as {different[0]}; it was "
             f"changed, or written with other versions (fastmerge {about['fastmerge']}, torch {about['torch']})"
         )
-    return len(plan.items)
+    return len(plan.items) if plan.options.extract_lora is None else len(new)

@@ -28,8 +28,8 @@ LARGEST_PART = 1 << 20  # entries: more does not make it faster, less does not f
 
 @dataclass
 class Options:
-    """What a merge is asked for; see `fastmerge merge --help`. models, base, statistics: paths, or mappings of names to
-    tensors."""
+    """What a merge is asked for; see `fastmerge merge --help`. models, base, statistics, like: paths, or mappings of names
+    to tensors."""
 
     rule: str
     models: list[Any]
@@ -43,16 +43,18 @@ class Options:
     shard: int | None = None
     seed: int = 0
     statistics: list[Any] = field(default_factory=list)
+    extract_lora: int | None = None
+    like: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         """For the recipe; paths as text."""
         paths: dict[str, Any] = {name: [_path(one) for one in getattr(self, name)] for name in ("models", "statistics")}
-        paths["base"] = _path(self.base)
+        paths |= {"base": _path(self.base), "like": "base" if self.like == "base" else _path(self.like)}
         return {name: value for name, value in asdict(_plain(self)).items() if name not in paths} | paths
 
 
 def _plain(options: Options) -> Options:
-    return Options(**{**vars(options), "models": [], "statistics": [], "base": None})
+    return Options(**{**vars(options), "models": [], "statistics": [], "base": None, "like": None})
 
 
 def _path(source: Any) -> str | None:
@@ -91,6 +93,7 @@ class Plan:
     models: list[Input]
     base: Input | None
     statistics: list[Input]
+    like: Input  # whose names, shards and small files the output has
     items: list[Item]  # sorted by name
     notes: list[str]
     shards: dict[str, str]  # name -> file of the input whose sharding is kept
@@ -127,10 +130,12 @@ class Plan:
         kinds = ", ".join(
             f"{n} {word}" for n, word in zip(count.values(), ("merged", "averaged", "copied"), strict=True) if n
         )
+        rank = self.options.extract_lora
+        written = size(sum(i.nbytes for i in self.items)) if rank is None else f"a LoRA adapter of rank {rank}"
         return [
             f"{self.options.rule} of {len(self.models)} models{bases}",
             f"{len(self.items)} tensors ({kinds}), {sum(item.numel for item in self.items):,} entries",
-            f"read {size(read)} in {self.rule.passes}, write {size(sum(i.nbytes for i in self.items))}, "
+            f"read {size(read)} in {self.rule.passes}, write {written}, "
             f"memory {size(self.memory(memory))} beside the libraries",
             *self.notes,
         ]
@@ -162,6 +167,13 @@ def make_plan(options: Options) -> Plan:
         )
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
+    if options.extract_lora is not None:
+        if options.extract_lora < 1:
+            raise UserError(f"--extract-lora {options.extract_lora}: expected a rank of at least 1")
+        if options.base is None:
+            raise UserError("--extract-lora needs --base, the model that the adapter is for")
+        if options.shard is not None:
+            raise UserError("--extract-lora writes one small file: leave --shard away")
     count = len(options.models)
     if count < rule.least or (rule.most is not None and count > rule.most):
         needed = f"exactly {rule.most}" if rule.most == rule.least else f"at least {rule.least}"
@@ -174,21 +186,29 @@ def make_plan(options: Options) -> Plan:
     if options.weights is not None:
         weights = read_weights(options.rule, options.weights, count, "--weights")
     overrides = [read_override(options.rule, text, count) for text in options.tensors]
-    models, base, notes = _open(options)
+    rule.check(settings, "--set")
+    for override in overrides:
+        rule.check(settings | override.values, f"--tensors {override.pattern!r}")
+    models, base, like, notes = _open(options)
     statistics = Statistics(options.rule, rule, options.statistics, models)
     everything = [*models, *([base] if base is not None else [])]
-    reference = base if base is not None else models[0]
+    reference = like or base or models[0]
     aliases = _aliases(everything)
     names = sorted({name for one in everything for name in one.entries} - aliases.keys())
     check_patterns(overrides, names)
     items: list[Item] = []
     alone: list[str] = []
+    other: list[str] = []
     problems: list[str] = []
     position = 0
     for name in names:
         here = [model.entries.get(name) for model in models]
         start = None if base is None else base.entries.get(name)
         first = start or next(entry for entry in here if entry is not None)
+        if like is not None and name not in like.entries:
+            other.append(name)
+            position += first.numel
+            continue
         matching = [override for override in overrides if re.fullmatch(override.pattern, name)]
         mine, own, take = dict(settings), weights, None
         for override in matching:
@@ -207,13 +227,18 @@ def make_plan(options: Options) -> Plan:
                 action = "average"
                 alone.append(name)
             shares = own if action == "merge" else (1.0,) * len(entries)
-            dtype = _dtype(first if action != "copy" else entries[0], action, options)
+            kind = entries[0] if action == "copy" else first
+            if like is not None and like.entries[name].dtype.is_floating_point and kind.dtype.is_floating_point:
+                kind = like.entries[name]
+            dtype = _dtype(kind, action, options)
             used = start if action == "merge" else None
             mine |= axis
             items.append(Item(name, entries[0].shape, dtype, action, entries, used, position, mine, shares, of_data))
         else:
             notes.append(f"left out: {name}")
         position += first.numel
+    if like is not None:
+        problems += _unlike(like, items, aliases)
     if problems:
         more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
         raise UserError("; ".join(problems[:3]) + more)
@@ -223,15 +248,43 @@ def make_plan(options: Options) -> Plan:
     wide = [item.name for item in items if any(e.dtype == torch.float64 for e in item.models) and item.action != "copy"]
     if wide:
         notes.append(f"float64 is merged in fp32: {shown(wide)}")
+    if other:
+        notes.append(f"left out, as {reference.label} has none: {shown(other)}")
     if alone:
         notes.append(f"averaged, without statistics: {shown(alone)}")
-    return Plan(options, rule, models, base, statistics.inputs, items, notes, _shards(reference), aliases)
+    return Plan(options, rule, models, base, statistics.inputs, reference, items, notes, _shards(reference), aliases)
 
 
-def _open(options: Options) -> tuple[list[Input], Input | None, list[str]]:
+def _unlike(like: Input, items: Sequence[Item], aliases: dict[str, str]) -> list[str]:
+    """What keeps the output from being like that model."""
+    found = {item.name: item for item in items}
+    missing = sorted(like.entries.keys() - found.keys() - aliases.keys())
+    problems = [f"--like {like.label} has {shown(missing)}, but the merge has not"] if missing else []
+    for name, item in found.items():
+        its = like.entries[name]
+        if its.shape != item.shape:
+            problems.append(f"{name}: shape {list(item.shape)}, but {list(its.shape)} in --like {like.label}")
+        elif its.dtype.is_floating_point != item.dtype.is_floating_point or (
+            its.dtype != item.dtype and not its.dtype.is_floating_point
+        ):
+            problems.append(f"{name}: {item.dtype}, but {its.dtype} in --like {like.label}")
+    return problems
+
+
+def _open(options: Options) -> tuple[list[Input], Input | None, Input | None, list[str]]:
+    """models, base, the model of --like (None: not given, or the base or first model, which it is by default), notes."""
     base = None if options.base is None else open_input(options.base)
-    if isinstance(base, Adapter):
-        raise UserError(f"--base {base.label}: an adapter is no base; name the model that it adapts")
+    if isinstance(options.like, str) and options.like == "base":
+        if base is None:
+            raise UserError("--like base: --base is not given; name it, or the model that the output should be like")
+        like: Input | None = base
+    else:
+        like = None if options.like is None else open_input(options.like)
+    for flag, one in (("base", base), ("like", like)):
+        if isinstance(one, Adapter):
+            raise UserError(f"--{flag} {one.label}: an adapter is no model; name the model that it adapts")
+    if base is not None and like is not None and like is not base:
+        base = align(base, like)
     models: list[Input] = []
     for k, source in enumerate(options.models):
         model = open_input(source)
@@ -241,7 +294,7 @@ def _open(options: Options) -> tuple[list[Input], Input | None, list[str]]:
                 raise UserError(f"{model.label}: an adapter needs --base, the model that it adapts")
             models.append(model.on(base))
             continue
-        reference = base or (models[0] if models else model)
+        reference = like or base or (models[0] if models else model)
         model = align(model, reference)
         same = sum(name in reference.entries for name in model.entries)
         if same < min(len(model.entries), len(reference.entries)) / 4:
@@ -259,9 +312,11 @@ def _open(options: Options) -> tuple[list[Input], Input | None, list[str]]:
             )
         seen[files] = k
     notes = [note for one in [*models, *([base] if base is not None else [])] for note in one.notes]
+    if like is not None and like is not base:
+        notes.append(f"names, types and files like {like.label}")
     if base is not None and tuple(file.resolve() for file in base.files) in seen and base.files:
         notes.append(f"the base {base.label} is also one of the models: its task vector is zero")
-    return models, base, notes
+    return models, base, like, notes
 
 
 def _choose(
@@ -335,6 +390,8 @@ def _equal(name: str, entries: list[Entry]) -> tuple[str, list[Entry]]:
 
 
 def _dtype(entry: Entry, action: str, options: Options) -> torch.dtype:
+    if options.extract_lora is not None and entry.dtype.is_floating_point:
+        return torch.float32  # of which the difference is taken; --dtype is the adapter's
     if options.dtype is not None and entry.dtype.is_floating_point:
         return OUT_DTYPES[options.dtype]
     return torch.float32 if entry.dtype == torch.float64 and action != "copy" else entry.dtype

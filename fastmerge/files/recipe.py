@@ -96,7 +96,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UserError: it was not written by `fastmerge merge`.
     """
     source = open_input(path)
-    _, metadata = read_header(source.files[0])
+    file = next((file for file in source.files if file.suffix == ".safetensors"), source.files[0])
+    _, metadata = read_header(file)
     try:
         about = json.loads(metadata[KEY])
         if "state dict" in (*about["options"]["models"], about["options"]["base"]):

@@ -69,6 +69,9 @@ class FileRule:
         """Bytes per entry of a part that the rule needs beside inputs and output."""
         return 4 * (self.buffers + self.per_model * models)
 
+    def check(self, settings: dict[str, Any], where: str) -> None:
+        """Raises UserError: settings that do not go together. where: the flag that gave them."""
+
     def survey(self, tensors: Sequence[Whole]) -> dict[str, Any]:
         """What the rule must know of all tensors before it writes one, by name: `Part.known`."""
         return {}

@@ -22,6 +22,8 @@ from torch import Tensor
 from fastmerge.files.by_tensor import (
     FileBreadcrumbs,
     FileCoFiMA,
+    FileDella,
+    FileDellaLinear,
     FileFisher,
     FileIsoC,
     FileKarcher,
@@ -209,6 +211,8 @@ FILE_RULES: dict[str, FileRule] = {
     "ties": Ties(),
     "dare": Dare(),
     "dare-ties": DareTies(),
+    "della": FileDella(),
+    "della-linear": FileDellaLinear(),
     "magmax": MagMax(),
     "randmix": RandomMix(),
     "stock": ModelStock(),

@@ -52,7 +52,7 @@ class DellaLinear(Rule):
         """The task vector of `theta` after dropping, as a new tensor `[n]`."""
         base, s = self.base, self.settings
         delta = fk.axpy(theta, base.theta, -1.0)
-        draws = base.tensors(uniform(delta, base.seed, self.fed))
+        draws = base.tensors(uniform(delta, base.seed, self.fed, base.position))
         tensors = base.tensors(delta)
         if s.scope == "global":
             parts = [magpruned(torch.cat(tensors)[None], torch.cat(draws)[None], s)[0]]
@@ -92,10 +92,10 @@ def magpruned(delta: Tensor, draws: Tensor, settings: Any) -> Tensor:
     return kept * torch.where(after > 0, before / after, 1.0)
 
 
-def uniform(like: Tensor, seed: int, subsequence: int) -> Tensor:
+def uniform(like: Tensor, seed: int, subsequence: int, position: int = 0) -> Tensor:
     """Numbers in [0, 1) by position, `[n]` fp32: BITS times every entry is halved, and 1/2 is added to half of them."""
     draws = torch.zeros_like(like)
     for bit in range(BITS):
         draws /= 2
-        fk.random_replace_(draws, draws + 0.5, 0.5, seed=seed, subsequence=BITS * subsequence + bit)
+        fk.random_replace_(draws, draws + 0.5, 0.5, seed=seed, subsequence=BITS * subsequence + bit, offset=position)
     return draws

@@ -22,7 +22,8 @@ from fastmerge.models.lora import Projections
 @dataclass
 class Base:
     """theta: `[n]` theta_init. bounds: ascending 0, ..., n; each interval is one tensor and the padding after it.
-    sizes: entries of each tensor without padding. seed: for random rules. shapes: of each tensor, by default of a vector.
+    sizes: entries of each tensor without padding. seed: for random rules. position: of the first entry, for those that
+    take it as part of a longer vector (merging files). shapes: of each tensor, by default of a vector.
     names: of each tensor in the model, empty if there is none; those of LoRA's projections are of the weight they are in."""
 
     theta: Tensor
@@ -31,6 +32,7 @@ class Base:
     seed: int = 0
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    position: int = 0
 
     def __post_init__(self):
         self.bounds = self.bounds or [0, self.theta.numel()]
