@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastmerge.__main__ import main as train
 from fastmerge.analysis.__main__ import main
+from fastmerge.analysis.sweep import without
 from fastmerge.results import METRICS
 
 FLAGS = (
@@ -20,6 +21,12 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("data"), classes=4, train=10, test=5)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Of the runs, since they take most of the time."""
+    monkeypatch.setattr("fastmerge.plots.draw", lambda *_: [])
 
 
 def read(path):
@@ -156,11 +163,54 @@ def test_a_setting_against_a_metric(data, tmp_path, capsys):
     assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-5) and row["seeds"] == "2"
     assert (float(row["least"]), float(row["largest"])) == pytest.approx((min(values), max(values)), rel=1e-5)
     assert (out / "sweep.png").stat().st_size > 1000
+
+    two = ["--x", "lr", "--lines", "magmax.scale", "--out", str(out)]
+    assert main(["sweep", str(tmp_path / "r"), *two]) == 0
+    places = {
+        ("magmax-strict", "0.1", "0.0001"): "magmax-strict(scale=0.1,lr=1e-4)",
+        ("magmax-strict", "0.5", "0.001"): "magmax-strict",
+        ("magmax-strict", "0.9", "0.0001"): "magmax-strict(scale=0.9,lr=1e-4)",
+        ("magmax-strict", "0.9", "0.001"): "magmax-strict(scale=0.9)",
+    }
+    rows = read(out / "sweep.csv")
+    assert [(row["line"], row["second"], row["x"]) for row in rows] == list(places)
+    for row, label in zip(rows, places.values(), strict=True):
+        values = [results[label][seed]["final_accuracy"] for seed in "01"]
+        assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
     for x, message in (
         ("magmax.skale", "Did you mean: magmax.scale"),
         ("epochs", "all have 1; expected runs with different values"),
         ("trm.alpha", "no finished run has it"),
+        ("lr --lines lr", "--lines lr: is --x already"),
+        ("lr --lines magmax.skale", "--lines magmax.skale: no such setting"),
+        ("lr --lines trm.alpha", "--x lr: no finished run has it"),
+        ("lr --lines epochs", "--lines epochs: all have 1"),
     ):
-        assert main(["sweep", str(tmp_path / "r"), "--x", x]) == 2 and message in capsys.readouterr().err
+        assert main(["sweep", str(tmp_path / "r"), "--x", *x.split()]) == 2 and message in capsys.readouterr().err
     assert main(["sweep", str(tmp_path / "r"), "--x", "lr", "--metric", "acc"]) == 2
     assert "--metric acc: expected one of final_accuracy" in capsys.readouterr().err
+
+
+def test_search_epochs_of_rows_and_of_folders(data, tmp_path):
+    """Rows of one command and the flag of another are points of one line; methods that search nothing have none."""
+    flags = [*FLAGS, "--quiet", "--data-root", str(data)]
+    a, b = ([*flags, "--run-dir", str(tmp_path / name)] for name in "ab")
+    assert train([*a, "--method", "trm", "trm:merge_epochs=3", "finetune", "--merge-epochs", "1"]) == 0
+    assert train([*b, "--method", "trm", "finetune", "--merge-epochs", "2"]) == 0
+    runs = [str(tmp_path / name) for name in "ab"]
+    assert main(["sweep", *runs, "--x", "merge-epochs", "--out", str(tmp_path / "out")]) == 0
+    found = {row["x"]: row for row in read(tmp_path / "out" / "sweep.csv")}
+    assert list(found) == ["1", "2", "3"] and {row["line"] for row in found.values()} == {"trm"}
+    for x, (folder, label) in {"1": ("a", "trm"), "2": ("b", "trm"), "3": ("a", "trm(merge_epochs=3)")}.items():
+        result = json.loads((tmp_path / folder / f"{label}-seed0" / "result.json").read_text())
+        assert float(found[x]["mean"]) == pytest.approx(result["final_accuracy"], rel=1e-5)
+
+
+def test_the_label_of_a_run_without_a_setting():
+    """trm has a setting lr of its own beside that of training."""
+    label = "trm(lr=0.1,training.lr=1e-4,beta=0)"
+    assert without(label, ("trm", "lr")) == "trm(training.lr=1e-4,beta=0)"
+    assert without(label, ("training", "lr")) == "trm(lr=0.1,beta=0)"
+    assert without("finetune(lr=1e-4)", ("training", "lr")) == "finetune"
+    assert without("dare-ties-strict(density=0.5)", ("dare", "density")) == "dare-ties-strict(density=0.5)"
+    assert without("of-old(a.b=1,c=2)", ("a", "b")) == "of-old(c=2)"

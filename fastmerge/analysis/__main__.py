@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = kind("sweep", "a setting against a metric of finished runs: mean, least and largest over the seeds")
     one.add_argument("runs", type=Path, nargs="+", help="run folders")
     one.add_argument("--x", required=True, metavar="SETTING", help="the setting, such as trm.replace_ratio or lr")
+    one.add_argument("--lines", metavar="SETTING", help="a second setting: one line for each of its values")
     one.add_argument("--metric", default="final_accuracy", help="such as aaa or forgetting (final_accuracy)")
     words = sys.argv[1:] if argv is None else argv
     own, rest = parser.parse_known_args(words)
@@ -102,7 +103,7 @@ def of_runs(own: argparse.Namespace, out: Output) -> list[Path]:
     if own.what == "sweep":
         from fastmerge.analysis.sweep import sweep
 
-        return sweep(own.runs, own.x, own.metric, out)
+        return sweep(own.runs, own.x, own.metric, out, own.lines)
     from fastmerge.analysis.bars import bars
 
     return bars(own.runs, out)

@@ -1,14 +1,19 @@
-"""One setting against one metric over finished runs: mean, least and largest over the seeds (TRM, Figure 7; P&M, Figure 3).
+"""One setting against one metric over finished runs: mean, least and largest over the seeds.
 
     python -m fastmerge --method trm trm:replace_ratio=0.2 trm:replace_ratio=1 --seeds 0 1 2 --run-dir runs/ratio
-    python -m fastmerge analyse sweep runs/ratio --x trm.replace_ratio
+    python -m fastmerge analyse sweep runs/ratio --x trm.replace_ratio                  # TRM, Figure 7; P&M, Figure 3
+    python -m fastmerge --method trm:lambda1=0.1 trm:lambda1=1 trm:lambda1=1,lambda2=0 ... --run-dir runs/lambdas
+    python -m fastmerge analyse sweep runs/lambdas --x trm.lambda1 --lines trm.lambda2  # TRM of 2026, Figure 6
+    python -m fastmerge --method trm trm:merge_epochs=3 trm:merge_epochs=10 --run-dir runs/epochs
+    python -m fastmerge analyse sweep runs/epochs --x merge_epochs                      # search epochs: its Figure 7
 
-The value of the setting is read from the model of every run, so rows of one command, several run folders, and defaults go
-together. Runs that differ in nothing else are one line.
+The values are read from the model of every run, so rows of one command, several run folders, and defaults go together.
+Runs that differ in nothing else are one line; with a second setting, `--lines`, one line for each of its values.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -19,50 +24,70 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fastmerge.analysis.figure import Output, line_style, save
-from fastmerge.config import PLAIN_GROUPS, declarations
+from fastmerge.config import PLAIN_GROUPS, Config, declarations, flag_of
 from fastmerge.errors import UserError, nearest
 from fastmerge.results import METRICS, finished
 
-COLUMNS = ("line", "x", "mean", "least", "largest", "seeds")
+COLUMNS = ("line", "second", "x", "mean", "least", "largest", "seeds")
 
 
-def sweep(folders: Sequence[Path], x: str, metric: str, out: Output) -> list[Path]:
-    """Write `sweep.csv` (COLUMNS, in the order of x) and its plot. x: a setting, as its flag.
+def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str | None = None) -> list[Path]:
+    """Write `sweep.csv` (COLUMNS, in the order of x) and its plot. x, lines: settings, as their flags.
+
+    COLUMNS: line: the label of its runs without both settings; second: the value of `lines`, empty without it.
 
     Raises:
-        UserError: the setting or the metric is unknown, a folder has no finished run with its model, or all runs have the
+        UserError: a setting or the metric is unknown, a folder has no finished run with its model, or all runs have the
             same value.
     """
-    group, name = setting(x)
+    swept = {"--x": setting("--x", x)} | ({"--lines": setting("--lines", lines)} if lines else {})
+    places = list(swept.values())
+    if len(set(places)) < len(places):
+        raise UserError(f"--lines {lines}: is --x already; expected another setting")
     if metric not in METRICS:
         raise UserError(f"--metric {metric}: expected one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
-    points: dict[str, dict[Any, list[float]]] = {}
+    points: dict[tuple[str, Any], dict[Any, list[float]]] = {}
     for folder in folders:
         for label, seeds in finished(folder).items():
             for seed, result in seeds.items():
                 settings = settings_of(folder / f"{label}-seed{seed}")
-                if result[metric] is not None and group in settings and uses(group, label):
-                    line = points.setdefault(without(label, name), {})
-                    line.setdefault(settings[group][name], []).append(result[metric])
-    values = {value for line in points.values() for value in line}
-    if len(values) < 2:
-        only = f"all have {values.pop()!r}" if values else "no finished run has it"
-        raise UserError(f"--x {x}: {only}; expected runs with different values, such as --method NAME:{name}=VALUE ...")
+                if result[metric] is None or not all(uses(where, label, settings) for where in places):
+                    continue
+                values = [plain(settings[group][name]) for group, name in places]
+                rest = functools.reduce(without, places, label)
+                line = points.setdefault((rest, values[1] if lines else ""), {})
+                line.setdefault(values[0], []).append(result[metric])
+    for number, (flag, (_, name)) in enumerate(swept.items()):
+        several = {value for its in points.values() for value in its} if number == 0 else {v for _, v in points}
+        if len(several) < 2:
+            only = f"all have {several.pop()!r}" if several else "no finished run has it"
+            raise UserError(
+                f"{flag} {lines if number else x}: {only}; expected runs with different values, such as "
+                f"--method NAME:{name}=VALUE ..."
+            )
+    if any(len(its) > 1 for its in points.values()):  # a line of one point says nothing about x
+        points = {line: its for line, its in points.items() if len(its) > 1}
     rows = [
-        (line, value, statistics.mean(found), min(found), max(found), len(found))
-        for line, its in points.items()
+        (*line, value, statistics.mean(found), min(found), max(found), len(found))
+        for line, its in sorted(points.items(), key=lambda item: (item[0][0], place(item[0][1])))
         for value, found in sorted(its.items(), key=lambda item: place(item[0]))
     ]
-    return save(out, "sweep", COLUMNS, rows, lambda figure: draw(figure, rows, f"{group}.{name}", metric), (8, 4))
+    titles = [flag_of(*place) for place in places]
+    return save(out, "sweep", COLUMNS, rows, lambda figure: draw(figure, rows, titles, metric), (8, 4))
 
 
-def setting(x: str) -> tuple[str, str]:
-    """(group, name) of a setting given as its flag. Raises UserError for an unknown one."""
+def plain(value: Any) -> Any:
+    """A value from JSON that can be compared and written: lists, such as task sizes, as text."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def setting(flag: str, x: str) -> tuple[str, str]:
+    """(group, name) of the setting that `flag` names by its own flag. Raises UserError for an unknown one."""
     given, known = x.lstrip("-").replace("-", "_"), declarations()
     places = {n if g in PLAIN_GROUPS else f"{g}.{n}": (g, n) for g, names in known.items() for n in names}
     if given not in places:
         raise UserError(
-            f"--x {x}: no such setting.{nearest(given, places)} Expected one such as trm.replace_ratio or lr"
+            f"{flag} {x}: no such setting.{nearest(given, places)} Expected one such as trm.replace_ratio or lr"
         )
     return places[given]
 
@@ -81,21 +106,36 @@ def settings_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: missing or damaged; the settings of a run are read from its model") from None
 
 
-def uses(group: str, label: str) -> bool:
-    """Whether the method of a run reads the settings of `group`."""
+def read_by(label: str) -> dict[str, tuple[str, str]]:
+    """The settings that the method of a run reads of its own and of training, by the names that a label may give them ->
+    (group, name). Empty for a method of another version."""
     from fastmerge.methods import METHODS
+    from fastmerge.plan import named_rules, row_settings
 
     method = re.split(r"[(:]", label)[0]
-    known = next((m for m in sorted(METHODS, key=len, reverse=True) if method == m or method.startswith(f"{m}-")), None)
-    rules = [name for name in re.findall(r"(?:init|deploy)[-_]rule=([^,)]+)", label) if name in METHODS]
-    return group in PLAIN_GROUPS or known is None or any(group in METHODS[name].groups for name in (known, *rules))
+    names = (m for m in sorted(METHODS, key=len, reverse=True) if method == m or method.startswith(f"{m}-"))
+    if (name := next(names, None)) is None:
+        return {}
+    pairs = re.search(r"\((.*)\)", label)
+    return row_settings(name, named_rules(name, pairs[1] if pairs else "", Config()))
 
 
-def without(label: str, name: str) -> str:
-    """The label of a run without its value of this setting: trm(lr=0.1,beta=0) -> trm(beta=0)."""
+def uses(where: tuple[str, str], label: str, settings: dict[str, Any]) -> bool:
+    """Whether a run has this setting and its method reads it. settings: its config."""
+    (group, name), its = where, read_by(label)
+    if name not in settings.get(group, {}):
+        return False
+    shared = group in PLAIN_GROUPS and (group != "training" or name == "precision")  # every method reads it
+    return shared or not its or where in its.values()
+
+
+def without(label: str, where: tuple[str, str]) -> str:
+    """The label of a run without its value of this setting: trm(lr=0.1,training.lr=1e-4) -> trm(training.lr=1e-4)."""
+    its = read_by(label)
 
     def rest(match: re.Match) -> str:
-        kept = [pair for pair in match[1].split(",") if pair.partition("=")[0].rpartition(".")[2] != name]
+        names = {pair: pair.partition("=")[0].replace("-", "_") for pair in match[1].split(",")}
+        kept = [pair for pair, name in names.items() if its.get(name, (where[0], name.rpartition(".")[2])) != where]
         return f"({','.join(kept)})" if kept else ""
 
     return re.sub(r"\(([^)]*)\)", rest, label)
@@ -107,18 +147,20 @@ def place(value: Any) -> tuple[int, Any]:
     return (0, value) if number else (1, str(value))
 
 
-def draw(figure, rows: list[tuple], x: str, metric: str) -> None:
+def draw(figure, rows: list[tuple], titles: list[str], metric: str) -> None:
+    """titles: of x, and of the second setting if there is one."""
     axes = figure.subplots()
-    values = sorted({row[1] for row in rows}, key=place)
+    values = sorted({row[2] for row in rows}, key=place)
     numbers = all(place(value)[0] == 0 for value in values)
     places = {value: value if numbers else k for k, value in enumerate(values)}
-    for k, line in enumerate(dict.fromkeys(row[0] for row in rows)):
-        mine = [row for row in rows if row[0] == line]
-        at = [places[row[1]] for row in mine]
-        axes.plot(at, [row[2] for row in mine], **line_style(k), label=line)
-        axes.fill_between(at, [row[3] for row in mine], [row[4] for row in mine], color=f"C{k % 10}", alpha=0.15)
+    for k, line in enumerate(dict.fromkeys(row[:2] for row in rows)):
+        mine = [row for row in rows if row[:2] == line]
+        at = [places[row[2]] for row in mine]
+        label = f"{line[0]}, {titles[1]} = {line[1]}" if len(titles) > 1 else line[0]
+        axes.plot(at, [row[3] for row in mine], **line_style(k), label=label)
+        axes.fill_between(at, [row[4] for row in mine], [row[5] for row in mine], color=f"C{k % 10}", alpha=0.15)
     if not numbers:
         axes.set_xticks(range(len(values)), [str(value) for value in values])
-    axes.set(xlabel=x, ylabel=f"{metric.replace('_', ' ')} (%)")
+    axes.set(xlabel=titles[0], ylabel=f"{metric.replace('_', ' ')} (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
