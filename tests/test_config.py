@@ -311,6 +311,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("model", "head"): "text where the model has a text tower, else prototype",
         ("trm", "layer_b"): "half the layers",
         ("fisher", "images"): "all",
+        ("clg_cbm", "concepts"): None,
     }
     setup = Setup(parse([]))
     learner = setup.learner(0)
