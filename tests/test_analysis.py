@@ -149,6 +149,7 @@ def test_bad_input(data, tmp_path, capsys):
 def test_a_setting_against_a_metric(data, tmp_path, capsys):
     """The rows of one command; the value that no label names is the default's."""
     rows = ["magmax", "magmax:scale=0.9", "magmax:scale=0.1,lr=1e-4", "magmax:scale=0.9,lr=1e-4", "finetune"]
+    rows += ["magmax:scale=0.9,epochs=2"]  # alone in its line
     flags = [*FLAGS, "--quiet", "--no-nearest-mean", "--data-root", str(data), "--run-dir", str(tmp_path / "r")]
     assert train([*flags, "--method", *rows, "--seeds", "0", "1"]) == 0
     results = json.loads((tmp_path / "r" / "results.json").read_text())["methods"]
@@ -179,12 +180,12 @@ def test_a_setting_against_a_metric(data, tmp_path, capsys):
         assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
     for x, message in (
         ("magmax.skale", "Did you mean: magmax.scale"),
-        ("epochs", "all have 1; expected runs with different values"),
+        ("batch-size", "all have 16; expected runs with different values"),
         ("trm.alpha", "no finished run has it"),
         ("lr --lines lr", "--lines lr: is --x already"),
         ("lr --lines magmax.skale", "--lines magmax.skale: no such setting"),
         ("lr --lines trm.alpha", "--x lr: no finished run has it"),
-        ("lr --lines epochs", "--lines epochs: all have 1"),
+        ("lr --lines batch-size", "--lines batch-size: all have 16"),
     ):
         assert main(["sweep", str(tmp_path / "r"), "--x", *x.split()]) == 2 and message in capsys.readouterr().err
     assert main(["sweep", str(tmp_path / "r"), "--x", "lr", "--metric", "acc"]) == 2

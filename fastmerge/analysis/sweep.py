@@ -8,7 +8,8 @@
     python -m fastmerge analyse sweep runs/epochs --x merge_epochs                      # search epochs: its Figure 7
 
 The values are read from the model of every run, so rows of one command, several run folders, and defaults go together.
-Runs that differ in nothing else are one line; with a second setting, `--lines`, one line for each of its values.
+Runs that differ in nothing else are one line; with a second setting, `--lines`, one line for each of its values. Runs with
+a single value are left out where others have several.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str 
                 f"{flag} {lines if number else x}: {only}; expected runs with different values, such as "
                 f"--method NAME:{name}=VALUE ..."
             )
-    if any(len(its) > 1 for its in points.values()):  # a line of one point says nothing about x
-        points = {line: its for line, its in points.items() if len(its) > 1}
+    swept_labels = {label for (label, _), its in points.items() if len(its) > 1}
+    if swept_labels:  # other runs of the folder have one value each, which says nothing about x
+        points = {line: its for line, its in points.items() if line[0] in swept_labels}
     rows = [
         (*line, value, statistics.mean(found), min(found), max(found), len(found))
         for line, its in sorted(points.items(), key=lambda item: (item[0][0], place(item[0][1])))
