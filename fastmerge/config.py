@@ -14,6 +14,7 @@ from fastmerge.declaration import Declaration, setting
 from fastmerge.errors import UserError
 from fastmerge.settings.lora import InfLoRASettings, SDLoRASettings
 from fastmerge.settings.merging import (
+    BecameSettings,
     BreadcrumbsSettings,
     CLIPAdapterSettings,
     CMMSettings,
@@ -283,7 +284,7 @@ class TrainingSettings:
     )
     method: tuple[str, ...] = setting(
         ("trm",),
-        "One or more of: trm, cmm, pam; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
+        "One or more of: trm, cmm, pam, became; the merge rules average, task-arithmetic, ties, dare, dare-ties, "
         "magmax, randmix, stock, slerp, fisher, cofima, coma, ema, wise-ft, regmean, iso-c, tsv, opcm, knots, breadcrumbs, "
         "sce, karcher, nuslerp, della, della-linear (each with --protocol); the baselines finetune, joint, lwf, ewc, "
         "clip-adapter, nearest-mean, clg-cbm, icarl, proof, ranpac, rapf, slca; LoRA: inflora, sdlora; prompts in a frozen "
@@ -477,6 +478,7 @@ class Config:
     trm: TRMSettings = field(default_factory=TRMSettings)
     cmm: CMMSettings = field(default_factory=CMMSettings)
     pam: PAMSettings = field(default_factory=PAMSettings)
+    became: BecameSettings = field(default_factory=BecameSettings)
     task_arithmetic: TaskArithmeticSettings = field(default_factory=TaskArithmeticSettings)
     ties: TiesSettings = field(default_factory=TiesSettings)
     dare: DareSettings = field(default_factory=DareSettings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastmerge.merging import RULES
 from fastmerge.methods.attriclip import AttriCLIP
+from fastmerge.methods.became import BECAME
 from fastmerge.methods.clg_cbm import CLGCBM
 from fastmerge.methods.clip_adapter import CLIPAdapter
 from fastmerge.methods.cmm import CMM
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "trm": TRM,
     "cmm": CMM,
     "pam": PAM,
+    "became": BECAME,
     "finetune": Finetune,
     "joint": Joint,
     "lwf": LwF,

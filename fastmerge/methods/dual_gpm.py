@@ -60,6 +60,22 @@ def halved(basis: Tensor, retain: bool) -> Memory:
     return Memory(left_vectors(basis)[0][:, columns:].float(), not retain)
 
 
+def tensors_of(memory: dict[str, Memory]) -> dict[str, Tensor]:
+    """The memories of layers by name as tensors for a file: bases `[in, k]`, and under `retain` whether each is one of the
+    complement, in the order of the names."""
+    bases = {f"basis.{name}": one.basis for name, one in sorted(memory.items())}
+    retain = [one.retain for _, one in sorted(memory.items())]
+    return bases | {"retain": torch.tensor(retain, dtype=torch.bool)} if bases else {}
+
+
+def memories_of(tensors: dict[str, Tensor]) -> dict[str, Memory]:
+    """The inverse of `tensors_of`; other tensors are left alone."""
+    names = sorted(name for name in tensors if name.startswith("basis."))
+    retain = tensors["retain"].tolist() if names else []
+    pairs = zip(names, retain, strict=True)
+    return {name.removeprefix("basis."): Memory(tensors[name].cpu().clone(), kept) for name, kept in pairs}
+
+
 def left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """All left singular vectors `[d, d]`, the largest entry of each positive, and the singular values, in falling order."""
     left, values, _ = torch.linalg.svd(matrix)

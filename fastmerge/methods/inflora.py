@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
-from fastmerge.methods.dual_gpm import Memory, grown, left_vectors
+from fastmerge.methods.dual_gpm import Memory, grown, left_vectors, memories_of, tensors_of
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.lora import OnlyUp, Projections, check_rank
@@ -75,17 +74,10 @@ class InfLoRA(Method):
         return rows.to(self.learner.theta)
 
     def state_dict(self) -> Tensors:
-        """Bases `[in, k]`, and under `retain` whether each is one of the complement, in the order of the names."""
-        bases = {f"basis.{name}": memory.basis for name, memory in sorted(self.memory.items())}
-        retain = [memory.retain for _, memory in sorted(self.memory.items())]
-        return bases | {"retain": torch.tensor(retain, dtype=torch.bool)} if bases else {}
+        return tensors_of(self.memory)
 
     def load_state_dict(self, tensors: Tensors) -> None:
-        names = sorted(name for name in tensors if name.startswith("basis."))
-        self.memory = {
-            name.removeprefix("basis."): Memory(tensors[name].cpu().clone(), retain)
-            for name, retain in zip(names, tensors["retain"].tolist() if names else [], strict=True)
-        }
+        self.memory = memories_of(tensors)
 
 
 class TrainUp(TrainWithAdam):

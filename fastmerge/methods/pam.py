@@ -139,11 +139,21 @@ class Coefficient(FisherPass):
         if i < self.steps - 1:
             return super().step(i)
         method, previous, trained = self.method, self.during["previous"], self.during["trained"]
-        fk.pam_accumulate_(method.total, method.moment, self.result(), trained, method.initial)
-        first, second = fk.pam_coefficient(method.total, method.moment, previous, trained, method.initial).tolist()
-        known = math.isfinite(first) and math.isfinite(second) and second > 0
-        alpha = -first / second if known else 1 / (self.task.index + 1)
-        clamped = min(1.0, max(0.0, alpha))
-        merged = fk.lerp(previous, trained, clamped)
+        merged, clamped, alpha = merged_by_fisher(
+            method.total, method.moment, self.result(), previous, trained, method.initial, self.task
+        )
         self.adapted.scatter(merged, self.learner.theta)
         return {"alpha": torch.tensor(clamped), "alpha_formula": torch.tensor(alpha)}
+
+
+def merged_by_fisher(
+    total: Tensor, moment: Tensor, fisher: Tensor, previous: Tensor, trained: Tensor, initial: Tensor, task: Task
+) -> tuple[Tensor, float, float]:
+    """Take a Fisher at `trained` into S (`total`) and M (`moment`), in place; return the merge (eq. 8) as a new tensor, its
+    alpha, and what the formula gives. All `[m]` fp32; initial: the weights that M is relative to."""
+    fk.pam_accumulate_(total, moment, fisher, trained, initial)
+    first, second = fk.pam_coefficient(total, moment, previous, trained, initial).tolist()
+    known = math.isfinite(first) and math.isfinite(second) and second > 0
+    alpha = -first / second if known else 1 / (task.index + 1)
+    clamped = min(1.0, max(0.0, alpha))
+    return fk.lerp(previous, trained, clamped), clamped, alpha

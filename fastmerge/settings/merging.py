@@ -205,19 +205,19 @@ class FisherSettings:
     )
     per: Literal["sample", "batch"] = setting(
         "sample",
-        "For fisher, cofima, ewc and pam: mean of the squared gradients of single images, or squared mean gradients "
+        "For fisher, cofima, ewc, pam and became: mean of the squared gradients of single images, or squared mean gradients "
         "of batches (released CoFiMA).",
     )
     images: int | None = setting(
         None,
-        "For fisher, cofima, ewc and pam: use this many images of a task, drawn at random.",
+        "For fisher, cofima, ewc, pam and became: use this many images of a task, drawn at random.",
         unit="images",
         at_least=1,
         derived="all",
     )
     floor: float = setting(
         0.0,
-        "For fisher, cofima, ewc and pam: a constant added to every entry (1e-6 in MergeLM). With 0, models are "
+        "For fisher, cofima, ewc, pam and became: a constant added to every entry (1e-6 in MergeLM). With 0, models are "
         "averaged where all Fishers are 0.",
         at_least=0,
     )
@@ -346,6 +346,22 @@ class PAMSettings:
         "data",
         "Labels of the Fisher: those of the data (eq. 9), or drawn from the model's prediction. P&M also reads "
         "the fisher group's images, per and floor.",
+    )
+
+
+@dataclass
+class BecameSettings:
+    project: bool = setting(
+        True,
+        "Train in two stages, the first in the input space that old tasks leave free, and merge these two models; without "
+        "it one stage, and the merge is with the model before the task.",
+    )
+    threshold: float = setting(
+        0.99,
+        "Share of the inputs of a layer that the memory must cover, of fourth powers: see methods/dual_gpm.py.",
+        unit="fraction",
+        above=0,
+        at_most=1,
     )
 
 
