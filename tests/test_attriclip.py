@@ -9,7 +9,7 @@ import toy
 
 from fastmerge.errors import UserError
 from fastmerge.flags import parse
-from fastmerge.methods.attriclip import AttriCLIP
+from fastmerge.methods.attriclip import AttriCLIP, distinct
 from fastmerge.models.heads import AttributeHead, TextHead
 from fastmerge.models.text_context import NAMELESS
 
@@ -41,7 +41,7 @@ def by_hand(learner, feature, label, classes, keys, prompts):
 def test_two_tasks_equal_a_loop_over_the_images(flags):
     learner = toy.learner(*FLAGS, *flags)
     method = AttriCLIP(learner)
-    keys, prompts = (p.detach().clone().requires_grad_() for p in (method.bank.keys, method.bank.prompts))
+    keys, prompts = (p.detach().clone().requires_grad_() for p in (method.context.keys, method.context.prompts))
     start, sets = prompts.detach().clone(), set()
     for task, images in toy.tasks()[:2]:
         learner.grow_head(task, images)
@@ -60,8 +60,8 @@ def test_two_tasks_equal_a_loop_over_the_images(flags):
                     p.sub_(rate * g)
             phase.step(i)
         phase.finish()
-        torch.testing.assert_close(method.bank.keys.detach(), keys.detach(), rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(method.bank.prompts.detach(), prompts.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(method.context.keys.detach(), keys.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(method.context.prompts.detach(), prompts.detach(), rtol=1e-3, atol=1e-5)
     assert len(sets) > 1 and (prompts - start).abs().max() > 1e-3
     images = learner.plain(toy.tasks()[0][1].images)
     features, classes = learner.backbone(images).detach(), torch.tensor([3, 0, 1])
@@ -75,6 +75,12 @@ def test_two_tasks_equal_a_loop_over_the_images(flags):
     torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-4)
     alone = torch.cat([learner.head(f[None], classes) for f in features])  # no image depends on another
     torch.testing.assert_close(alone, found)
+
+
+def test_distinct_values():
+    numbers = torch.tensor([5, 2, 2, 0, 5])
+    wanted = torch.unique(numbers, return_inverse=True)
+    assert all(torch.equal(a, b) for a, b in zip(distinct(numbers, 7), wanted, strict=True))
 
 
 def test_the_head_comes_back_from_its_state():

@@ -357,5 +357,5 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
         "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.cache_gb",
         "data.flip", "model.mean", "model.std", "model.head", "run.continue_from", "scenario.first_classes",
         "scenario.task_sizes", "scenario.top_classes", "training.compile", "training.precision", "training.preset",
-        "training.init_rule", "training.deploy_rule", "trm.layer_b", "fisher.images",
+        "training.init_rule", "training.deploy_rule", "trm.layer_b", "fisher.images", "clg_cbm.concepts",
     }  # fmt: skip

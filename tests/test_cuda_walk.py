@@ -29,7 +29,7 @@ def test_all_tensors_meet_on_one_device(name, protocol, tmp_path):
             assert learner.theta.device == features.device == on_fake_cuda.CUDA
 
 
-STEADY = ("trm", "finetune", "ewc", "average")
+STEADY = ("trm", "finetune", "ewc", "average", "coop", "attriclip", "proof")
 
 
 @pytest.mark.parametrize("name", STEADY)

@@ -137,7 +137,7 @@ def test_towers_that_take_no_context():
 @pytest.mark.parametrize("flags", ["--head linear", "--model test_vit --pretrained none"])
 def test_other_heads_are_refused(flags, tmp_path, capsys):
     assert main(["--method", "coop", *flags.split(), "--device", "cpu", "--run-dir", str(tmp_path / "r")]) == 2
-    assert "--method coop learns prompts of the text tower, so it needs --head text" in capsys.readouterr().err
+    assert "--method coop uses the text tower in training, so it needs --head text" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
 
 

@@ -29,47 +29,45 @@ from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.errors import UserError
-from fastmerge.methods.method import Method, Tensors
+from fastmerge.methods.coop import CoOp, TrainContext
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.heads import AttributeHead
 from fastmerge.models.text_context import NAMELESS
-from fastmerge.models.trainable import Beside
-from fastmerge.training import Learner, Phase, Train, learning_rate, positions
+from fastmerge.models.trainable import PassesThrough
+from fastmerge.training import Learner, Phase, learning_rate, positions
 
 MOST_SETS = 1000
 
 
-class Bank(nn.Module):
-    """keys `[N, d]`, prompts `[N, m, width]`; the image features pass through."""
+class Bank(PassesThrough):
+    """keys `[N, d]`, prompts `[N, m, width]`."""
 
     def __init__(self, count: int, d: int, tokens: int, width: int, generator: torch.Generator):
         super().__init__()
         self.keys = nn.Parameter(0.02 * torch.randn(count, d, generator=generator))
         self.prompts = nn.Parameter(0.02 * torch.randn(count, tokens, width, generator=generator))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
-
-class AttriCLIP(Method):
+class AttriCLIP(CoOp):
     """It keeps the bank; the head keeps the class rows."""
 
     groups = ("attriclip",)
-    lora = False
-    frozen = True
-    needs_text = True
+    context: Bank
 
     def __init__(self, learner: Learner):
         super().__init__(learner)
-        assert learner.text is not None
-        self.text, self.settings, start = learner.text, learner.config.attriclip, learner.head
-        s, weight = self.settings, start.get_buffer("weight")
-        made = Bank(s.bank, weight.shape[1], s.tokens, self.text.width, learner.generator("bank"))
-        self.bank = made.to(learner.device)
-        self.beside = Beside(learner.backbone, self.bank)
-        self.attributes = AttributeHead(weight, float(start.get_buffer("scale")), s.bank, s.top).to(learner.device)
+        s, weight, scale = self.settings, *(learner.head.get_buffer(name) for name in ("weight", "scale"))
+        self.attributes = AttributeHead(weight, float(scale), s.bank, s.top).to(learner.device)
         self.sets = torch.combinations(torch.arange(s.bank), s.top).to(learner.device)  # [sets, top]
         learner.head = self.attributes
+
+    @property
+    def peak(self) -> float:
+        return self.settings.lr * self.learner.config.training.batch_size / 20
+
+    def made(self, generator: torch.Generator) -> Bank:
+        s = self.settings
+        return Bank(s.bank, self.learner.backbone.feature_dim, s.tokens, self.text.width, generator)
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
@@ -83,34 +81,24 @@ class AttriCLIP(Method):
                 f"class; expected at most {MOST_SETS} sets"
             )
 
-    def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
+    def train(self, task: Task, images: TaskImages, during: dict[str, Tensor]) -> Phase:
         return TrainBank(self, task, images)
 
     def contexts(self, numbers: Tensor) -> Tensor:
         """The prompts of these sets, `[n, top * m, width]`. numbers: `[n]` int64."""
-        return self.bank.prompts[self.sets[numbers]].flatten(1, 2)
+        return self.context.prompts[self.sets[numbers]].flatten(1, 2)
 
     @torch.no_grad()
     def write(self) -> None:
         """Copy the keys to the head and encode its rows."""
-        self.attributes.keys.copy_(self.bank.keys)
+        self.attributes.keys.copy_(self.context.keys)
         classes = torch.arange(len(self.attributes.weight), device=self.attributes.weight.device)
-        for i, context in enumerate(self.bank.prompts[self.sets].flatten(1, 2)):
+        for i, context in enumerate(self.context.prompts[self.sets].flatten(1, 2)):
             self.attributes.table[:, i] = self.text.rows(context, classes)
 
-    def state_dict(self) -> Tensors:
-        return {"bank": self.beside.theta.detach()}
 
-    def load_state_dict(self, tensors: Tensors) -> None:
-        self.beside.theta.data.copy_(tensors["bank"])
-
-
-class TrainBank(Train):
-    def __init__(self, method: AttriCLIP, task: Task, images: TaskImages):
-        learner = method.learner
-        peak = method.settings.lr * learner.config.training.batch_size / 20
-        super().__init__(learner, task, images, trainable=method.beside, lr=peak)
-        self.method = method
+class TrainBank(TrainContext):
+    method: AttriCLIP
 
     def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=1.0)
@@ -119,9 +107,9 @@ class TrainBank(Train):
         return learning_rate(peak, i, self.steps)
 
     def task_loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        method, keys = self.method, self.method.bank.keys
+        method, keys = self.method, self.method.context.keys
         which, k = method.attributes.which(features, keys.detach()), len(self.classes)
-        used, place = torch.unique(which, return_inverse=True)  # every set is encoded once
+        used, place = distinct(which, len(method.sets))  # every set is encoded once
         of = torch.arange(len(used), device=used.device).repeat_interleave(k)
         rows = method.text.rows(method.contexts(used), self.classes.repeat(len(used)), of).unflatten(0, (-1, k))
         main = F.cross_entropy(method.attributes.logits(features, rows, place), positions(labels, self.classes))
@@ -130,13 +118,21 @@ class TrainBank(Train):
 
     def overlap(self) -> Tensor:
         """Mean absolute cosine between the texts of different attributes; 0 for one attribute."""
-        prompts = self.method.bank.prompts
+        prompts = self.method.context.prompts
         n = len(prompts)
         texts = self.method.text.rows(prompts, torch.full((n,), NAMELESS, device=prompts.device))
         return (texts @ texts.T).abs().masked_fill(torch.eye(n, device=texts.device).bool(), 0).sum() / max(
             1, n * (n - 1)
         )
 
-    def finish(self) -> None:
-        super().finish()
-        self.method.write()
+
+def distinct(numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The distinct values of `numbers` `[b]`, which are below `count`, in order, and the place of each number among them.
+
+    Only the CPU knows how many there are without waiting: on another device other values follow, up to min(b, count).
+    """
+    there = F.one_hot(numbers, count).amax(0)
+    first = there.argsort(descending=True, stable=True)[: len(numbers)]
+    if numbers.device.type == "cpu":
+        first = first[: int(there.sum())]
+    return first, (there.cumsum(0) - 1)[numbers]

@@ -24,30 +24,28 @@ from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.precision import tf32
 from fastmerge.models.text_context import ClassPrompts
-from fastmerge.models.trainable import Beside, Trainable
+from fastmerge.models.trainable import Beside, PassesThrough, Trainable
 from fastmerge.training import Learner, Phase, Train, learning_rate, positions
 
 FIRST_RATE = 1e-5  # of the warm-up epoch
 
 
-class Context(nn.Module):
-    """The learned vectors, `[m, width]`; the image features pass through."""
+class Context(PassesThrough):
+    """The learned vectors, `[m, width]`."""
 
     def __init__(self, generator: torch.Generator, *shape: int):
         super().__init__()
         self.vectors = nn.Parameter(0.02 * torch.randn(shape, generator=generator))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
 
 class CoOp(Method):
-    """It keeps the learned vectors."""
+    """It keeps the learned vectors. Methods that learn other texts of the frozen tower have its frame."""
 
     groups = ("coop",)
     lora = False
     frozen = True
     needs_text = True
+    context: nn.Module
 
     def __init__(self, learner: Learner):
         super().__init__(learner)
@@ -57,10 +55,16 @@ class CoOp(Method):
         self.context = self.made(learner.generator("context")).to(learner.device)
         self.trained = self.trainable()
 
+    @property
+    def peak(self) -> float:
+        """The peak learning rate."""
+        return self.settings.lr
+
     def trainable(self) -> Trainable:
         return Beside(self.learner.backbone, self.context)
 
-    def made(self, generator: torch.Generator) -> Context:
+    def made(self, generator: torch.Generator) -> nn.Module:
+        """The parameters at the start."""
         return Context(generator, self.settings.tokens, self.text.width)
 
     def train(self, task: Task, images: TaskImages, during: Tensors) -> Phase:
@@ -68,7 +72,7 @@ class CoOp(Method):
 
     def deployed(self) -> Tensor:
         """The vectors that classify, `[m, width]`."""
-        return self.context.vectors
+        return self.context.get_parameter("vectors")
 
     def rows(self, classes: Tensor) -> Tensor:
         """The rows of these classes, `[k, d]`, differentiable."""
@@ -89,7 +93,7 @@ class CoOp(Method):
 
 class TrainContext(Train):
     def __init__(self, method: CoOp, task: Task, images: TaskImages):
-        super().__init__(method.learner, task, images, trainable=method.trained, lr=method.settings.lr)
+        super().__init__(method.learner, task, images, trainable=method.trained, lr=method.peak)
         self.method = method
 
     def optimiser_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmerge.models.heads import TextHead
 from fastmerge.models.precision import tf32
+from fastmerge.models.trainable import PassesThrough
 
 PROJECTIONS = ("image", "image_bias", "text", "text_bias")
 ATTENTION = ("query", "key", "value", "out", "out_bias", "norm", "norm_bias")
@@ -108,9 +109,9 @@ def attended(tokens: Tensor, fusion: dict[str, Tensor]) -> Tensor:
     )
 
 
-class NewProjections(nn.Module):
+class NewProjections(PassesThrough):
     """What a task trains: its projections and `context` `[m, d]`, drawn anew, and the attention, which goes on from the
-    head's. The features pass through."""
+    head's."""
 
     def __init__(self, head: FusionHead, tokens: int, generator: torch.Generator):
         super().__init__()
@@ -128,9 +129,6 @@ class NewProjections(nn.Module):
             start |= {"out_bias": drawn(d), "norm": torch.ones(d), "norm_bias": torch.zeros(d)}
         for name, value in start.items():
             setattr(self, name, nn.Parameter(value.clone()))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
     def added(self, head: FusionHead) -> dict[str, Tensor]:
         """The head's projections, attention and contexts with those of the task."""

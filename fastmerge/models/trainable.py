@@ -89,6 +89,13 @@ class Beside(Trainable):
         return self.flat.module(frozen)
 
 
+class PassesThrough(nn.Module):
+    """Parameters that a head or the text tower uses: the features pass through unchanged. For `Beside`."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
 class Prompted(Trainable):
     """Prompts in a frozen backbone. The method that owns `pool` returns its tensors in its `state_dict()`."""
 

@@ -7,14 +7,41 @@ from typing import Literal
 
 from fastmerge.declaration import setting
 
-CHOICE = (
-    "Each image gets the prompts that its own query chooses, or all images of a batch those that most of them choose, also "
-    "at test time (released code): then predictions depend on the batch."
-)
+
+@dataclass
+class ConstantRate:
+    lr: float = setting(
+        0.03,
+        "Rate of Adam for the prompts, constant, for a batch of 256 images; it is scaled with --batch-size.",
+        at_least=0,
+        source="the papers, HiDe-Prompt's released code",
+    )
 
 
 @dataclass
-class L2PSettings:
+class Chosen(ConstantRate):
+    """Of prompts that a query chooses."""
+
+    choice: Literal["image", "batch"] = setting(
+        "image",
+        "Each image gets the prompts that its own query chooses, or all images of a batch those that most of them choose, "
+        "also at test time (released code): then predictions depend on the batch.",
+    )
+
+
+@dataclass
+class Blocks:
+    layers: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4),
+        "Blocks with prompts, counted from 0.",
+        tiny=(0, 1, 2, 3),
+        at_least=0,
+        source="CODA-Prompt's paper, HiDe-Prompt's released code",
+    )
+
+
+@dataclass
+class L2PSettings(Chosen):
     pool: int = setting(
         10,
         "Prompts in the pool (paper).",
@@ -38,17 +65,10 @@ class L2PSettings:
         "Weight of the summed cosines of a query and its chosen keys (PILOT).",
         at_least=0,
     )
-    choice: Literal["image", "batch"] = setting("image", CHOICE)
-    lr: float = setting(
-        0.03,
-        "Rate of Adam, constant, for a batch of 256 images; it is scaled with --batch-size.",
-        at_least=0,
-        source="paper",
-    )
 
 
 @dataclass
-class DualPromptSettings:
+class DualPromptSettings(Chosen):
     general_length: int = setting(
         5,
         "Prefix keys, and as many values, of the prompt that all tasks share (paper).",
@@ -78,17 +98,10 @@ class DualPromptSettings:
         "Weight of the cosine of a query and the task's key (PILOT; 1 in CODA-Prompt's copy).",
         at_least=0,
     )
-    choice: Literal["image", "batch"] = setting("image", CHOICE)
-    lr: float = setting(
-        0.03,
-        "Rate of Adam, constant, for a batch of 256 images; it is scaled with --batch-size.",
-        at_least=0,
-        source="paper",
-    )
 
 
 @dataclass
-class CodaSettings:
+class CodaSettings(Blocks):
     components: int = setting(
         10,
         "New components of every task; the paper has 100 for 10 tasks.",
@@ -99,13 +112,6 @@ class CodaSettings:
         "Length of a component, half of it keys and half values (paper).",
         unit="tokens",
         at_least=2,
-    )
-    layers: tuple[int, ...] = setting(
-        (0, 1, 2, 3, 4),
-        "Blocks with prompts, counted from 0.",
-        tiny=(0, 1, 2, 3),
-        at_least=0,
-        source="paper",
     )
     ortho: float = setting(
         0.1,
@@ -122,19 +128,12 @@ class CodaSettings:
 
 
 @dataclass
-class HiDeSettings:
+class HiDeSettings(Blocks, ConstantRate):
     length: int = setting(
         5,
         "Prefix keys, and as many values, of a task's prompt (released code: 5 on CIFAR-100, 20 on ImageNet-R).",
         unit="tokens",
         at_least=1,
-    )
-    layers: tuple[int, ...] = setting(
-        (0, 1, 2, 3, 4),
-        "Blocks with prompts, counted from 0.",
-        tiny=(0, 1, 2, 3),
-        at_least=0,
-        source="released code",
     )
     momentum: float = setting(
         0.01,
@@ -151,12 +150,6 @@ class HiDeSettings:
         0.8,
         "Temperature of the contrast (released code).",
         above=0,
-    )
-    lr: float = setting(
-        0.03,
-        "Rate of Adam for the prompts, constant, for a batch of 256 images; it is scaled with --batch-size.",
-        at_least=0,
-        source="released code",
     )
     identity_lr: float = setting(
         5e-4,
