@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def listing() -> str:
     width = max(map(len, TARGETS))
-    return "\n".join(f"{target.name:{width}}  {target.title} ({target.where})" for target in TARGETS.values())
+    return "\n".join(f"{name:{width}}  {target.title} ({target.where})" for name, target in TARGETS.items())
 
 
 def chosen(own: argparse.Namespace) -> list[Target]:
@@ -89,7 +89,8 @@ def chosen(own: argparse.Namespace) -> list[Target]:
             raise UserError(f"unknown target {name!r}.{nearest(name, TARGETS)} fastmerge reproduce --list prints all")
     if own.processes < 1:
         raise UserError(f"--processes {own.processes}: expected at least 1")
-    found = list(TARGETS.values()) if own.all else [TARGETS[name] for name in dict.fromkeys(own.targets)]
+    named = TARGETS if own.all else own.targets
+    found = list({TARGETS[name].name: TARGETS[name] for name in named}.values())
     known = list(dict.fromkeys(row for target in found for row in target.rows))
     for row in own.only or ():
         if row not in known:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastmerge.errors import UserError
 from fastmerge.files.extract import WEIGHTS, extracted, save
+from fastmerge.files.hashes import Hashes
 from fastmerge.files.inputs import open_input
 from fastmerge.files.plan import Item, Options, Plan, make_plan
-from fastmerge.files.recipe import KEY, Hashes, check_inputs, identity, options_of, read_recipe, recipe
+from fastmerge.files.recipe import KEY, check_inputs, identity, options_of, read_recipe, recipe
 from fastmerge.files.report import save_report
 from fastmerge.files.stream import MEMORY, Memory, Stream
 from fastmerge.files.write import Output
@@ -71,8 +72,10 @@ def write(
     out: Path,
     say: Callable[[str], None] = lambda text: None,
     chosen: dict[str, Any] | None = None,
+    hashes: Hashes | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write the merged files; returns what `Stream.run` does. chosen: how a sweep chose the options, for the recipe.
+    hashes: those that have begun.
 
     Raises:
         UserError: see `Output` and `Stream.run`; nothing is left then.
@@ -89,10 +92,11 @@ def write(
     output = Output(out, plan, text, identity(plan))
     if output.done:
         say(f"going on after {len(output.done)} of {len(plan.items)} tensors")
-    hashes = Hashes(list(pending))
+    hashes = hashes or Hashes()
     try:
+        hashes.add(pending)
         found = stream.run(output)
-        known = hashes.wait()
+        known = hashes.wait(pending)
     except UserError:
         output.delete()
         raise

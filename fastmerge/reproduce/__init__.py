@@ -9,4 +9,6 @@ from __future__ import annotations
 from fastmerge.reproduce import cmm, pam, trm
 from fastmerge.reproduce.target import Target
 
-TARGETS: dict[str, Target] = {target.name: target for paper in (trm, cmm, pam) for target in paper.TARGETS}
+TARGETS: dict[str, Target] = {
+    name: target for paper in (trm, cmm, pam) for target in paper.TARGETS for name in (target.name, *target.also)
+}

@@ -97,4 +97,22 @@ TARGETS = (
         },
         MACRO,
     ),
+    Target(
+        "cmm:figure1",
+        "Accuracy and loss between the models of two tasks: averaging and CMM's merge, plain and linear training",
+        "5.3; the paper names no data set",
+        (column("CIFAR-100, 10 tasks", "cifar100", "--tasks 10"),),
+        (easy("CIFAR-100, 10 tasks", protocol="full"),),
+        draw="interpolate {flags}",
+        also=("cmm:figure2", "cmm:figure4"),
+    ),
+    Target(
+        "cmm:figure5",
+        "Features of old classes before and after alignment",
+        "6",
+        (column("Stanford Cars, 10 tasks", "cars", "--tasks 10"),),
+        (easy("Stanford Cars, 10 tasks", protocol="full"),),
+        draw="embeddings {flags}",
+        also=("cmm:figure3", "cmm:figure6", "cmm:figure7"),
+    ),
 )

@@ -18,6 +18,8 @@ HEADINGS = {
     "final_accuracy": "final accuracy (%)",
     "final_accuracy_macro": "final accuracy, mean over tasks (%)",
     "aaa_macro": "AAA (%)",
+    "forgetting": "forgetting (%)",
+    "plasticity": "plasticity (%)",
     "peak_memory_gb": "peak memory (GB)",
     "hours": "hours",
 }

@@ -48,7 +48,7 @@ class Target:
     in `results.METRICS`, or those of `compare.OTHERS`; 'task:NAME' is the final accuracy on one task. draw: words of
     `fastmerge analyse`; {runs} stands for the run folder and {flags} for the column's flags. seeds: of the paper's figure,
     if it says. needs: row -> the flag of a file that the user must give. apart: row -> flags of the data that it alone has.
-    small: columns on the embedded sets.
+    also: figures that are the same picture. small: columns on the embedded sets.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Target:
     seeds: int = 3
     needs: dict[str, str] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:

@@ -78,7 +78,7 @@ TARGETS = (
     Target(
         "trm:figure2",
         "Loss of the first task between two models, and where merges lie",
-        "Suboptimal Local Convergence",
+        "Analysis",
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         draw="trajectory {flags}",
@@ -86,7 +86,7 @@ TARGETS = (
     Target(
         "trm:figure3",
         "How far merging moves the class tokens of every layer",
-        "Disruption of Structural Semantic Representation",
+        "Analysis",
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         draw="drift {flags}",
@@ -94,7 +94,7 @@ TARGETS = (
     Target(
         "trm:figure4",
         "How the gradient of the next task turns along its training",
-        "Gradient variation",
+        "Analysis",
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         draw="gradients {flags}",
@@ -108,5 +108,24 @@ TARGETS = (
         RATIOS,
         draw="sweep {runs} --x trm.replace_ratio",
         seeds=10,
+    ),
+    Target(
+        "trm:sensitivity",
+        "Accuracy against lambda1, a line for each lambda2",
+        "Figure 6 of arXiv 2605.08311",
+        (INR,),
+        (easy("ImageNet-R, 10 tasks"),),
+        WEIGHTS,
+        draw="sweep {runs} --x trm.lambda1 --lines trm.lambda2",
+        seeds=1,
+    ),
+    Target(
+        "trm:epochs",
+        "Accuracy against the epochs of the search",
+        "Figure 7 of arXiv 2605.08311",
+        (INR,),
+        (easy("ImageNet-R, 10 tasks"),),
+        SEARCHES,
+        draw="sweep {runs} --x merge_epochs",
     ),
 )
