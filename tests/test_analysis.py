@@ -17,6 +17,8 @@ FLAGS = (
     " --dataset folder"
 ).split()
 
+WORDS = ("perturb", "part")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -83,7 +85,7 @@ def test_landscape_holds_the_run_itself(data, tmp_path):
     """The ends are the two models, and the chosen point is the final model of a run."""
     flags = ["--data-root", str(data), *FLAGS, "--head", "linear", "--lr", "1e-2", "--pam.lr", "3e-2"]
     assert main(["landscape", "--points", "6", "--out", str(tmp_path), *flags]) == 0
-    rows = [{k: v if k == "part" else float(v) for k, v in r.items()} for r in read(tmp_path / "landscape.csv")]
+    rows = [{k: v if k in WORDS else float(v) for k, v in r.items()} for r in read(tmp_path / "landscape.csv")]
     assert [r["part"] for r in rows] == ["plane"] * 36 + ["path"] * 6 + ["chosen"]
     plane = {(r["alpha"], r["beta"]): r for r in rows if r["part"] == "plane"}
     path = {r["alpha"]: r for r in rows if r["part"] == "path"}
@@ -99,6 +101,24 @@ def test_landscape_holds_the_run_itself(data, tmp_path):
     with open(tmp_path / "run" / "pam-seed0" / "metrics.jsonl") as file:
         alphas = [line["alpha"] for line in map(json.loads, file) if "alpha" in line]
     assert chosen["alpha"] == pytest.approx(alphas[-1], rel=1e-5)
+
+
+def test_landscapes_of_several_merges(tmp_path):
+    """The panels of two tasks, with perturbation and without, are those of each alone."""
+    data = image_folder(tmp_path / "data", classes=6, train=4, test=2)
+    flags = ["--data-root", str(data), *FLAGS, "--head", "linear", "--pam.lr", "3e-2", "--points", "2"]
+    flags += ["--tasks", "3", "--batch-size", "4"]
+
+    def found(name, *more):
+        assert main(["landscape", *flags, "--out", str(tmp_path / name), *more]) == 0
+        return [list(row.values()) for row in read(tmp_path / name / "landscape.csv")]
+
+    rows = found("together", "--after", "3", "2", "--both")
+    assert len(rows) == 2 * 2 * (4 + 2 + 1)
+    for perturb, after in (("task", "2"), ("none", "3")):
+        alone = found(perturb, "--after", after, "--pam.perturb", perturb)
+        assert [row for row in rows if row[:2] == [perturb, after]] == alone
+    assert len({row[3] for row in rows if row[2] == "chosen"}) == 4  # four alphas
 
 
 def test_bars_of_finished_runs(tmp_path):
@@ -138,9 +158,9 @@ def test_bad_input(data, tmp_path, capsys):
     assert main(["interpolate", "--data-root", str(data), *FLAGS, "--tasks", "1"]) == 2
     assert "choose at least 2" in capsys.readouterr().err
     assert main(["interpolate", "--points", "1", "--data-root", str(data), *FLAGS]) == 2
-    for wrong in ("--after 3", "--after 1", "--pam.no-merge"):
+    for wrong in ("--after 3", "--after 2 3", "--after 1", "--pam.no-merge", "--both --pam.perturb none"):
         assert main(["landscape", "--data-root", str(data), *FLAGS, *wrong.split()]) == 2
-        assert wrong in capsys.readouterr().err
+        assert wrong.split(" -")[0].replace("2 3", "3") in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["interpolate", "--out", str(tmp_path / "file" / "x"), "--data-root", str(data), *FLAGS]) == 2
     assert "cannot write there" in capsys.readouterr().err

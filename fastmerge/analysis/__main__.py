@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--classes", type=int, default=3, help="number of classes of the first task (3)")
     one = kind("landscape", "the loss over the plane through P&M's initial, old and new model")
     one.add_argument("--points", type=int, default=11, help="number of weights per axis (11)")
-    one.add_argument("--after", type=int, help="number of the task whose merge is shown, at least 2 (the last one)")
+    one.add_argument("--after", type=int, nargs="+", help="numbers of the tasks whose merges are shown (the last one)")
+    one.add_argument("--both", action="store_true", help="show training without perturbation beside it")
     one = kind("trajectory", "the loss between the old and the new model, and that of every merge")
     one.add_argument("--points", type=int, default=21, help="number of weights from 0 to 1 (21)")
     more = kind("drift", "how far every merge moves the class token of every layer")
@@ -82,8 +83,9 @@ def run(own: argparse.Namespace, rest: list[str], command: str) -> list[Path]:
         raise UserError(f"{own.what} takes run folders and --out, not {' '.join(rest)}")
     for name, least in (("points", 2), ("classes", 1), ("after", 2)):
         value = getattr(own, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: expected {least} or more")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise UserError(f"--{name} {number}: expected {least} or more")
     if own.what in FINISHED:
         return of_runs(own, output(own.out, command))
 
@@ -122,10 +124,10 @@ def of_training(own: argparse.Namespace, setup: Setup, out: Output) -> list[Path
         from fastmerge.analysis.landscape import landscape
 
         tasks = len(setup.scenario.tasks)
-        after = own.after or tasks
-        if after > tasks:
-            raise UserError(f"--after {after}: the scenario has {counted(tasks, 'task')}")
-        return landscape(setup, after, own.points, out)
+        after = sorted(set(own.after or [tasks]))
+        if after[-1] > tasks:
+            raise UserError(f"--after {after[-1]}: the scenario has {counted(tasks, 'task')}")
+        return landscape(setup, after, own.both, own.points, out)
     if own.what == "gradients":
         from fastmerge.analysis.gradients import SHOWN, gradients
 

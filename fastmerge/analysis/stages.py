@@ -45,7 +45,7 @@ class Stages(Generic[M]):
         self.images = Images(setup.scenario, setup.cache)
         self.tasks = setup.scenario.tasks[:count]
         self.tests: list[TaskImages] = [setup.cache.get(setup.dataset.test, t.test, keep=True) for t in self.tasks]
-        self.classes = setup.scenario.seen(count - 1)
+        self.scenario = setup.scenario
 
     def training_images(self, number: int) -> TaskImages:
         return self.images.train(self.tasks[number])
@@ -92,15 +92,19 @@ class Stages(Generic[M]):
         return found
 
     @torch.no_grad()
-    def score(self) -> Score:
-        """Score the current weights on the test images of all tasks."""
-        learner, classes = self.learner, torch.tensor(self.classes, device=self.learner.device)
+    def score(self, count: int | None = None) -> Score:
+        """Score the current weights on the test images of the first `count` tasks, by default of all."""
+        count = count or len(self.tasks)
+        learner, tests = self.learner, self.tests[:count]
+        classes = torch.tensor(self.scenario.seen(count - 1), device=learner.device)
         features = self.method.features()
-        own = torch.stack([torch.isin(classes.cpu(), torch.tensor(t.classes)) for t in self.tasks]).to(learner.device)
-        counts = [len(t) for t in self.tests]
+        own = torch.stack([torch.isin(classes.cpu(), torch.tensor(t.classes)) for t in self.tasks[:count]]).to(
+            learner.device
+        )
+        counts = [len(t) for t in tests]
         # per task: correct, loss, loss among its own classes
         sums = torch.zeros(len(counts), 3, dtype=torch.float64, device=learner.device)
-        for pixels, labels, test in batches(self.tests, learner.config.training.batch_size):
+        for pixels, labels, test in batches(tests, learner.config.training.batch_size):
             logits: Tensor = learner.head(features(learner.plain(pixels)), classes)
             truth = positions(labels, classes)
             right = (logits.argmax(1) == truth).double()
