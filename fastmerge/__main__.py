@@ -177,7 +177,7 @@ def run(config: Any) -> int:
     for text in header(setup, manifest, Path(config.run.run_dir)):
         console.line(text)
     done = len(setup.earlier.scenario.tasks) if setup.earlier else 0
-    for text in estimate(runs, setup.backbone, setup.device, cache.budget_bytes, done):
+    for text in estimate(runs, setup.backbone, setup.device, cache.budget_bytes, done, setup.text):
         console.line(text)
     for text in manifest["warnings"]:
         console.line(f"note: {text}", style="yellow")

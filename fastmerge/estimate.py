@@ -15,12 +15,14 @@ import torch
 
 from fastmerge.flat import FlatModel
 from fastmerge.methods import METHODS
+from fastmerge.methods.coop import CoOp
 from fastmerge.methods.maple import MaPLe
 from fastmerge.methods.prompt_method import PromptMethod
 from fastmerge.methods.trm import TRM
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.recompute import checkpoint_blocks
-from fastmerge.parts import FACTOR, Parts, free_bytes, saved_bytes
+from fastmerge.models.text_context import CHUNK, ClassPrompts
+from fastmerge.parts import FACTOR, Parts, free_bytes, saved_bytes, saved_storages
 from fastmerge.plan import Run, images_per_task, shared_trainings
 from fastmerge.ranks import ranks
 from fastmerge.training import PHASES
@@ -57,8 +59,24 @@ def decoding(runs: Sequence[Run], image_size: int, budget: int, done: int = 0) -
     return images, images * pixels
 
 
-def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dict[str, tuple[int, int]]:
-    """Bytes of a training and of a search step, and the images at once: the largest of all runs, by kind of step."""
+def text_bytes(text: ClassPrompts, prompts: int) -> int:
+    """Bytes of a step that learns so many prompts of the text tower: its weights, and the activations of a chunk."""
+
+    def saved(n: int) -> int:
+        context = torch.zeros(1, text.width, device=text.tokens.device, requires_grad=True)
+        with saved_storages() as storages:
+            rows = text.rows(context, torch.zeros(n, dtype=torch.int64, device=context.device))
+        del rows
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    return text.nbytes + min(prompts, CHUNK) * (saved(2) - saved(1))
+
+
+def memory(
+    runs: Sequence[Run], backbone: Backbone, device: torch.device, text: ClassPrompts | None = None
+) -> dict[str, tuple[int, int]]:
+    """Bytes of a training and of a search step, and the images at once: the largest of all runs, by kind of step. text: the
+    text tower, where a method learns prompts for it."""
     model = copy.deepcopy(backbone)
     flat, found = FlatModel(model).to(device), dict[str, tuple[int, int]]()
     if any(run.config.training.checkpoint_gradients for run in runs):
@@ -76,7 +94,7 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
         through = not method.frozen or issubclass(
             method, PromptMethod | MaPLe
         )  # whether gradients go through the backbone
-        if method.trains and through:
+        if method.trains and (through or issubclass(method, CoOp)):
             kinds.append(("training", "train"))
         if METHODS[run.method] is TRM and run.epochs["merge"]:
             exact = run.config.trm.lambda2 and run.config.trm.curvature == "exact"
@@ -88,7 +106,11 @@ def memory(runs: Sequence[Run], backbone: Backbone, device: torch.device) -> dic
             own = math.ceil(training.batch_size / ranks().size)
             count = min(parts.sizes.get(kind, own), own)
             vectors = 1 if method.frozen or training.prompt_length else VECTORS[name]  # the weights alone
-            needed = int(FACTOR[kind] * per_image(kind) * count) + vectors * flat.theta.nbytes
+            needed = int(FACTOR[kind if through else "evaluate"] * per_image(kind) * count)
+            needed += vectors * flat.theta.nbytes
+            if issubclass(method, CoOp) and text is not None:
+                classes = max(len(task.classes) for task in run.scenario.tasks)
+                needed += text_bytes(text, method.prompts(run.config, classes, training.batch_size))
             found[name] = max(found.get(name, (0, 0)), (needed, count))
     return found
 
@@ -103,8 +125,16 @@ def disk(runs: Sequence[Run], numel: int, done: int = 0) -> tuple[int, int]:
     return kept + (shared if training.keep_trajectory else 0), most
 
 
-def estimate(runs: Sequence[Run], backbone: Backbone, device: torch.device, budget: int, done: int = 0) -> list[str]:
-    """The estimate in two lines. budget: bytes of the image cache. done: tasks of a run that this one continues."""
+def estimate(
+    runs: Sequence[Run],
+    backbone: Backbone,
+    device: torch.device,
+    budget: int,
+    done: int = 0,
+    text: ClassPrompts | None = None,
+) -> list[str]:
+    """The estimate in two lines. budget: bytes of the image cache. done: tasks of a run that this one continues. text: see
+    `memory`."""
     work = {
         kind: sum(row[kind] for run in runs for row in images_per_task(run)[done:]) for kind in (*PHASES, "evaluate")
     }
@@ -112,7 +142,7 @@ def estimate(runs: Sequence[Run], backbone: Backbone, device: torch.device, budg
     images, pixels = decoding(runs, backbone.image_size, budget, done)
     numel = sum(p.numel() for p in backbone.parameters())
     end, most = disk(runs, numel, done)
-    largest = memory(runs, backbone, device).items()
+    largest = memory(runs, backbone, device, text).items()
     needed = [f"{kind} step about {size(b)} ({counted(n, 'image')} at once)" for kind, (b, n) in largest]
     return [
         f"to do: {number(work['train'])} training images in {count['train']:,} steps, {number(work['merge'])} merging "

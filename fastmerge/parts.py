@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -140,17 +140,24 @@ def saved_bytes(flat: FlatModel, size: int, kind: str = "") -> int:
     return _saved(flat, 2, size, False) - _saved(flat, 1, size, False) + whole // len(blocks_of(module))
 
 
-def _saved(flat: FlatModel, images: int, size: int, unfused: bool) -> int:
+@contextlib.contextmanager
+def saved_storages() -> Iterator[dict[int, Tensor]]:
+    """A tensor of every storage that autograd saves for backward passes in this context, by its address."""
     storages: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other gets its address
         return tensor
 
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield storages
+
+
+def _saved(flat: FlatModel, images: int, size: int, unfused: bool) -> int:
     x = torch.zeros(images, 3, size, size, device=flat.theta.device)
     weights = flat.as_dict(flat.theta.detach().requires_grad_())  # also of a frozen model, which prompts train through
     attention = differentiable_attention() if unfused else contextlib.nullcontext()
-    with torch.enable_grad(), attention, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with attention, saved_storages() as storages:
         features = functional_call(flat.module, weights, (x,))
     storages.pop(flat.theta.untyped_storage()._cdata, None)
     del features

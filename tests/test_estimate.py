@@ -84,3 +84,35 @@ def test_prompts_train_through_a_frozen_backbone():
     for flags in (["coda"], ["l2p"], ["average", "--prompt-length=8"]):
         assert abs(plain - needed(*flags)["training"][0] - 4 * weights) < 50_000  # the flat vector is padded
     assert needed("clip-adapter") == {}
+
+
+def test_the_text_tower_counts_where_its_prompts_are_learned():
+    """Oracle: what autograd saves in the tower for ten prompts, listed by hand."""
+    setup = Setup(parse(["--method", "coop", "vpt", "attriclip", "maple", "rapf"]))
+    text = setup.text
+
+    def needed(*flags, its=text):
+        config = parse(["--no-nearest-mean", "--method", *flags])
+        return estimate.memory(plan(config, setup.scenario), setup.backbone, CPU, its)
+
+    saved = {}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    context = torch.zeros(3, text.width, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        rows = text.rows(context, torch.arange(10))
+    weights = {p.untyped_storage().data_ptr() for p in text.clip.parameters()}
+    activations = sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in weights)
+    assert rows.shape[0] == 10
+    tower = sum(p.nbytes for p in text.clip.parameters())
+    alone = needed("coop", its=None)["training"][0]
+    ten = needed("coop")["training"][0] - alone - tower  # ten classes a task
+    assert abs(ten - activations) < 0.05 * activations
+    chunk = needed("vpt")["training"][0] - alone - tower  # 100 prompts: a chunk of 64 at a time
+    assert abs(chunk - 6.4 * ten) < 0.01 * chunk
+    assert needed("attriclip")["training"][0] == needed("vpt")["training"][0]
+    assert needed("maple")["training"][0] > needed("coop")["training"][0]  # it trains through the image tower too
+    assert needed("rapf") == {}

@@ -1,5 +1,7 @@
 """Compare PROOF with loops over images and tasks, which keep every projection; attention with nn.MultiheadAttention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,3 +171,22 @@ def test_what_is_refused():
     learner = toy.learner("--proof.exemplars=3", "--epochs=1")
     with pytest.raises(UserError, match="task 2: --proof.exemplars 3 is less than one image for each of 4 pairs"):
         toy.drive(learner, Proof(learner))
+
+
+def test_a_class_that_returns():
+    """It refines its prototype and gets exemplars of the second task too."""
+    learner = toy.learner(*FLAGS, "--epochs=1")
+    method = Proof(learner)
+    (task, images), (_, others) = toy.tasks()[:2]
+    others.labels -= 2
+    features = []
+    for index, part in enumerate((images, others)):
+        again = replace(task, index=index)
+        learner.grow_head(again, part)
+        toy.work(method.train(again, part, method.begin(again)))
+        toy.work(method.merge(again, part, {}))
+        features.append(F.normalize(learner.backbone(learner.plain(part.images)).detach(), dim=1))
+    labels, head = torch.cat([images.labels, others.labels]), learner.head
+    assert head.known.tolist() == [0, 1] and method.kept.labels.tolist() == [0, 0, 0, 1, 1, 1] * 2
+    for c in (0, 1):
+        torch.testing.assert_close(head.sum[c] / head.count[c], torch.cat(features)[labels == c].mean(0))

@@ -61,6 +61,11 @@ class AttriCLIP(CoOp):
         self.sets = torch.combinations(torch.arange(s.bank), s.top).to(learner.device)  # [sets, top]
         learner.head = self.attributes
 
+    @classmethod
+    def prompts(cls, config: Config, classes: int, images: int) -> int:
+        s = config.attriclip
+        return min(images, comb(s.bank, s.top)) * classes + s.bank
+
     @property
     def peak(self) -> float:
         return self.settings.lr * self.learner.config.training.batch_size / 20

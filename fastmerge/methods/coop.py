@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.methods.method import Method, Tensors
@@ -59,6 +60,11 @@ class CoOp(Method):
     def peak(self) -> float:
         """The peak learning rate."""
         return self.settings.lr
+
+    @classmethod
+    def prompts(cls, config: Config, classes: int, images: int) -> int:
+        """How many prompts a step encodes at most, for a task of so many classes and a batch of so many images."""
+        return classes
 
     def trainable(self) -> Trainable:
         return Beside(self.learner.backbone, self.context)

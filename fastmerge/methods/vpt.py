@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.methods.coop import Context, CoOp, TrainContext
@@ -49,6 +50,10 @@ class VPT(CoOp):
 
     groups = ("vpt",)
     context: Residual
+
+    @classmethod
+    def prompts(cls, config: Config, classes: int, images: int) -> int:
+        return config.vpt.samples * classes
 
     def made(self, generator: torch.Generator) -> Residual:
         return Residual(generator, self.settings.tokens, self.text.width)

@@ -62,6 +62,11 @@ class ClassPrompts:
             )
         self.end = int(ends[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tower's weights."""
+        return sum(p.nbytes for p in self.clip.parameters())
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The embeddings of texts, `[n, d]` fp32, L2-normalised."""
