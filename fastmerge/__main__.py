@@ -12,6 +12,7 @@ SIGINT (Ctrl-C) or SIGTERM (the same command continues the run). A closed pipe (
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
@@ -139,10 +140,11 @@ def run(config: Any) -> int:
         summary,
         warmup_warning,
     )
-    from fastmerge.results import finished
+    from fastmerge.results import TRANSFER, finished
     from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
     from fastmerge.setup import Setup
     from fastmerge.sinks import Sinks, wanted
+    from fastmerge.transfer import forward_transfer, images_beside, retention
 
     gc.collect()
     gc.freeze()  # imported objects stay alive; otherwise the collection before every task spends 0.3 s on them
@@ -155,7 +157,10 @@ def run(config: Any) -> int:
     with group.first():
         setup = Setup(config, console.encoding)
     config, scenario, cache, seeds = setup.config, setup.scenario, setup.cache, config.training.seeds
-    runs = plan(config, scenario, setup.earlier)
+    runs = [
+        dataclasses.replace(run, beside=images_beside(run.scenario, METHODS[run.method], setup.head, setup.retained))
+        for run in plan(config, scenario, setup.earlier)
+    ]
     for run in runs:  # before anything is trained or written
         METHODS[run.method].check(run.config, setup.backbone)
         METHODS[run.method].check_classes(run.config, setup.dataset.class_names)
@@ -236,10 +241,13 @@ def run(config: Any) -> int:
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)
             matrix, counts = zero_shot(learner, tests, rows), [len(test) for test in tests]
             starting = metrics(matrix, counts) | {"accuracy_matrix": matrix, "test_counts": counts}
+            starting |= dict.fromkeys(TRANSFER)  # of the starting model against itself
             if own := own_classes(scenario, len(tests)):
                 _, within = accuracies_within(learner, tests, rows[-1], own)
                 matrix = [within] * len(within)
                 starting["also"] = {OWN: metrics(matrix, counts) | {"accuracy_matrix": matrix}}
+            if setup.retained is not None:
+                starting["retained"] = setup.retained.accuracy(learner, None, cache)
             starting["templates"] = list(scenario.dataset.templates)
             del learner
         for number, run in enumerate(runs):
@@ -257,7 +265,16 @@ def run(config: Any) -> int:
                 with contextlib.closing(Sinks(kinds, record.folder.name, record.folder, run.config)) as sinks:
                     record.listen = sinks.write
                     start = functools.partial(setup.earlier.start, run, learner, method) if setup.earlier else None
-                    state = learn(learner, method, run.scenario, Images(run.scenario, cache), record, console, start)
+                    state = learn(
+                        learner,
+                        method,
+                        run.scenario,
+                        Images(run.scenario, cache),
+                        record,
+                        console,
+                        start,
+                        setup.retained,
+                    )
                 result = metrics(state.matrix, state.test_counts) | {
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,
@@ -265,6 +282,10 @@ def run(config: Any) -> int:
                         name: metrics(matrix, state.test_counts) | {"accuracy_matrix": matrix}
                         for name, matrix in state.also.items()
                     },
+                    "before_training": state.before,
+                    "forward_transfer": forward_transfer(state.before, (starting or {}).get("accuracy_matrix")),
+                    "retained": state.retained,
+                    "retention": retention(state.retained, (starting or {}).get("retained")),
                     "kept_bytes": state.kept_bytes,
                     "peak_memory_bytes": max(state.peak_memory_bytes),
                     "peak_memory_bytes_per_task": state.peak_memory_bytes,

@@ -84,6 +84,10 @@ def check(config: Config) -> None:
     if (config.model.mean is None) != (config.model.std is None):
         raise UserError("--mean and --std belong together: give both or none")
     _check_sizes(config.scenario)
+    if config.data.retain is not None and len(config.data.retain) not in (1, 2):
+        raise UserError(
+            f"--retain {' '.join(config.data.retain)}: expected the name of a data set, and its folder if it has one"
+        )
     if not config.data.dataset or config.data.data_root == ():
         raise UserError(f"--{'data-root' if config.data.dataset else 'dataset'} needs a value")
     several, scenario = len(config.data.dataset) > 1, config.scenario.scenario
@@ -143,6 +147,12 @@ class DataSettings:
         None,
         "The folder, or the part of the split file, for testing, where there are several, such as val.",
         derived="test if it has labels, else val, valid or validation",
+    )
+    retain: tuple[str, ...] | None = setting(
+        None,
+        "A data set that no task trains on, and its folder: NAME [DIR]. After every task the model classifies its test "
+        "images among its own class names; the table has the change against the starting model (zero-shot retention). For "
+        "text heads.",
     )
     template: str | None = setting(
         None,
@@ -519,7 +529,7 @@ class Config:
 PLAIN_GROUPS = ("data", "scenario", "model", "training", "run")  # their flags have no prefix
 
 # These may change between two starts of a run: they choose which results are made, where from and where to, not the
-# numbers. What the last ten name, and what a run goes on from, is compared by its content (identity.py).
+# numbers. What the last eleven name, and what a run goes on from, is compared by its content (identity.py).
 FREE = {
     "training.preset",
     "training.method",
@@ -542,6 +552,7 @@ FREE = {
     "data.data_root",
     "data.split_file",
     "data.test_part",
+    "data.retain",
     "data.template",
     "data.class_names",
     "scenario.class_order",

@@ -183,6 +183,8 @@ class Earlier:
             kept_bytes=result["kept_bytes"],
             peak_memory_bytes=result["peak_memory_bytes_per_task"],
             test_counts=result["test_counts"],
+            before=result.get("before_training", []),
+            retained=result.get("retained", []),
             bad_images=result["bad_images"],
             seconds=result["seconds"],
             bytes_written=result["bytes_written"],

@@ -114,14 +114,15 @@ def refuse(broken: Tensor) -> None:
         )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are known; None if none is."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
 
 
 def macro(row: Sequence[float | None]) -> float | None:
     """A_t, mean over tasks: (1/t) sum_j R[t][j] (CODA-Prompt, L2P, mammoth, magmax)."""
-    return _mean(row)
+    return mean(row)
 
 
 def micro(row: Sequence[float | None], counts: Sequence[int]) -> float | None:
@@ -139,6 +140,8 @@ def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
     forgetting_before_last: the same with l < T only; may be negative (Chaudhry et al. 2018; continuum, FACIL).
     bwt: backward transfer, mean over j < T of R[T][j] - R[j][j] (Lopez-Paz & Ranzato 2017).
     plasticity: mean over j of R[j][j] (learning accuracy, Riemer et al. 2019).
+
+    Forward transfer and zero-shot retention are in transfer.py: they need other evaluations.
 
     With one task the forgetting metrics and bwt are undefined and are None.
     """
@@ -158,12 +161,12 @@ def metrics(matrix: Matrix, counts: Sequence[int]) -> dict[str, float | None]:
     return {
         "final_accuracy": micro(last, counts),
         "final_accuracy_macro": macro(last),
-        "aaa": _mean([micro(row, counts) for row in rows]),
-        "aaa_macro": _mean([macro(row) for row in rows]),
-        "forgetting": _mean(drops(include_last=True)),
-        "forgetting_before_last": _mean(drops(include_last=False)),
-        "bwt": _mean([a - b for a, b in pairs if a is not None and b is not None]),
-        "plasticity": _mean([row[-1] for row in rows]),
+        "aaa": mean([micro(row, counts) for row in rows]),
+        "aaa_macro": mean([macro(row) for row in rows]),
+        "forgetting": mean(drops(include_last=True)),
+        "forgetting_before_last": mean(drops(include_last=False)),
+        "bwt": mean([a - b for a, b in pairs if a is not None and b is not None]),
+        "plasticity": mean([row[-1] for row in rows]),
     }
 
 

@@ -50,6 +50,7 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
         "class names": _hash([dataset.class_names, dataset.templates]),
         "starting weights": "drawn from the seed" if setup.random_weights else backbone.weights_sha256,
         "text tower": setup.text_sha256,
+        "data of --retain": _hash(setup.retained.contents()) if setup.retained else None,
         "normalisation": f"mean {list(backbone.mean)}, std {list(backbone.std)}, {backbone.image_size} px",
     }
     own = {}

@@ -19,7 +19,7 @@ from fastmerge.console import Console
 from fastmerge.data.cache import ImageCache, TaskImages
 from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError
-from fastmerge.evaluate import accuracies, accuracies_within, micro
+from fastmerge.evaluate import Matrix, accuracies, accuracies_within, micro
 from fastmerge.machine import PeakMemory
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.saved import model_tensors, recipe
@@ -27,6 +27,7 @@ from fastmerge.parts import OutOfMemory
 from fastmerge.ranks import ranks
 from fastmerge.runfolder import Interrupted, Record, State, StopRequest
 from fastmerge.training import PHASES, Learner, Phase
+from fastmerge.transfer import Retained, speaks
 from fastmerge.wording import counted
 
 
@@ -47,6 +48,19 @@ class Images:
         tasks = self.scenario.tasks if self.scenario.kind == "dil" else self.scenario.tasks[: after + 1]
         return [self.cache.get(self.scenario.dataset.test, task.test, keep=True) for task in tasks]
 
+    def before(
+        self, learner: Learner, method: Method, task: Task, tick: Callable[[int], None], matrix: Matrix
+    ) -> float | None:
+        """Accuracy on the test images of a task that is not trained yet, None for the first; matrix: so far. It has the
+        accuracy already where all domains were evaluated with the same candidates."""
+        if not task.index or not speaks(learner, method):
+            return None
+        old, new = (candidates(self.scenario, learner.config, after) for after in (task.index - 1, task.index))
+        if list(old) == list(new) and (known := matrix[task.index - 1][task.index]) is not None:
+            return known
+        images = self.cache.get(self.scenario.dataset.test, task.test, keep=True)
+        return accuracies(learner, [images], new, tick, method.features())[0]
+
 
 def learn(
     learner: Learner,
@@ -56,10 +70,11 @@ def learn(
     record: Record,
     console: Console,
     start: Callable[[], State] | None = None,
+    retained: Retained | None = None,
 ) -> State:
     """Learn all tasks of the scenario, starting from the position saved in `record`. Return the final state.
 
-    start: sets learner and method to where an earlier run ended, if nothing is saved.
+    start: sets learner and method to where an earlier run ended, if nothing is saved. retained: of `--retain`.
 
     Raises:
         Interrupted: a signal arrived; the run can be continued.
@@ -103,6 +118,11 @@ def learn(
         if state.phase < len(PHASES):
             train_images = images.train(task)
             if (state.phase, state.step) == (0, 0):
+                began = time.perf_counter()
+                state.before += [None] * (task.index - len(state.before))  # of tasks before this was measured
+                if len(state.before) == task.index:
+                    state.before.append(images.before(learner, method, task, tick, state.matrix))
+                state.seconds["evaluate"] += time.perf_counter() - began
                 learner.grow_head(task, train_images)
                 during = method.begin(task)
                 state.bad_images += train_images.skipped
@@ -152,9 +172,13 @@ def learn(
         others |= {
             name: accuracies(learner, tests, classes, tick, other) for name, other in method.also_evaluated().items()
         }
+        if retained is not None:
+            kept = retained.accuracy(learner, method, images.cache, tick)
         # nothing stops the run from here to the save, so the state belongs to this task or to the next one
         unseen: list[float | None] = [None] * (len(scenario.tasks) - len(row))
         state.matrix.append(row + unseen)
+        if retained is not None:
+            state.retained += [*[None] * (task.index - len(state.retained)), kept]
         for name, values in others.items():
             state.also.setdefault(name, []).append(values + unseen)
         state.seconds["evaluate"] += time.perf_counter() - began

@@ -26,7 +26,8 @@ class Run:
 
     config: the command's config, changed by `--method NAME:SETTING=VALUE`. trajectory: the un-merged training that the
     run can share, 'sequential' or 'independent' and `variant`, or None if training depends on a merge. variant: the settings
-    of training that it has in place of the command's, in words.
+    of training that it has in place of the command's, in words. beside: test images of other accuracies than those on the
+    tasks seen, in every task.
     """
 
     label: str  # names the run in tables, and its folder
@@ -38,6 +39,7 @@ class Run:
     epochs: dict[str, int]
     trajectory: str | None
     variant: str = ""
+    beside: tuple[int, ...] = ()
 
 
 def read_method(spec: str, config: Config) -> tuple[str, Config]:
@@ -173,10 +175,12 @@ def plan(config: Config, scenario: Scenario, earlier: Earlier | None = None) -> 
 
 
 def images_per_task(run: Run) -> list[dict[str, int]]:
-    """The images to process in each task of a run, by kind of work; test images are those of the tasks seen."""
+    """The images to process in each task of a run, by kind of work; test images are those of the tasks seen and
+    `beside`."""
     tests, rows = [len(task.test) for task in run.scenario.tasks], []
     for task in run.scenario.tasks:
         seen = sum(tests) if run.scenario.kind == "dil" else sum(tests[: task.index + 1])
+        seen += run.beside[task.index] if run.beside else 0
         rows.append({kind: run.epochs[kind] * len(task.train) for kind in PHASES} | {"evaluate": seen})
     return rows
 

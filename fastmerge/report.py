@@ -92,9 +92,16 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
     """Rows of the comparison table, header first: mean ± sample standard deviation over the seeds (if two or more).
 
     If tasks are data sets, the mean over tasks has a column too: it is what the papers on merging report.
-    The starting model used zero-shot under Continual-CLIP's prompt is that method (arXiv 2210.03114), and named so.
+    FWT and retention (transfer.py) are columns where they are known; retention is a change of the accuracy that the row of
+    the starting model has there. That model used zero-shot under Continual-CLIP's prompt is that method (arXiv 2210.03114),
+    and named so.
     """
     columns = {"final acc": "final_accuracy", "AAA": "aaa", "forgetting": "forgetting", "plasticity": "plasticity"}
+    found = [result for seeds in methods.values() for result in seeds.values()]
+    if any(result.get("forward_transfer") is not None for result in found):
+        columns["FWT"] = "forward_transfer"
+    if any(result.get("retention") is not None for result in found) or (zero_shot or {}).get("retained") is not None:
+        columns["retention"] = "retention"
     if any("own classes" in result.get("also", {}) for seeds in methods.values() for result in seeds.values()):
         columns = {"final acc": "final_accuracy", "mean of tasks": "final_accuracy_macro"} | columns
     rows = [["method", "seeds", *columns, "train", "merge", "peak memory", "kept", "grows"]]
@@ -104,10 +111,12 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
         own = "zero-shot (Continual-CLIP)" if continual_clip else "zero-shot"
         for name, result in {own: zero_shot, **zero_shot.get("also", {})}.items():
             values = [number([result[key] if key in shown else None]) for key in columns.values()]
+            if "retention" in columns and result is zero_shot:
+                values[-1] = number([result.get("retained")])
             rows.append([name if result is zero_shot else f"zero-shot, {name}", "", *values, *[""] * 5])
     for method, seeds in methods.items():
         results = list(seeds.values())
-        accuracy, *others = (number([r[key] for r in results]) for key in columns.values())
+        accuracy, *others = (number([r.get(k) for r in results], sign=k == "retention") for k in columns.values())
         rows.append(
             [
                 method,
@@ -122,7 +131,7 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
             ]
         )
         for name in results[0].get("also", {}):  # the same weights evaluated with other features
-            values = [number([r["also"][name][key] for r in results]) for key in columns.values()]
+            values = [number([r["also"][name].get(key) for r in results]) for key in columns.values()]
             rows.append([f"{method}, {name}", str(len(results)), *values, *[""] * 5])
     if any(result.get("bad_images") for seeds in methods.values() for result in seeds.values()):
         for row in rows:  # images that --skip-bad-images left out
@@ -132,7 +141,7 @@ def results_rows(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] |
 
 
 # columns to leave out of a narrow terminal, in this order; results.md has them all
-LEAST = ("grows", "kept", "peak memory", "merge", "train", "plasticity", "seeds", "AAA", "forgetting")
+LEAST = ("FWT", "grows", "kept", "peak memory", "merge", "train", "plasticity", "seeds", "AAA", "forgetting")
 
 
 def results_table(rows: list[list[str]], width: int | None = None) -> tuple[Table, list[str]]:
@@ -173,12 +182,13 @@ def growth(kept_bytes: Sequence[int]) -> str:
     return "Θ(T)" if slope >= 0.01 * kept_bytes[0] else "Θ(1)"
 
 
-def number(values: Sequence[float | None]) -> str:
+def number(values: Sequence[float | None], sign: bool = False) -> str:
+    """The mean of the known values, with their sample deviation if there are several. sign: also where it is positive."""
     known = [v for v in values if v is not None]
     if not known:
         return "–"
     spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{spread}"
+    return f"{statistics.mean(known):{'+' if sign else ''}.1f}{spread}"
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from fastmerge.errors import UserError
 
-METRICS = ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity")
+TRANSFER = ("forward_transfer", "retention")  # transfer.py; null where they have no meaning, missing in older results
+OF_MATRIX = ("final_accuracy", "final_accuracy_macro", "aaa", "aaa_macro", "forgetting", "bwt", "plasticity")
+METRICS = (*OF_MATRIX, *TRANSFER)
 NUMBER, OPTIONAL = "a number", "a number or null"
 SHAPE: dict[str, Any] = {  # of a result.json, as far as tables and plots need it; [x] is a list of at least one x
     **dict.fromkeys(METRICS, OPTIONAL),
@@ -50,9 +52,14 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or something in it is missing or of another kind.
     """
-    result = read_json(path, "the result.json of a finished run")
+    result = completed(read_json(path, "the result.json of a finished run"))
     check(result, SHAPE, path)
     return result | {"also": result.get("also", {})}
+
+
+def completed(values: Any) -> Any:
+    """A result with what an older fastmerge did not write."""
+    return dict.fromkeys(TRANSFER) | values if isinstance(values, dict) else values
 
 
 def check(value: Any, shape: dict[str, Any], path: Path) -> None:
@@ -115,12 +122,13 @@ def _joined(path: Path) -> tuple[Methods, dict[str, Any] | None]:
     for name, seeds in values["methods"].items():
         if not isinstance(seeds, dict) or not seeds:
             raise UserError(f"{path}: {name} is not an object of seeds")
-        for result in seeds.values():
-            check(result, SHAPE, path)
-            result.setdefault("also", {})
+        for seed, result in seeds.items():
+            seeds[seed] = completed(result)
+            check(seeds[seed], SHAPE, path)
+            seeds[seed].setdefault("also", {})
     if not values["methods"]:
         raise UserError(f"{path}: contains no finished run")
-    if (zero_shot := values.get("zero_shot")) is not None:
+    if (zero_shot := completed(values.get("zero_shot"))) is not None:
         check(zero_shot, ZERO_SHOT, path)
     return values["methods"], zero_shot
 

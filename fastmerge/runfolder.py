@@ -235,6 +235,8 @@ class State:
     peak_memory_bytes: list[int] = field(default_factory=list)  # of every task
     test_counts: list[int] = field(default_factory=list)  # test images of every task evaluated
     also: dict[str, list[list[float | None]]] = field(default_factory=dict)  # matrices of `also_evaluated`, by name
+    before: list[float | None] = field(default_factory=list)  # accuracy on every task before it was trained on
+    retained: list[float | None] = field(default_factory=list)  # accuracy on the data of --retain after every task
     bad_images: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PHASES, "evaluate"), 0.0))
     bytes_written: int = 0  # to the disk, without metrics.jsonl and what is written at the end

@@ -13,6 +13,7 @@ import torch
 from fastmerge.config import Config
 from fastmerge.continuing import Earlier
 from fastmerge.data.cache import ImageCache
+from fastmerge.data.dataset import Dataset
 from fastmerge.data.joined import load_datasets
 from fastmerge.data.scenario import Scenario, build_scenario
 from fastmerge.errors import UserError
@@ -25,6 +26,7 @@ from fastmerge.models.normalisation import Normalisation
 from fastmerge.models.precision import choose
 from fastmerge.models.text_context import ClassPrompts
 from fastmerge.training import Learner
+from fastmerge.transfer import Retained, load_retained
 
 if TYPE_CHECKING:
     from fastmerge.models.openclip import TextEncoder
@@ -83,7 +85,7 @@ class Setup:
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
     learner's seed), cache for decoded images, text_sha256: hash of the text tower that a text head comes from (else None),
     config with the defaults that depend on the data, fewer_tasks: whether the classes are too few for the default number
-    of tasks, earlier: the run that this one continues (or None).
+    of tasks, retained: the data of `--retain` (or None), earlier: the run that this one continues (or None).
 
     progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
     """
@@ -101,7 +103,9 @@ class Setup:
         if training.compile is None:
             training.compile = self.device.type == "cuda" and not training.checkpoint_gradients
         self.config = config = dataclasses.replace(config, training=training)
+        unseen = load_retained(config)
         self._prepare(config.training.seeds[0])
+        self.retained = self._retained(unseen) if unseen is not None else None
         room = None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)
         self.cache = ImageCache(self.backbone.image_size, self.device, room)
 
@@ -121,6 +125,7 @@ class Setup:
         self.backbone, encoder = load_backbone(
             model.model, model.pretrained, download=self.config.data.download, normalisation=given
         )
+        self._encoder = encoder
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
         if self.earlier and self.head.kind == "text" and (before := self.earlier.text_head()) is not None:
             self.head.adopt(before)  # a class keeps the templates that it was learned with
@@ -136,13 +141,22 @@ class Setup:
             self.text = ClassPrompts(encoder, self.dataset.class_names, self.device, precision)
         self._seed = seed
 
-    def _head(self, kind: str, encoder: TextEncoder | None = None) -> Head:
+    def _retained(self, dataset: Dataset) -> Retained:
+        if self.head.kind != "text":
+            raise UserError(
+                f"--retain {dataset.name}: a {self.head.kind} head knows no class that it was not trained on; it needs "
+                "--head text and a model with a text tower"
+            )
+        return Retained(dataset, self._head("text", self._encoder, dataset))
+
+    def _head(self, kind: str, encoder: TextEncoder | None = None, dataset: Dataset | None = None) -> Head:
+        dataset = dataset or self.dataset
         return build_head(
             kind,
             backbone=self.backbone,
             encoder=encoder,
-            class_names=self.dataset.class_names,
-            templates=self.dataset.templates,
+            class_names=dataset.class_names,
+            templates=dataset.templates,
             device=self.device,
             progress=self.progress,
         )

@@ -40,6 +40,7 @@ def determined(*flags, **changes):
         device=types.SimpleNamespace(type=about["device"]),
         random_weights=config.model.pretrained == "none",
         text_sha256=about["text"],
+        retained=None,
         earlier=None,
     )
     manifest = dict.fromkeys(("sha256", "images_sha256", "order_sha256"), "c") | changes.get("manifest", {})
@@ -47,7 +48,7 @@ def determined(*flags, **changes):
 
 
 BY_CONTENT = {
-    "run.device", "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names",
+    "run.device", "data.data_root", "data.split_file", "data.test_part", "data.retain", "data.template", "data.class_names",
     "scenario.class_order", "model.pretrained", "model.mean", "model.std",
 }  # fmt: skip
 

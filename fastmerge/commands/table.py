@@ -45,10 +45,15 @@ def joined_rows(paths: Sequence[Path]) -> list[list[str]]:
         UserError: a folder has no readable results.
     """
     tables = [results_rows(*read_run(path)) for path in paths]
-    titles = max((table[0] for table in tables), key=len)  # skipped images are a column only where there are some
+    titles = max((table[0] for table in tables), key=lambda header: len(header)).copy()
+    for table in tables:  # some columns are only where there is something in them
+        for k, title in enumerate(table[0]):
+            if title not in titles:
+                titles.insert(titles.index(table[0][k - 1]) + 1, title)
     rows = [["run", *titles]]
-    for name, (_, *body) in zip(names(paths), tables, strict=True):
-        rows += [[name, *row, *[""] * (len(titles) - len(row))] for row in body]
+    for name, (header, *body) in zip(names(paths), tables, strict=True):
+        cells = (dict(zip(header, row, strict=True)) for row in body)
+        rows += [[name, *(row.get(title, "") for title in titles)] for row in cells]
     return rows
 
 

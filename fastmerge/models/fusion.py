@@ -33,6 +33,7 @@ class FusionHead(TextHead):
     """
 
     per_class = ("weight", "sum", "count")
+    knows_all = False
     needs_initial_features = True
     sum: Tensor
     count: Tensor

@@ -32,6 +32,7 @@ class Head(nn.Module):
 
     kind: str
     per_class: tuple[str, ...]  # tensors of the state with one row per class
+    knows_all = False  # whether it classifies classes that it has not met in training
     needs_initial_features = False  # whether `observe` needs the starting model's features on every new task
 
     def forward(self, features: Tensor, classes: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ class TextHead(Head):
     """logits = scale * cos(feature, text embedding); frozen. weight: `[classes, d]` fp32, L2-normalised rows."""
 
     kind = "text"
+    knows_all = True
     per_class: tuple[str, ...] = ("weight",)
     weight: Tensor
     scale: Tensor
@@ -81,6 +83,7 @@ class AttributeHead(TextHead):
     L2-normalised rows. Classes without rows in the table, which are zero, have the logit 0.
     """
 
+    knows_all = False
     per_class = ("weight", "table")
     keys: Tensor
     members: Tensor
