@@ -61,6 +61,7 @@ LONG = {
     "test_merge_mergekit.py::test_equals_mergekit",
     "test_merge_mergekit.py::test_gradients_equal_mergekit",
     "test_merge_peers.py",
+    "test_merge_about.py",
     "test_merge_extract.py::test_peft_computes_the_merged_model_with_it",
     "test_merge_files.py",
     "test_merge_sweep.py",
