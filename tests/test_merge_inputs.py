@@ -206,6 +206,44 @@ def test_settings_of_single_tensors():
     assert torch.equal(found["b.weight"], whole["b.weight"])
 
 
+def test_values_along_the_layers():
+    """Linear between equally distant values; names without a layer have the first; layers are counted by their beginning."""
+    generator, names = torch.Generator().manual_seed(0), [f"blocks.{k}.w" for k in range(5)]
+    names += ["embed", "text.layers.0.w", "text.layers.1.w", "single.0.w"]
+    a, b = ({name: torch.randn(4, 3, generator=generator) for name in names} for _ in range(2))
+    found = fastmerge.merge([a, b], "average", tensors=[r".*:weights=1..0..0/0..1..4", r"blocks\.3\..*:weights=1/3"])
+    shares = dict(zip(names[:5], (0, 1 / 2, 1, 3 / 4, 1), strict=True)) | {"embed": 0, "text.layers.0.w": 0}
+    shares |= {"text.layers.1.w": 1, "single.0.w": 1}
+    for name, t in shares.items():
+        torch.testing.assert_close(found[name], (1 - t) * a[name] + t * b[name], rtol=1e-5, atol=1e-6)
+    base = {name: torch.zeros(4, 3) for name in names}
+    found = fastmerge.merge([a], "task-arithmetic", base=base, settings={"scale": "1..3"})
+    for name, scale in zip(names, (1, 1.5, 2, 2.5, 3, 1, 1, 3, 3), strict=True):
+        torch.testing.assert_close(found[name], scale * a[name])
+    # no share of one of two: the other alone
+    for rule, extra in (
+        ("slerp", {}),
+        ("nuslerp", {"base": base}),
+        ("ties", {"base": base, "settings": {"density": 1}}),
+    ):
+        found = fastmerge.merge([a, b], rule, tensors=[".*:weights=1..0/0..1"], **extra)
+        torch.testing.assert_close(found["embed"], a["embed"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["single.0.w"], b["single.0.w"], rtol=1e-5, atol=1e-6)
+    for message, words in {
+        "scope is no number, so it cannot change": {"settings": {"scope": "tensor..global"}},
+        "density 2.0: expected": {"settings": {"density": "0.1..2"}},
+        "1 weights for 2 models": {"tensors": [".*:weights=1..0"]},
+        "expected numbers from the first layer to the last": {"tensors": [".*:weights=1..x/1"]},
+        "ties needs weights of at least 0": {"tensors": [".*:weights=1..-1/1"]},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            fastmerge.merge([a, b], "ties", base=base, **words)
+    with pytest.raises(UserError, match="magmax does not weigh"):
+        fastmerge.merge([a, b], "magmax", base=base, tensors=[".*:weights=1..0/0..1"])
+    with pytest.raises(UserError, match="--set p=0.3..0.1..0.5: p=0.1 and epsilon=0.15"):
+        fastmerge.merge([a, b], "della", base=base, settings={"p": "0.3..0.1..0.5"})
+
+
 def header(path, change=None, cut=0, text=None, length=None, extra=b""):
     """Damage the header or the length of a copy of a file."""
     data = path.read_bytes()
@@ -296,7 +334,7 @@ def test_bad_inputs_are_one_line(tmp_path, capsys):
         "3 weights for 2 models": ("average", *pair, "--weights", "1", "2", "3"),
         "add up to 0": ("average", *pair, "--weights", "1", "-1"),
         "expected finite": ("average", *pair, "--weights", "1", "nan"),
-        "ties needs positive": ("ties", *based, "--weights", "1", "0"),
+        "ties needs weights of at least 0": ("ties", *based, "--weights", "1", "-1"),
         "magmax does not weigh": ("magmax", *based, "--weights", "1", "2"),
         "slerp merges at least 2": ("slerp", "--models", "a.safetensors"),
         "wise-ft merges": ("wise-ft", *based),
@@ -308,7 +346,12 @@ def test_bad_inputs_are_one_line(tmp_path, capsys):
         "matches no tensor": ("ties", *based, "--tensors", "a.weigth:density=1"),
         "take=3: expected base": ("ties", *based, "--tensors", "scale:take=3"),
         "--set: p=0.1 and epsilon=0.15": ("della", *based, "--set", "p=0.1"),
-        "--tensors 'a.weight': scope=global ranks": ("della", *based, "--tensors", "a.weight:scope=global"),
+        "--tensors 'a.weight:scope=global': scope=global ranks": (
+            "della",
+            *based,
+            "--tensors",
+            "a.weight:scope=global",
+        ),
         "--missing bse: .* Did you mean: base": ("average", *pair, "--missing", "bse"),
         "--dtype f16: .*fp16": ("average", *pair, "--dtype", "f16"),
         "--seed -1": ("average", *pair, "--seed", "-1"),

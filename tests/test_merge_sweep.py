@@ -212,7 +212,7 @@ def test_what_cannot_be_swept_is_one_line(data, models, tmp_path, capsys):
         "1600 merges; at most 1000": [*ties, "--sweep", "weights.1=1:40:1", "weights.2=1:40:1"],
         "density 2.0: expected": [*ties, "--sweep", "density=0.5,2"],
         "zero=some: expected": [*ties, "--sweep", "zero=some,majority"],
-        "weights.1=0: .*ties needs positive": [*ties, "--sweep", "weights.1=0:1:0.5"],
+        "weights.1=-1: .*ties needs weights of at least 0": [*ties, "--sweep", "weights.1=-1:1:0.5"],
         "weights.1=x: expected a number": [*average, "--sweep", "weights.1=x"],
         "add up to 0": [*average, "--sweep", "weights.1=-1,1"],
         "3 settings; sweep one, or two": [*ties, "--sweep", "density=1", "zero=majority", "weights.1=1"],

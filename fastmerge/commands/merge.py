@@ -162,7 +162,7 @@ def parsed(argv: Sequence[str]) -> Any:
         default=[],
         metavar="PATTERN:NAME=VALUE",
         help="settings for tensors whose whole name matches the regular expression; the last match counts. Also "
-        "take=base or take=2 (copy from the base or a model), weights=1/0.5",
+        "take=base or take=2 (copy from the base or a model), weights=1/0.5; 0.2..0.8 goes along the layers",
     )
     add("--out", type=Path, help="folder, or .safetensors file, to write")
     add("--missing", default="error", help="tensors that not all inputs have: error, base, average or skip")

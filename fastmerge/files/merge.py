@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
+from fastmerge.files.about import merged_about
 from fastmerge.files.extract import WEIGHTS, extracted, save
 from fastmerge.files.hashes import Hashes
 from fastmerge.files.inputs import open_input
@@ -19,7 +20,7 @@ from fastmerge.files.plan import Item, Options, Plan, make_plan
 from fastmerge.files.recipe import KEY, check_inputs, identity, options_of, read_recipe, recipe
 from fastmerge.files.report import save_report
 from fastmerge.files.stream import MEMORY, Memory, Stream
-from fastmerge.files.write import Output
+from fastmerge.files.write import Output, files_of
 
 NO_REPORT = "--report is of a merged model; the adapter of --extract-lora has extracted.csv beside it"
 
@@ -89,6 +90,12 @@ def write(
     if plan.options.extract_lora is not None:
         return write_adapter(plan, stream, out, say, about, pending)
     text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
+    single = len(files_of(plan, out.name if out.suffix == ".safetensors" else None)) == 1
+    of_run, why = merged_about(plan.models, plan.options.rule, [item.name for item in plan.items], single)
+    if of_run is not None:
+        text["about"] = json.dumps(of_run)
+    if why is not None:
+        say(f"`fastmerge evaluate` cannot score it: {why}")
     output = Output(out, plan, text, identity(plan))
     if output.done:
         say(f"going on after {len(output.done)} of {len(plan.items)} tensors")

@@ -6,23 +6,32 @@
     ties               ties                   scope=tensor zero=positive scale=lambda; weights (normalize: true, its default)
     dare_linear        dare                   p = 1 - density, scale = lambda * sum of the weights; weights
     dare_ties          dare-ties              p = 1 - density, density=1 scope=tensor zero=positive scale=lambda; weights
+    breadcrumbs        breadcrumbs            density, gamma, scale = lambda; weights
+    sce                sce                    density = select_topk
     model_stock        stock
+    karcher            karcher
     slerp              slerp                  weights 1 - t, t
+    nuslerp            nuslerp                weights
 
 The results agree up to rounding except DARE: mergekit draws its masks from torch's generator, and rescales so that the
-L1 norm stays; ours are a function of seed and position, divided by 1 - p (the paper). Where a value is a list of
-filters, the first that is part of a tensor's name counts, as in mergekit. Gradients over layers and slices are not read.
+L1 norm stays; ours are a function of seed and position, divided by 1 - p (the paper).
+
+Where a value is a list of filters, the first that is part of a tensor's name counts; a list of numbers goes along the layers
+(layers.py); a model's own parameter comes before the shared one. Slices are not read.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastmerge.errors import UserError, nearest
+from fastmerge.files.layers import BETWEEN, Gradient
 from fastmerge.files.plan import Options
 
 METHODS = {
@@ -31,13 +40,37 @@ METHODS = {
     "ties": "ties",
     "dare_linear": "dare",
     "dare_ties": "dare-ties",
+    "breadcrumbs": "breadcrumbs",
+    "sce": "sce",
     "model_stock": "stock",
+    "karcher": "karcher",
     "slerp": "slerp",
+    "nuslerp": "nuslerp",
+}
+WEIGHTED = {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "nuslerp"}
+DEFAULTS: dict[str, dict[str, float]] = {  # of the parameters that are one for all models
+    "task_arithmetic": {"lambda": 1.0},
+    "ties": {"lambda": 1.0, "density": 1.0},
+    "dare_linear": {"lambda": 1.0, "density": 1.0},
+    "dare_ties": {"lambda": 1.0, "density": 1.0},
+    "breadcrumbs": {"lambda": 1.0, "density": 1.0, "gamma": 0.01},
+    "sce": {"select_topk": 1.0},
+    "slerp": {"t": 0.5},
+}
+FIXED: dict[str, dict[str, Any]] = {  # settings that mergekit has no choice of
+    "ties": {"scope": "tensor", "zero": "positive"},
+    "dare_ties": {"density": 1.0, "scope": "tensor", "zero": "positive"},
 }
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # those that say how mergekit computes, not what
 FREE = {"int8_mask", "rescale", "tokenizer_source", "tokenizer", "chat_template", "name"}
 KNOWN = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"}
+
+Values = tuple[float, ...]  # along the layers; one where they do not change
+Made = tuple[dict[str, Values], list[Values]]  # settings, weights
+Choice = list[
+    tuple[str | None, Values]
+]  # filter -> values; the first that fits counts, None fits always and is the last
 
 
 def read_config(path: Path) -> Options:
@@ -67,21 +100,21 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
     models = [one for one in config["models"] if method == "slerp" or one.get("model") != base]
     try:
         names = [str(one["model"]) for one in models]
-        given = [{**shared, **(one.get("parameters") or {})} for one in models]
+        own: list[dict[str, Any]] = [{**(one.get("parameters") or {})} for one in models]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"--mergekit {path}: every entry of models needs `model:`, a path") from None
-    rule, linear = METHODS[method], method == "linear"
-    normalize = shared.get("normalize", method in ("linear", "ties", "dare_ties"))
-    if method in ("ties", "dare_ties", "linear") and not normalize:
+    normalized = method in ("linear", "ties", "dare_ties")
+    normalize = bool(shared.get("normalize", normalized))
+    if normalized and not normalize:
         raise UserError(f"--mergekit {path}: {method} with normalize: false is not here; leave it out")
-    values = (
-        {key for one in given for key in one} - {"normalize", "lambda", "weight", "density", "t", "filter_wise"} - FREE
-    )
-    if values or shared.get("filter_wise"):
-        raise UserError(f"--mergekit {path}: parameter {min(values or {'filter_wise'})} of {method} is not here")
-    found = Options(rule, names, base)
-    if linear:
-        found.base = None
+    numbers = {*DEFAULTS.get(method, {}), *({"weight"} if method in WEIGHTED else ())}
+    free = FREE | {"normalize"} | ({"density"} if method == "linear" else set())
+    unknown = {key for one in (shared, *own) for key in one} - numbers - free
+    if method == "model_stock" and not shared.get("filter_wise"):
+        unknown -= {"filter_wise"}
+    if unknown:
+        raise UserError(f"--mergekit {path}: parameter {min(unknown)} of {method} is not here")
+    found = Options(METHODS[method], names, None if method in ("linear", "karcher") else base)
     if config.get("out_dtype") or config.get("dtype"):
         word = config.get("out_dtype") or config["dtype"]
         if word not in DTYPES:
@@ -91,69 +124,132 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
         if base not in names or len(names) != 2:
             raise UserError(f"--mergekit {path}: slerp needs two models, one of them the base_model")
         found.models, found.base = [base, next(name for name in names if name != base)], None
-    filters = _filters(path, given)
-    for pattern in filters:
-        settings, weights = _values(path, method, pattern, given, bool(normalize))
-        if pattern is None:
-            found.settings, found.weights = settings, weights
-        else:
-            words = [f"{name}={value}" for name, value in settings.items()]
-            words += ["weights=" + "/".join(map(repr, weights))] if weights is not None else []
-            found.tensors.insert(0, f".*{re.escape(pattern)}.*:{','.join(words)}")  # here the last match counts
+    if method == "nuslerp" and (base is None or len(names) != 2):
+        raise UserError(f"--mergekit {path}: nuslerp needs base_model and two other models here")
+    found.settings = dict(FIXED.get(method, {}))
+
+    where = f"--mergekit {path}"
+    weights = [_choice(where, "weight", one, shared, 1.0) for one in own]
+    given: dict[str, Choice] = {}
+    for name, default in DEFAULTS.get(method, {}).items():
+        every = [_choice(where, name, one, shared, default) for one in own]
+        if any(choice != every[0] for choice in every):
+            raise UserError(f"{where}: {name} differs between the models, and {METHODS[method]} takes one")
+        given[name] = every[0]
+
+    def put(choices: Sequence[Choice], made_of: Callable[..., Made]) -> None:
+        """Set what `made_of` makes of the values, for the tensors of every filter."""
+        for word, values in _by_filter(where, choices):
+            settings, shares = made_of(*values)
+            words = {} if word is None else {key: _text(value) for key, value in settings.items()}
+            if word is None:
+                found.settings |= {
+                    key: value[0] if len(value) == 1 else _text(value) for key, value in settings.items()
+                }
+            if word is None and all(len(share) == 1 for share in shares):
+                found.weights = [share[0] for share in shares] or found.weights
+            elif shares:
+                words["weights"] = "/".join(map(_text, shares))
+            if words:
+                pattern = ".*" if word is None else f".*{re.escape(word)}.*"
+                text = ",".join(f"{key}={value}" for key, value in words.items())
+                found.tensors.insert(0, f"{pattern}:{text}")  # here the last match counts
+
+    def setting(key: str, change: Callable[[float], float] = float) -> Callable[..., Made]:
+        return lambda values: ({key: tuple(map(change, values))}, [])
+
+    if method == "slerp":
+        put([given["t"]], lambda t: ({}, [tuple(1 - x for x in t), t]))
+    if "lambda" in given and method != "dare_linear":
+        put([given["lambda"]], setting("scale"))
+    if "select_topk" in given:
+        put([given["select_topk"]], setting("density"))
+    if method in ("dare_linear", "dare_ties"):
+        put([given["density"]], setting("p", lambda density: 1 - density))
+    if method == "ties":
+        put([given["density"]], setting("density"))
+    if method == "breadcrumbs":
+        put([given["density"], given["gamma"]], lambda density, gamma: (_crumbs(where, density, gamma), []))
+    if method == "dare_linear":
+        put([given["lambda"], *weights], lambda scale, *each: _dare(where, normalize, scale, each))
+    elif method == "task_arithmetic" and normalize:
+        put(weights, lambda *each: ({}, _shares(where, each)))
+    elif method in WEIGHTED:
+        put(weights, lambda *each: ({}, list(each)))
     return found
 
 
-def _filters(path: Path, given: list[dict[str, Any]]) -> list[str | None]:
-    """The filters of all values in the order of the file, None (all other tensors) last."""
-    found: dict[str, None] = {}
-    for one in given:
-        for value in one.values():
-            for entry in value if isinstance(value, list) else []:
-                if not isinstance(entry, dict):
-                    raise UserError(
-                        f"--mergekit {path}: {value} is a gradient over layers; give weights with --tensors instead"
-                    )
-                if entry.get("filter") not in (None, "*"):
-                    found[str(entry["filter"])] = None
-    return [*found, None]
+def _choice(where: str, name: str, own: dict[str, Any], shared: dict[str, Any], default: float) -> Choice:
+    """A parameter of one model: its own values, then the shared ones, then mergekit's default."""
+    found: Choice = []
+    for source in (own, shared):
+        if (value := source.get(name)) is None:
+            continue
+        conditional = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict) for x in value))
+        entries = ([value] if isinstance(value, dict) else value) if conditional else [{"value": value}]
+        for entry in entries:
+            if not isinstance(entry, dict) or "value" not in entry:
+                raise UserError(f"{where}: {name} {value!r}: expected entries with `value:`, and `filter:` in most")
+            word, numbers = entry.get("filter"), entry["value"]
+            numbers = numbers if isinstance(numbers, list) else [numbers]
+            if not numbers or any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+                raise UserError(f"{where}: {name} {entry['value']!r}: expected a number, or numbers along the layers")
+            found.append((None if word in (None, "*") else str(word), tuple(map(float, numbers))))
+            if found[-1][0] is None:
+                return found
+    return [*found, (None, (default,))]
 
 
-def _values(
-    path: Path, method: str, pattern: str | None, given: list[dict[str, Any]], normalize: bool
-) -> tuple[dict[str, Any], list[float] | None]:
-    """(settings, weights) for the tensors of a filter."""
+def _by_filter(where: str, choices: Sequence[Choice]) -> list[tuple[str | None, list[Values]]]:
+    """The values of all choices for the tensors of every filter, in their order, None (all other tensors) last."""
+    orders = {tuple(word for word, _ in choice) for choice in choices if len(choice) > 1}
+    if len(orders) > 1:
+        told = "; ".join(", ".join(map(str, order[:-1])) for order in sorted(orders, key=str))
+        raise UserError(f"{where}: weights have filters of different order ({told}); give all of them the same filters")
+    return [
+        (word, [next(values for own, values in choice if own in (word, None)) for choice in choices])
+        for word in next(iter(orders), (None,))
+    ]
 
-    def number(one: dict[str, Any], name: str, default: float) -> float:
-        value = one.get(name, default)
-        if isinstance(value, list):
-            fitting = [e["value"] for e in value if e.get("filter") in (None, "*") or e["filter"] == pattern]
-            if not fitting:
-                raise UserError(f"--mergekit {path}: {name} has no value for the tensors that no filter names")
-            value = fitting[0]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"--mergekit {path}: {name} {value!r}: expected a number")
-        return float(value)
 
-    def one_for_all(name: str, default: float) -> float:
-        found = {number(one, name, default) for one in given}
-        if len(found) > 1:
-            raise UserError(f"--mergekit {path}: {name} differs between the models, and {METHODS[method]} takes one")
-        return found.pop()
+def _aligned(each: Sequence[Values]) -> list[Values]:
+    """The same values at common distances along the layers."""
+    steps = math.lcm(*(max(1, len(values) - 1) for values in each))
+    if all(len(values) == 1 for values in each):
+        return list(each)
+    return [tuple(Gradient(values).at(k / steps) for k in range(steps + 1)) for values in each]
 
-    if method == "model_stock":
-        return {}, None
-    if method == "slerp":
-        t = one_for_all("t", 0.5)
-        return {}, [1 - t, t]
-    weights = [number(one, "weight", 1.0) for one in given]
-    if method == "linear":
-        return {}, weights
-    scale, density = one_for_all("lambda", 1.0), one_for_all("density", 1.0)
-    if method in ("task_arithmetic", "dare_linear") and normalize:
-        weights = [w / sum(weights) for w in weights]
-    if method == "task_arithmetic":
-        return {"scale": scale}, weights
-    if method == "dare_linear":
-        return {"p": 1 - density, "scale": scale * sum(weights)}, weights
-    ties = {"scope": "tensor", "zero": "positive", "scale": scale}
-    return ({"density": density} if method == "ties" else {"p": 1 - density, "density": 1.0}) | ties, weights
+
+def _shares(where: str, each: Sequence[Values]) -> list[Values]:
+    """Weights divided by their sum."""
+    aligned = _aligned(each)
+    totals = [sum(column) for column in zip(*aligned, strict=True)]
+    if max(totals) - min(totals) > 1e-9 * abs(totals[0]) or not totals[0]:
+        raise UserError(
+            f"{where}: normalize: true with weights whose sum changes along the layers, or is 0, is not here"
+        )
+    return [tuple(x / totals[0] for x in values) for values in aligned]
+
+
+def _dare(where: str, normalize: bool, scale: Values, each: Sequence[Values]) -> Made:
+    """DARE divides by the sum of the weights here, so the scale has it as a factor."""
+    if normalize:
+        return {"scale": scale}, list(each)
+    scale, *weights = _aligned([scale, *each])
+    totals = tuple(sum(column) for column in zip(*weights, strict=True))
+    if len(set(scale)) > 1 and len(set(totals)) > 1:
+        raise UserError(f"{where}: dare_linear with lambda and the sum of the weights both changing along the layers")
+    return {"scale": tuple(s * t for s, t in zip(scale, totals, strict=True))}, weights
+
+
+def _crumbs(where: str, density: Values, gamma: Values) -> dict[str, Values]:
+    """With density 1 mergekit drops nothing, the largest entries neither."""
+    if max(density) < 1 and max(density) + max(gamma) > 1:
+        raise UserError(f"{where}: breadcrumbs with density and gamma above 1 together is not here")
+    if max(density) >= 1 and min(density) < 1:
+        raise UserError(f"{where}: a density of breadcrumbs that reaches 1 along the layers is not here; end below it")
+    return {"density": density, "gamma": (0.0,) if min(density) >= 1 else gamma}
+
+
+def _text(values: Values) -> str:
+    return BETWEEN.join(map(repr, values))

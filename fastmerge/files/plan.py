@@ -15,6 +15,7 @@ from fastmerge.files.adapter import Adapter
 from fastmerge.files.align import align
 from fastmerge.files.headers import Entry
 from fastmerge.files.inputs import Input, open_input, shown
+from fastmerge.files.layers import BETWEEN, places
 from fastmerge.files.rules import FileRule
 from fastmerge.files.settings import check_patterns, defaults, known_rule, read_override, read_values, read_weights
 from fastmerge.files.statistics import Statistics
@@ -181,14 +182,18 @@ def make_plan(options: Options) -> Plan:
     if options.base is None and (rule.needs_base or "base" in (options.missing, options.mismatch)):
         why = f"{options.rule} merges task vectors" if rule.needs_base else "--missing and --mismatch base take it"
         raise UserError(f"--base is not given, but {why}; name the model that the others were fine-tuned from")
-    settings = defaults(options.rule) | read_values(options.rule, options.settings, "--set")
+    along = {name: value for name, value in options.settings.items() if BETWEEN in str(value)}
+    fixed = {name: value for name, value in options.settings.items() if name not in along}
+    settings = defaults(options.rule) | read_values(options.rule, fixed, "--set")
     weights = (1.0,) * count
     if options.weights is not None:
         weights = read_weights(options.rule, options.weights, count, "--weights")
-    overrides = [read_override(options.rule, text, count) for text in options.tensors]
+    overrides = [read_override(options.rule, f".*:{n}={v}", count, f"--set {n}={v}") for n, v in along.items()]
+    overrides += [read_override(options.rule, text, count) for text in options.tensors]
     rule.check(settings, "--set")
     for override in overrides:
-        rule.check(settings | override.values, f"--tensors {override.pattern!r}")
+        for place in sorted(override.knots()):
+            rule.check(settings | override.at(options.rule, place)[0], override.where)
     models, base, like, notes = _open(options)
     statistics = Statistics(options.rule, rule, options.statistics, models)
     everything = [*models, *([base] if base is not None else [])]
@@ -196,6 +201,7 @@ def make_plan(options: Options) -> Plan:
     aliases = _aliases(everything)
     names = sorted({name for one in everything for name in one.entries} - aliases.keys())
     check_patterns(overrides, names)
+    depths = places(names)
     items: list[Item] = []
     alone: list[str] = []
     other: list[str] = []
@@ -211,11 +217,12 @@ def make_plan(options: Options) -> Plan:
             continue
         matching = [override for override in overrides if re.fullmatch(override.pattern, name)]
         mine, own, take = dict(settings), weights, None
-        for override in matching:
-            mine |= override.values
-            own = override.weights or own
-            take = override.take
         try:
+            for override in matching:
+                values, weighed = override.at(options.rule, depths[name])
+                mine |= values
+                own = weighed or own
+                take = override.take
             chosen = _choose(name, here, start, base is not None, rule, options, take, len(models), models)
             of_data, axis = statistics.of(name, first.shape) if chosen and chosen[0] == "merge" else ([], {})
         except UserError as problem:

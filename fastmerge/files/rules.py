@@ -95,6 +95,8 @@ class Ties(FileRule):
     def accumulate(self, part: Part) -> list[Tensor]:
         state = [torch.zeros(part.out.numel()) for _ in range(4)]
         for k, (weight, trim) in enumerate(zip(part.weights, part.trims, strict=True)):
+            if not weight:  # no sign, no share
+                continue
             (x, base), (limit, cut) = self.delta(part, k), trim.at(part.start)
             p, n, more, less = state
             fk.ties_update_(p, n, more, less, x, initial=base, threshold=limit, cut=cut, weight=weight, count="weights")
@@ -158,7 +160,8 @@ class Slerp(FileRule):
         for k, (x, weight) in enumerate(zip(tensors[1:], part.weights[1:], strict=True)):
             total += weight
             new = out if k == len(tensors) - 2 else torch.empty(out.numel())
-            fk.weighted_sum([merged, x], _shares(merged, x, weight / total, parallel), out=new, nonfinite=part.bad)
+            t = weight / total if total else 1.0
+            fk.weighted_sum([merged, x], _shares(merged, x, t, parallel), out=new, nonfinite=part.bad)
             merged = new
 
 

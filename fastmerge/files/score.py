@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from fastmerge.commands.evaluate import data_set, evaluate
 from fastmerge.data.cache import ImageCache
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.errors import UserError
+from fastmerge.files.about import difference, recipe_of
 from fastmerge.files.inputs import Input
 from fastmerge.machine import choose_device
 from fastmerge.models import load_backbone, openclip, timm_vit
 from fastmerge.models.heads import build_head
-from fastmerge.models.saved import KEYS, Model, built
+from fastmerge.models.saved import Model, built
 from fastmerge.wording import counted
 
 SHARE = 0.2  # of the training images
@@ -47,7 +47,7 @@ class Scorer:
         if given.batch_size is not None and given.batch_size < 1:
             raise UserError(f"--batch-size {given.batch_size}: expected at least 1")
         device = choose_device(given.device)
-        self.recipes = [recipe for one in inputs if (recipe := _recipe(one)) is not None]
+        self.recipes = [recipe for one in inputs if (recipe := recipe_of(one)) is not None]
         asked = argparse.Namespace(**{**vars(given), "dataset": given.evaluate or None})
         if given.model is None:
             self._same_kind(inputs)
@@ -79,26 +79,18 @@ class Scorer:
 
     def _same_kind(self, inputs: Sequence[Input]) -> None:
         if len(self.recipes) < len(inputs):
-            other = next(one.label for one in inputs if _recipe(one) is None)
+            other = next(one.label for one in inputs if recipe_of(one) is None)
             raise UserError(
                 f"--evaluate: {other} is no model of a run, so its backbone and head are not known; give --model, the name "
                 "of the open_clip or timm model that these tensors are of"
             )
-        first = _kind(self.recipes[0])
-        for one, recipe in zip(inputs, self.recipes, strict=True):
-            differ = [name for name, value in _kind(recipe).items() if value != first[name]]
-            if differ:
-                raise UserError(
-                    f"--evaluate: {one.label} and {inputs[0].label} have different {differ[0]}, so the merged model has none "
-                    f"({_short(_kind(recipe)[differ[0]])}; {_short(first[differ[0]])})"
-                )
+        if why := difference(inputs, self.recipes):
+            raise UserError(f"--evaluate: {why}")
 
     def _of_run(self, tensors: dict[str, Tensor]) -> Model:
         candidates = sorted({c for recipe in self.recipes for c in recipe["candidates"]})
         about = self.recipes[0] | {"candidates": candidates}
-        return built(
-            {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}, about, str(MERGED)
-        )
+        return built(tensors, about, str(MERGED))
 
     def _held_out(
         self, dataset: Dataset, share: float | None, given: argparse.Namespace, config: dict[str, Any]
@@ -223,25 +215,3 @@ def remembered(split: Split, size: int, device: torch.device) -> Split:
     """The split with its pixels kept in memory, if they fit the room that a run gives them."""
     fits = 3 * size * size * len(split) <= ImageCache(size, device).budget_bytes
     return dataclasses.replace(split, read=_Remembered(split.read)) if fits else split
-
-
-def _recipe(one: Input) -> dict[str, Any] | None:
-    """The recipe of a model of a run, or None."""
-    try:
-        about = json.loads(one.metadata["about"])
-    except (KeyError, ValueError):
-        return None
-    return about if isinstance(about, dict) and about.keys() >= KEYS else None
-
-
-def _kind(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What has to be equal for the merged tensors to be a model."""
-    kind = {
-        name: recipe[key] for name, key in (("heads", "head"), ("features", "features"), ("classes", "class_names"))
-    }
-    return kind | {"inputs": recipe["input"], "backbones": recipe["config"]["model"]["model"]}
-
-
-def _short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) < 60 else f"{text[:57]}..."

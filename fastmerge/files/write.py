@@ -64,7 +64,7 @@ class Output:
         self.unsaved = 0
         check_target(target)
         self.single = target.suffix == ".safetensors"
-        layout = _layout(plan, target.name if self.single else None)
+        layout = files_of(plan, target.name if self.single else None)
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             left = [path.name for path in self.work.iterdir()]
@@ -228,7 +228,7 @@ def check_target(target: Path) -> None:
         raise UserError(f"--out {target}: exists already; choose another name, or delete it")
 
 
-def _layout(plan: Plan, single: str | None) -> dict[str, list[Item]]:
+def files_of(plan: Plan, single: str | None) -> dict[str, list[Item]]:
     """The tensors of every file, wide types first so that every tensor is aligned, then by name."""
 
     def order(items: list[Item]) -> list[Item]:

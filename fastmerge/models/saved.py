@@ -270,7 +270,9 @@ def load(path: str | Path) -> Model:
 
 
 def built(tensors: dict[str, Tensor], about: dict[str, Any], path: str) -> Model:
-    """The model of the tensors and the recipe of a model file, on the CPU, in eval mode. path: what messages call it."""
+    """The model of the tensors and the recipe of a model file, on the CPU, in eval mode; half precision, as a merge may
+    write it, becomes fp32. path: what messages call it."""
+    tensors = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
     settings, numbers = about["config"]["model"], (tuple(about["input"]["mean"]), tuple(about["input"]["std"]))
     normalisation = Normalisation(*numbers, f"of the run {path}")
     with torch.random.fork_rng(devices=[]):  # random weights are overwritten, so leave the generator as it was
