@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import UserError
+from fastmerge.files.hashes import Hashes, likely_files
 
 SCORING = ("model", "validation", "data_root", "split_file", "test_part", "class_names", "batch_size")
 
@@ -33,6 +34,17 @@ def main(argv: Sequence[str]) -> int:
         UserError: wrong flags, inputs that do not fit together, an output that cannot be written.
     """
     given = parsed(argv)
+    if given.dry_run or given.out is None or given.sweep is not None:
+        return run(given, argv, None)
+    hashes = Hashes(likely_files([*given.models, *([given.base] if given.base else [])]))
+    try:
+        return run(given, argv, hashes)
+    finally:
+        hashes.close()
+
+
+def run(given: Any, argv: Sequence[str], hashes: Hashes | None) -> int:
+    """hashes: those that have begun."""
     from fastmerge.files.merge import NO_REPORT, repeat, write  # imports torch: not for --help
     from fastmerge.files.mergekit import read_config
     from fastmerge.files.plan import Options, make_plan
@@ -85,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         print("--dry-run: nothing is merged or written")
         return 0
     stream = Stream(plan, memory, given.report is not None, not given.allow_nonfinite)
-    found = write(plan, stream, given.out.expanduser(), print, chosen)
+    found = write(plan, stream, given.out.expanduser(), print, chosen, hashes)
     bad = sum(about["nonfinite"] for about in found.values())
     print(f"{given.out}: written" + (f", with {bad} values that are NaN or inf" if bad else ""))
     if given.report is not None:

@@ -115,4 +115,8 @@ def _product(label: str, base: Entry, a: Entry, b: Entry, scale: float, transpos
             kept.append(base.whole().float() + delta)
         return kept[0][low:high]
 
-    return Entry(base.name, torch.float32, base.shape, part, release=kept.clear)
+    def release(low: int, high: int) -> None:
+        if high == base.numel:
+            kept.clear()
+
+    return Entry(base.name, torch.float32, base.shape, part, release=release)

@@ -59,7 +59,7 @@ class Adapter(Memory):
         delta = merged.double() - start.whole().view(item.shape).double()
         norm = float(delta.norm())
         if start.release is not None:
-            start.release()
+            start.release(0, start.numel)
         if not norm < float("inf"):
             raise UserError(f"{item.name}: values that are NaN or inf have no adapter; leave the input out")
         if not norm:

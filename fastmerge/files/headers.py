@@ -38,14 +38,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 @dataclass(frozen=True)
 class Entry:
     """One tensor of an input. part(start, stop): its entries start..stop as a 1-D tensor on the CPU, without a copy where the
-    file allows it; not to be written to. tie: entries of one input with the same `tie` share their memory."""
+    file allows it; not to be written to. tie: entries of one input with the same `tie` share their memory. release(start,
+    stop): give back the memory behind these entries; they can be read again."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     part: Callable[[int, int], Tensor]
     tie: Any = None
-    release: Callable[[], None] | None = None
+    release: Callable[[int, int], None] | None = None
 
     @property
     def numel(self) -> int:
@@ -137,14 +138,17 @@ def _entry(path: Path, name: str, about: Any, data: mmap.mmap, start: int) -> En
         x = torch.frombuffer(data, dtype=torch.uint8, count=(high - low) * width, offset=first + low * width)
         return (x if x.data_ptr() % width == 0 else x.clone()).view(dtype)
 
-    def release() -> None:
-        """Give back the pages of this tensor; the file stays in the cache of the system."""
-        page = mmap.PAGESIZE
-        low, high = -(-first // page) * page, (start + stop) // page * page
-        if high > low and hasattr(mmap, "MADV_DONTNEED"):
-            data.madvise(mmap.MADV_DONTNEED, low, high - low)
+    def release(low: int, high: int) -> None:
+        drop_pages(data, first + low * width, first + high * width)
 
     return Entry(name, dtype, tuple(shape), part, release=release)
+
+
+def drop_pages(data: mmap.mmap, start: int, stop: int) -> None:
+    """Take the pages of these bytes out of the process's memory; they stay in the cache of the system."""
+    if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+        low = start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, low, min(stop, len(data)) - low)
 
 
 def _whole_numbers(values: Any) -> bool:

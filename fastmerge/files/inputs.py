@@ -50,6 +50,8 @@ def open_input(source: Any) -> Input:
         return _open_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder (a pipe or a device has no tensors at fixed places)")
     return _open_file(path)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastmerge.errors import UserError
 from fastmerge.files.extract import WEIGHTS, extracted, save
+from fastmerge.files.hashes import Hashes
 from fastmerge.files.inputs import open_input
 from fastmerge.files.plan import Item, Options, Plan, make_plan
-from fastmerge.files.recipe import KEY, Hashes, check_inputs, identity, options_of, read_recipe, recipe
+from fastmerge.files.recipe import KEY, check_inputs, identity, options_of, read_recipe, recipe
 from fastmerge.files.report import save_report
 from fastmerge.files.stream import MEMORY, Memory, Stream
 from fastmerge.files.write import Output
@@ -71,8 +72,10 @@ def write(
     out: Path,
     say: Callable[[str], None] = lambda text: None,
     chosen: dict[str, Any] | None = None,
+    hashes: Hashes | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write the merged files; returns what `Stream.run` does. chosen: how a sweep chose the options, for the recipe.
+    hashes: those that have begun.
 
     Raises:
         UserError: see `Output` and `Stream.run`; nothing is left then.
@@ -84,15 +87,16 @@ def write(
     about, pending = recipe(plan)
     about |= {"chosen": chosen} if chosen else {}
     if plan.options.extract_lora is not None:
-        return write_adapter(plan, stream, out, say, about, pending)
+        return write_adapter(plan, stream, out, say, about, pending, hashes or Hashes())
     text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
     output = Output(out, plan, text, identity(plan))
     if output.done:
         say(f"going on after {len(output.done)} of {len(plan.items)} tensors")
-    hashes = Hashes(list(pending))
+    hashes = hashes or Hashes()
     try:
+        hashes.add(pending)
         found = stream.run(output)
-        known = hashes.wait()
+        known = hashes.wait(pending)
     except UserError:
         output.delete()
         raise
@@ -107,15 +111,16 @@ def write_adapter(
     say: Callable[[str], None],
     about: dict[str, Any],
     pending: dict[Path, str],
+    hashes: Hashes,
 ) -> dict[str, dict[str, Any]]:
     """Write the folder of the adapter that `--extract-lora` asks for; returns {}. about, pending: the recipe."""
     if out.suffix == ".safetensors":
         raise UserError(f"--out {out}: an adapter is a folder; leave the ending away")
-    hashes = Hashes(list(pending))
+    hashes.add(pending)
     found = extracted(plan, stream)
 
     def metadata() -> dict[str, str]:
-        text, known = json.dumps(about), hashes.wait()
+        text, known = json.dumps(about), hashes.wait(pending)
         for file, old in pending.items():
             text = text.replace(old, known[file])
         return {"format": "pt", KEY: text}

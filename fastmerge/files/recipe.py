@@ -6,9 +6,7 @@ output file.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +14,12 @@ import torch
 
 import fastmerge
 from fastmerge.errors import UserError
+from fastmerge.files.hashes import sha256
 from fastmerge.files.headers import read_header
 from fastmerge.files.inputs import open_input
 from fastmerge.files.plan import Options, Plan
 
 KEY = "fastmerge_merge"
-BLOCK = 1 << 22
-
-
-class Hashes:
-    """SHA-256 of files, computed beside the merge by a thread of its own (hashing releases the interpreter)."""
-
-    def __init__(self, files: list[Path]):
-        self.files = list(dict.fromkeys(files))
-        self.found: dict[Path, str] = {}
-        self.error: OSError | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            for file in self.files:
-                self.found[file] = sha256(file)
-        except OSError as error:
-            self.error = error
-
-    def wait(self) -> dict[Path, str]:
-        self.thread.join()
-        if self.error is not None:
-            raise UserError(f"an input changed or went away while it was merged ({self.error}); run the command again")
-        return self.found
-
-
-def sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(BLOCK)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def placeholder(number: int) -> str:

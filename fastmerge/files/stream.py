@@ -28,6 +28,9 @@ class Sink(Protocol):
 
     def tensor(self, item: Item) -> Tensor: ...
 
+    def written(self, item: Item, start: int, stop: int) -> None:
+        """The entries start..stop are there; their memory may be given back."""
+
     def finished(self, item: Item, about: dict[str, Any]) -> None: ...
 
 
@@ -41,6 +44,8 @@ class Memory:
     def tensor(self, item: Item) -> Tensor:
         self.tensors[item.name] = torch.empty(item.shape, dtype=item.dtype)
         return self.tensors[item.name].view(-1)
+
+    def written(self, item: Item, start: int, stop: int) -> None: ...
 
     def finished(self, item: Item, about: dict[str, Any]) -> None: ...
 
@@ -78,22 +83,22 @@ class Stream:
             ]
             self.known = self.plan.rule.survey(tensors)
         for item in todo:
-            found[item.name] = self._write(item, sink.tensor(item))
+            found[item.name] = self._write(item, sink)
             if not found[item.name].get("undecided"):
                 sink.finished(item, found[item.name])
         if isinstance(self.plan.rule, Ties):
             negative = sum(about.get("signs", 0) for about in found.values()) < 0
             for item in todo:
                 if found[item.name].get("undecided"):  # the majority of all signs is known only now
-                    about = self._write(item, sink.tensor(item), "negative") if negative else found[item.name]
+                    about = self._write(item, sink, "negative") if negative else found[item.name]
                     found[item.name] = {**about, "undecided": False}
                     sink.finished(item, found[item.name])
         return found
 
-    def _write(self, item: Item, out: Tensor, zero: str | None = None) -> dict[str, Any]:
+    def _write(self, item: Item, sink: Sink, zero: str | None = None) -> dict[str, Any]:
         about: dict[str, Any] = {"action": item.action, "nonfinite": 0}
         measure = Measure(len(item.models)) if self.measure and item.action == "merge" else None
-        for part in self._parts(item, out):
+        for part in self._parts(item, sink.tensor(item)):
             rule = self.plan.rule
             if item.action == "average":
                 fk.weighted_sum(part.models, out=part.out, nonfinite=part.bad)
@@ -115,12 +120,12 @@ class Stream:
             about["nonfinite"] += int(part.bad)
             if measure is not None:
                 measure.add(part)
+            sink.written(item, part.start, part.start + part.out.numel())
         if about["nonfinite"] and self.finite:
             raise UserError(
                 f"{item.name}: {about['nonfinite']} values of the output are NaN or inf{self._culprits(item)}; leave the "
                 "input out, choose a wider --dtype, or pass --allow-nonfinite"
             )
-        self._release(item)
         return about | (measure.values() if measure is not None else {})
 
     def _culprits(self, item: Item) -> str:
@@ -146,15 +151,11 @@ class Stream:
             part.statistics = [_view(e, start, stop) if fits else e.whole() for e, fits in elementwise]
             part.known = self.known.get(item.name)
             yield part
+            release(item, start, stop)
 
     def _read(self, item: Item) -> Part:
         """The whole tensor, without an output."""
         return next(self._parts(item, torch.empty(item.numel, dtype=item.dtype, device="meta")))
-
-    def _release(self, item: Item) -> None:
-        for entry in [*item.models, *([item.base] if item.base is not None else []), *item.statistics]:
-            if entry.release is not None:
-                entry.release()
 
     def _thresholds(self, items: list[Item]) -> None:
         """The Trim of every model and tensor: tensors of one density together, or with scope tensor each alone."""
@@ -182,7 +183,7 @@ class Stream:
         theta, base = _view(item.models[k], 0, item.numel), _view(item.base, 0, item.numel)
         count = min(item.numel, max(1, int(density * item.numel)))
         limit, cut = fk.magnitude_threshold(theta, count, initial=base, keep=keep)
-        self._release(item)
+        release(item, 0, item.numel)
         return Trim(limit, int(cut))
 
     def _delta_parts(self, item: Item, k: int) -> Callable[[], Parts]:
@@ -192,9 +193,17 @@ class Stream:
         def parts() -> Parts:
             for part in self._parts(item, torch.empty(item.numel, dtype=item.dtype, device="meta")):
                 yield (part.start, *rule.delta(part, k))
-            self._release(item)
 
         return parts
+
+
+def release(item: Item, start: int, stop: int) -> None:
+    """Give back the memory behind a part of all inputs."""
+    for entry in [*item.models, *([item.base] if item.base is not None else []), *item.statistics]:
+        if entry.release is not None and entry.numel == item.numel:
+            entry.release(start, stop)
+        elif entry.release is not None and stop == item.numel:
+            entry.release(0, entry.numel)
 
 
 def _view(entry: Any, start: int, stop: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The output: safetensors files under their final headers, filled in place, and nothing at the target before all is written.
 
 Everything happens in the folder TARGET.part: the files in TARGET.part/out get their final size (so a full disk is told
-at once), the tensors are written into the mapped files, and a journal lists the tensors that reached the disk. A second
-start with the same plan goes on behind them. At the end the files are flushed and renamed.
+at once), the tensors are written into the mapped files, and a journal lists the tensors that reached the disk, which a
+thread waits for. A second start with the same plan goes on behind them. At the end the files are flushed and renamed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
-from fastmerge.files.headers import NAMES
+from fastmerge.files.headers import NAMES, drop_pages
 from fastmerge.files.plan import Item, Plan
 
 JOURNAL, PLAN, LOCK = "merge.journal", "merge.plan", "merge.lock"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLUSH = 256 << 20  # bytes between two entries in the journal
+FLUSH = 64 << 20  # bytes between two entries in the journal
 BESIDE = (  # what a folder of weights needs to be loaded
     "config.json",
     "generation_config.json",
@@ -54,6 +55,9 @@ class Output:
         self.target, self.work = target, target.with_name(target.name + ".part")
         self.files = self.work / "out"
         self.maps: dict[str, mmap.mmap] = {}
+        self.handles: list[Any] = []
+        self.disk = ThreadPoolExecutor(1, thread_name_prefix="fsync")
+        self.saves: list[Future[None]] = []
         self.places: dict[str, tuple[str, int]] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.waiting: list[dict[str, Any]] = []
@@ -113,15 +117,16 @@ class Output:
         start, path = 8 + len(text), self.files / file
         head = len(text).to_bytes(8, "little") + text
         whole = self.resumed and path.is_file() and path.stat().st_size == start + offset
-        with open(path, "r+b" if whole else "w+b") as handle:
-            if not whole or handle.read(start) != head:
-                for item in items:
-                    self.done.pop(item.name, None)
-                _reserve(handle.fileno(), start + offset)
-                handle.seek(0)
-                handle.write(head)
-                handle.flush()
-            self.maps[file] = mmap.mmap(handle.fileno(), start + offset)
+        handle = open(path, "r+b" if whole else "w+b")  # noqa: SIM115 (kept until the end)
+        self.handles.append(handle)
+        if not whole or handle.read(start) != head:
+            for item in items:
+                self.done.pop(item.name, None)
+            _reserve(handle.fileno(), start + offset)
+            handle.seek(0)
+            handle.write(head)
+            handle.flush()
+        self.maps[file] = mmap.mmap(handle.fileno(), start + offset)
         for item in items:
             self.places[item.name] = file, start + header[item.name]["data_offsets"][0]
 
@@ -140,40 +145,49 @@ class Output:
             return torch.empty(0, dtype=item.dtype)
         return torch.frombuffer(self.maps[file], dtype=torch.uint8, count=item.nbytes, offset=offset).view(item.dtype)
 
+    def written(self, item: Item, start: int, stop: int) -> None:
+        """The pages leave the memory of the process, not the cache of the system."""
+        file, offset = self.places[item.name]
+        width = item.dtype.itemsize
+        drop_pages(self.maps[file], offset + start * width, offset + stop * width)
+
     def finished(self, item: Item, about: dict[str, Any]) -> None:
         """Note that a tensor is written."""
         self.waiting.append({"name": item.name, **about})
         self.unsaved += item.nbytes
         if self.unsaved >= FLUSH:
-            self.save()
+            self._save_later()
 
-    def save(self) -> None:
-        """Bring what is written to the disk, then into the journal."""
-        for data in self.maps.values():
-            data.flush()
-            if hasattr(mmap, "MADV_DONTNEED"):
-                data.madvise(mmap.MADV_DONTNEED)
-        self.journal.write("".join(json.dumps(entry) + "\n" for entry in self.waiting))
+    def _save_later(self) -> None:
+        self.saves.append(self.disk.submit(self.save, self.waiting))
+        self.waiting, self.unsaved = [], 0
+
+    def save(self, entries: list[dict[str, Any]]) -> None:
+        """Bring what is written to the disk, then `entries` into the journal. In a thread: a flush of the mapped memory
+        would keep the interpreter, fsync does not."""
+        for handle in self.handles:
+            os.fsync(handle.fileno())
+        self.journal.write("".join(json.dumps(entry) + "\n" for entry in entries))
         self.journal.flush()
         os.fsync(self.journal.fileno())
-        self.done |= {entry["name"]: entry for entry in self.waiting}
-        self.waiting, self.unsaved = [], 0
 
     def finish(self, replaced: dict[str, str], folder: Path | None) -> None:
         """Fill in what the headers could not know (texts of the same length), flush, and rename to the target.
 
         folder: the small files that a loader needs are copied from there.
         """
-        self.save()
-        for data in self.maps.values():
-            stop = 8 + int.from_bytes(data[:8], "little")
-            header = data[8:stop]
-            for old, new in replaced.items():
-                header = header.replace(old.encode(), new.encode())
-            data[8:stop] = header
-            data.flush()
-        self._close()
         try:
+            self._save_later()
+            for save in self.saves:
+                save.result()
+            for data in self.maps.values():
+                stop = 8 + int.from_bytes(data[:8], "little")
+                header = data[8:stop]
+                for old, new in replaced.items():
+                    header = header.replace(old.encode(), new.encode())
+                data[8:stop] = header
+                data.flush()
+            self._close()
             if self.single:
                 _sync(self.files / self.target.name)
                 os.replace(self.files / self.target.name, self.target)
@@ -197,9 +211,12 @@ class Output:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _close(self) -> None:
+        self.disk.shutdown(cancel_futures=True)
         for data in self.maps.values():
             with contextlib.suppress(BufferError):  # a tensor may still look at it; it is unmapped with the last one
                 data.close()
+        for handle in self.handles:
+            handle.close()
         for name in ("journal", "lock"):
             if hasattr(self, name):
                 getattr(self, name).close()

@@ -1,0 +1,82 @@
+"""SHA-256 of the inputs, computed by threads beside everything else: hashlib and reading release the interpreter.
+
+This file imports no torch, so that hashing begins before torch is imported, which takes longer than to hash 2 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import UserError
+
+BLOCK = 1 << 24  # bytes at a time: a thread waits for the interpreter after each
+MOST = 4  # threads
+
+
+class Hashes:
+    """Begins with `files`, each once, in their order; `add` brings more."""
+
+    def __init__(self, files: Iterable[Path] = ()):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(max(1, min(MOST, cores - 1)), thread_name_prefix="sha256")
+        self.stopped = threading.Event()
+        self.futures: dict[Path, Future[str]] = {}
+        self.add(files)
+
+    def add(self, files: Iterable[Path]) -> None:
+        for file in files:
+            if file not in self.futures:
+                self.futures[file] = self.pool.submit(sha256, file, self.stopped)
+
+    def wait(self, files: Iterable[Path] | None = None) -> dict[Path, str]:
+        """The hashes of `files` (default: of all), which end the work of the threads.
+
+        Raises:
+            UserError: a file cannot be read any more.
+        """
+        wanted = list(self.futures if files is None else files)
+        self.add(wanted)
+        try:
+            return {file: self.futures[file].result() for file in wanted}
+        except OSError as error:
+            raise UserError(
+                f"an input changed or went away while it was merged ({error}); run the command again"
+            ) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Begin no more; a hash that is being computed is given up."""
+        self.stopped.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def sha256(path: Path, stopped: threading.Event | None = None) -> str:
+    """The hash in hexadecimal digits; an empty text if it was stopped before the end."""
+    digest, buffer = hashlib.sha256(), bytearray(BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stopped is not None and stopped.is_set():
+                return ""
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def likely_files(sources: Iterable[Any]) -> list[Path]:
+    """The large files that the inputs probably consist of. A wrong guess costs time alone: `Hashes.wait` asks for those
+    that were opened."""
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        try:
+            files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
+            found += [file for file in files if file.is_file()]
+        except OSError:
+            continue  # opening it says what is wrong
+    return found
