@@ -88,7 +88,7 @@ def write(
     about, pending = recipe(plan)
     about |= {"chosen": chosen} if chosen else {}
     if plan.options.extract_lora is not None:
-        return write_adapter(plan, stream, out, say, about, pending)
+        return write_adapter(plan, stream, out, say, about, pending, hashes or Hashes())
     text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
     single = len(files_of(plan, out.name if out.suffix == ".safetensors" else None)) == 1
     of_run, why = merged_about(plan.models, plan.options.rule, [item.name for item in plan.items], single)
@@ -118,15 +118,16 @@ def write_adapter(
     say: Callable[[str], None],
     about: dict[str, Any],
     pending: dict[Path, str],
+    hashes: Hashes,
 ) -> dict[str, dict[str, Any]]:
     """Write the folder of the adapter that `--extract-lora` asks for; returns {}. about, pending: the recipe."""
     if out.suffix == ".safetensors":
         raise UserError(f"--out {out}: an adapter is a folder; leave the ending away")
-    hashes = Hashes(list(pending))
+    hashes.add(pending)
     found = extracted(plan, stream)
 
     def metadata() -> dict[str, str]:
-        text, known = json.dumps(about), hashes.wait()
+        text, known = json.dumps(about), hashes.wait(pending)
         for file, old in pending.items():
             text = text.replace(old, known[file])
         return {"format": "pt", KEY: text}
