@@ -193,3 +193,24 @@ def test_two_processes_make_a_small_table(tmp_path, monkeypatch, capsys):
     rows = list(csv.DictReader(open("reproduced/trm-table2.csv")))
     assert len(rows) == 8 and all(row["ours"] and row["data"] != "the paper's" for row in rows)
     assert len(list((tmp_path / "runs").rglob("result.json"))) == 8
+
+
+def test_a_figure_is_drawn_once(tmp_path, monkeypatch, capsys):
+    """A figure whose models the analysis trains: the second time its picture is kept, another command draws it again."""
+    data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
+    words = f"{TRAIN} --data-root {data}"
+    figure = Target(
+        "trm:figure2", "a figure", "here", (Column("c", words, "c"),), (), draw="interpolate {flags} --points 2"
+    )
+    monkeypatch.setitem(TARGETS, "trm:figure2", figure)
+    command = ["reproduce", "trm:figure2", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    assert main(command) == 0
+    (picture,) = (tmp_path / "out" / "trm-figure2").glob("*.png")
+    before = picture.stat().st_mtime_ns
+    assert main(command) == 0 and picture.stat().st_mtime_ns == before
+    assert main([*command, "--seeds", "1"]) == 0 and picture.stat().st_mtime_ns != before
+    nowhere = Target("trm:figure2", "a", "b", (Column("c", TRAIN, "c"),), (), draw="interpolate {flags}")
+    monkeypatch.setitem(TARGETS, "trm:figure2", nowhere)
+    capsys.readouterr()
+    assert main([*command, "--data-root", str(tmp_path / "none")]) == 0
+    assert "not drawn; with the data: python -m fastmerge analyse interpolate" in capsys.readouterr().err

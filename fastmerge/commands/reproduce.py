@@ -287,20 +287,27 @@ class Job:
         return paths + (self.draw(target) if target.draw else [])
 
     def draw(self, target: Target) -> list[Path]:
-        """Draw the figure of every column whose runs are there."""
+        """Draw the figure of every column; returns the folders. One that this command has drawn before is kept."""
         from fastmerge.analysis.__main__ import main as analyse
 
-        paths = []
-        for column in self.columns(target):
+        paths, columns = [], self.columns(target)
+        for column in columns:
             if column.folder in self.why:
                 continue
-            flags = ["--seeds", *map(str, self.seeds(target)), *self.rest]
-            out = self.own.out / target.file
+            out = self.own.out / target.file / (column.folder if len(columns) > 1 else "")
+            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *self.rest]
+            flags += ["--data-root", self.own.data_root] if self.own.data_root and not self.own.small else []
             words = []
-            for word in shlex.split(target.draw):
-                words += {"{runs}": [str(self.folder(column))], "{flags}": [*column.words, *flags]}.get(word, [word])
-            if analyse([*words, "--out", str(out)]) == 0:
+            for word in shlex.split(self.own.small and target.draw_small or target.draw):
+                words += {"{runs}": [str(self.folder(column))], "{flags}": flags}.get(word, [word])
+            words += ["--out", str(out)]
+            if "{flags}" in target.draw and drawn(out, words):
                 paths.append(out)
+            elif analyse(words) == 0:
+                paths.append(out)
+            else:
+                command = shlex.join(["python", "-m", "fastmerge", "analyse", *words])
+                print(f"{target.name} · {column.name}: not drawn; with the data: {command}", file=sys.stderr)
         return paths
 
     def plan(self) -> str:
@@ -315,3 +322,11 @@ class Job:
             f"without evaluation; models of {size / 1e9:.1f} GB in {self.own.runs}"
         )
         return "\n".join(lines)
+
+
+def drawn(out: Path, words: Sequence[str]) -> bool:
+    """Whether `out` has a picture by these words of `fastmerge analyse`; every picture names its command."""
+    from PIL import Image
+
+    command = shlex.join(words)
+    return any(str(Image.open(path).info.get("Description", "")).endswith(command) for path in out.glob("*.png"))

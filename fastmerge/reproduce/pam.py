@@ -123,7 +123,8 @@ TARGETS = (
         "4.3",
         (INR[10], CUB),
         (hard_linear("ImageNet-R, 10 tasks"),),
-        draw="landscape {flags}",
+        draw="landscape {flags} --after 4 7 --both",
+        draw_small="landscape {flags} --after 2 4 --both",
     ),
     Target(
         "pam:figure3",
