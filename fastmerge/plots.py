@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmerge.analysis.figure import line_style
 from fastmerge.checkpoint import write_atomically
 from fastmerge.evaluate import micro
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ZERO_SHOT = "zero-shot"
+MOST_BANDS = 10
 INK = "#101010"  # of numbers on a coloured cell; what is black elsewhere may follow the page
 
 
@@ -30,7 +33,6 @@ def draw(folder: Path, methods: dict[str, dict[str, Any]], zero_shot: dict[str, 
 def figures(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> Iterator[tuple[str, Figure]]:
     """The plots of `methods[name][seed]` with their names: a matrix for every run, then the accuracy of all."""
     from matplotlib.figure import Figure  # by itself: no display, and no state shared with the user's pyplot
-    from matplotlib.ticker import MaxNLocator
 
     for method, seeds in methods.items():
         for seed, result in seeds.items():
@@ -60,33 +62,47 @@ def figures(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None
             figure.colorbar(image, ax=axes)
             yield f"matrix-{method}-seed{seed}", figure
 
-    many = len(methods) > 6
-    figure = Figure(figsize=(9, max(4, 0.2 * len(methods))) if many else (6, 4), layout="constrained")
+    lines = curves(methods, zero_shot)
+    figure = Figure(figsize=size(lines), layout="constrained")
+    draw_accuracy(figure, lines)
+    yield "accuracy", figure
+
+
+Curves = dict[str, list[list[float]]]  # of a line: A_t in percent after every task, for every seed
+
+
+def curves(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None) -> Curves:
+    """The curves of `methods[name][seed]`, before them that of the starting model; joint training has one value."""
+    found = {name: [seen_accuracy(result) for result in seeds.values()] for name, seeds in methods.items()}
+    return {ZERO_SHOT: [seen_accuracy(zero_shot)]} | found if zero_shot else found
+
+
+def size(lines: Curves) -> tuple[float, float]:
+    """Inches of the plot of these curves, with room for its legend."""
+    return 9, max(4, 0.2 * len(lines))
+
+
+def draw_accuracy(figure: Figure, lines: Curves) -> None:
+    """Accuracy over tasks: the mean over the seeds, and a band from the least to the largest unless bands would cover each
+    other."""
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.add_subplot()
-    curves = {name: [seen_accuracy(result) for result in seeds.values()] for name, seeds in methods.items()}
-    if zero_shot:
-        curves = {"zero-shot": [seen_accuracy(zero_shot)]} | curves
-    for name, runs in curves.items():
+    for k, (name, runs) in enumerate(lines.items()):
         steps = list(zip(*runs, strict=True))
         mean = [statistics.mean(s) for s in steps]
         if len(mean) == 1:
             axes.axhline(mean[0], label=name, linestyle=":", color="k")
             continue
         x = range(1, len(mean) + 1)
-        style = {"linestyle": "--", "color": "grey"} if name == "zero-shot" else {"marker": "o", "markersize": 3}
-        (line,) = axes.plot(x, mean, label=name, **style)
-        if len(runs) > 1 and not many:
-            spread = [statistics.stdev(s) for s in steps]
-            low, high = ([m + sign * d for m, d in zip(mean, spread, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, alpha=0.2, color=line.get_color())
+        plain = name.endswith(ZERO_SHOT)
+        axes.plot(x, mean, label=name, **({"linestyle": "--", "color": "grey"} if plain else line_style(k)))
+        if len(runs) > 1 and len(lines) <= MOST_BANDS:
+            axes.fill_between(x, [min(s) for s in steps], [max(s) for s in steps], alpha=0.15, color=f"C{k % 10}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="tasks learned", ylabel="accuracy on the classes seen (%)", ylim=(0, 100))
-    if many:
-        figure.legend(loc="outside right upper", fontsize=7)
-    else:
-        axes.legend()
+    figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3)
-    yield "accuracy", figure
 
 
 def seen_accuracy(result: dict[str, Any]) -> list[float]:

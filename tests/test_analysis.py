@@ -149,9 +149,48 @@ def test_bars_of_finished_runs(tmp_path):
     assert (tmp_path / "out" / "bars.png").stat().st_size > 1000
 
 
+def test_accuracy_over_the_tasks(tmp_path):
+    """Over the images of the tasks seen, by hand: 10, 30 and 60 test images."""
+
+    def result(*rows):
+        matrix = [[*row, *[None] * (len(rows) - len(row))] for row in rows]
+        values = dict.fromkeys(METRICS) | {"final_accuracy": 1.0, "accuracy_matrix": matrix}
+        counts = {"test_counts": [10, 30, 60][: len(rows)], "kept_bytes": [1], "peak_memory_bytes": 1}
+        return values | counts | {"seconds": {"train": 0, "merge": 0, "evaluate": 0}}
+
+    a = {
+        "trm": {"0": result([90.0], [80.0, 60.0], [70.0, 50.0, 20.0]), "3": result([80.0], [80.0, 80.0], [0.0] * 3)},
+        "joint": {"0": result([95.0])},
+    }
+    start = result([40.0], [40.0, 20.0], [40.0, 20.0, 10.0])
+    for name, methods in {"a": a, "b": {"trm": {"0": a["trm"]["3"]}}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"methods": methods, "zero_shot": start}))
+    files = [str(tmp_path / name / "results.json") for name in "ab"]
+
+    def found(*runs):
+        assert main(["accuracy", *runs, "--out", str(tmp_path / "out")]) == 0
+        for kind in ("png", "pdf"):
+            assert (tmp_path / "out" / f"accuracy.{kind}").stat().st_size > 1000
+        columns = ("mean", "least", "largest", "seeds")
+        rows = read(tmp_path / "out" / "accuracy.csv")
+        return {(row["line"], row["tasks"]): [float(row[column]) for column in columns] for row in rows}
+
+    rows = found(files[0])
+    assert rows["trm", "1"] == [85, 80, 90, 2]
+    assert rows["trm", "2"] == [72.5, 65, 80, 2]  # (10 * 80 + 30 * 60) / 40
+    assert rows["trm", "3"] == [17, 0, 34, 2]
+    assert rows["joint", "all"] == [95, 95, 95, 1] and rows["zero-shot", "3"] == [16, 16, 16, 1]
+    assert len(rows) == 3 + 3 + 1
+    both = found(*files)
+    assert both["b: trm", "2"] == [80, 80, 80, 1] and both["a: trm", "2"] == rows["trm", "2"]
+    assert len(both) == 3 + 3 + 1 + 3 and ("b: zero-shot", "1") not in both
+
+
 def test_bars_of_something_else(tmp_path, capsys):
     assert main(["bars", str(tmp_path)]) == 2 and "contains no finished run" in capsys.readouterr().err
     assert main(["bars", str(tmp_path), "--tasks", "2"]) == 2 and "not --tasks 2" in capsys.readouterr().err
+    assert main(["accuracy", str(tmp_path)]) == 2 and "contains no finished run" in capsys.readouterr().err
 
 
 def test_bad_input(data, tmp_path, capsys):

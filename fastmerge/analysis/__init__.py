@@ -7,8 +7,9 @@
     python -m fastmerge analyse drift                 # the class token of every layer at every merge (TRM, Figure 3)
     python -m fastmerge analyse gradients             # how the next task's gradient turns (TRM, Figure 4)
     python -m fastmerge analyse bars runs/a runs/b    # accuracy, forgetting, plasticity of runs (P&M, Figure 1)
+    python -m fastmerge analyse accuracy runs/a       # accuracy over the tasks (TRM, Figure 6)
     python -m fastmerge analyse sweep runs/a --x trm.replace_ratio   # a setting against a metric (TRM, Figure 7)
 
-`bars` and `sweep` read finished runs. The others train the models they need; they accept all settings of the trainer
-(data, model, epochs, --cmm.lam, ...), and use the first seed and the first tasks.
+`bars`, `accuracy` and `sweep` read finished runs. The others train the models they need; they accept all settings of the
+trainer (data, model, epochs, --cmm.lam, ...), and use the first seed and the first tasks.
 """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastmerge.setup import Setup
 
 
-FINISHED = ("bars", "sweep")  # they read finished runs, and train nothing
+FINISHED = ("bars", "accuracy", "sweep")  # they read finished runs, and train nothing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--method", nargs="+", metavar="MERGE", help="trm or merge rules, with settings (magmax ties stock trm)"
     )
     one = kind("bars", "accuracy, forgetting and plasticity of finished runs")
+    one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
+    one = kind("accuracy", "accuracy over the tasks of finished runs: mean, least and largest over the seeds")
     one.add_argument("runs", type=Path, nargs="+", help="run folders, or their results.json")
     one = kind("sweep", "a setting against a metric of finished runs: mean, least and largest over the seeds")
     one.add_argument("runs", type=Path, nargs="+", help="run folders")
@@ -106,6 +108,10 @@ def of_runs(own: argparse.Namespace, out: Output) -> list[Path]:
         from fastmerge.analysis.sweep import sweep
 
         return sweep(own.runs, own.x, own.metric, out, own.lines)
+    if own.what == "accuracy":
+        from fastmerge.analysis.accuracy import accuracy
+
+        return accuracy(own.runs, out)
     from fastmerge.analysis.bars import bars
 
     return bars(own.runs, out)
