@@ -88,10 +88,10 @@ def test_shares_are_those_of_the_singular_values(place, capsys):
     total = sum(float(d.square().sum()) for d in delta.values())
     assert f"keeps {100 * (kept / total) ** 0.5:.1f} % of the norm" in said
     assert {name: row["why it was left out"] for name, row in rows.items() if row["why it was left out"]} == {
-        "blocks.0.bias": "1 dimensions",
-        "blocks.1.bias": "1 dimensions",
+        "blocks.0.bias": "1 dimension",
+        "blocks.1.bias": "1 dimension",
         "embed.weight": "an embedding",
-        "head.bias": "1 dimensions",
+        "head.bias": "1 dimension",
         "scale": "not the weight of a module",
     }
     assert "left out: blocks.0.bias, blocks.1.bias, embed.weight, head.bias and 1 more, with " in said

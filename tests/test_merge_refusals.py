@@ -63,6 +63,7 @@ def refused(capfd, folder, *arguments, out="out"):
 
 DAMAGED = {
     "empty": (b"", "bytes"),
+    "a header of no bytes": (raw(b""), "JSON"),
     "too short": (b"\x01\x02\x03", "bytes"),
     "announces more than there is": (raw({}, length=1 << 40), "announces"),
     "header of 200 MB announced": (raw({}, length=200_000_000), "announces"),
@@ -125,6 +126,18 @@ COMMANDS = {  # arguments, words of the message
     "weights of wrong length": (["average", *BOTH, "--weights", "1", "2", "3"], ["3 weights", "2 models"]),
     "weights that are no numbers": (["average", *BOTH, "--weights", "1", "much"], ["much"]),
     "an infinite weight": (["average", *BOTH, "--weights", "1", "inf"], ["inf"]),
+    "a negative weight": (["ties", *BASED, "--weights", "1", "-1"], ["ties", "at least 0"]),
+    "a rule without weights": (["magmax", *BASED, "--weights", "1", "2"], ["magmax does not weigh"]),
+    "too many models": (["wise-ft", *BASED], ["wise-ft merges"]),
+    "a model that is not there": (["ties", *BASED, "--tensors", "head.weight:take=3"], ["take=3", "1 to 2"]),
+    "settings that do not fit": (["della", *BASED, "--set", "p=0.1"], ["--set", "p=0.1 and epsilon=0.15"]),
+    "settings of a tensor that do not fit": (
+        ["della", *BASED, "--tensors", "head.weight:scope=global"],
+        ["--tensors 'head.weight:scope=global'", "row or tensor"],
+    ),
+    "a seed below 0": (["average", *BOTH, "--seed", "-1"], ["--seed -1"]),
+    "a recipe and a rule": (["average", "--recipe", "a.safetensors"], ["--recipe repeats"]),
+    "an unknown flag": (["average", *BOTH, "--wieghts", "1"], ["--wieghts"]),
     "weights that cancel": (["average", *BOTH, "--weights", "1", "-1"], ["weights"]),
     "unknown setting": (["ties", *BASED, "--set", "densty=0.2"], ["densty", "density"]),
     "a value out of range": (["ties", *BASED, "--set", "density=1.5"], ["density", "1.5"]),
@@ -175,7 +188,8 @@ def test_a_value_that_is_not_finite(place, capfd, value):
     bad = tensors(1)
     bad["trunk.weight"][2, 3] = value
     save_file(bad, "b.safetensors")
-    assert "trunk.weight" in refused(capfd, place, "average", *BOTH)
+    error = refused(capfd, place, "average", *BOTH)
+    assert "trunk.weight: 1 value of the output is NaN or inf (they are in b.safetensors)" in error
 
 
 def test_bf16_that_overflows_in_fp16(place, capfd):
@@ -191,6 +205,26 @@ def test_a_pickle_runs_no_code(place, capfd):
     for name in ("b.pt", "raw.pt"):
         assert name in refused(capfd, place, "average", "--models", "a.safetensors", name)
     assert not Path("executed").exists()
+
+
+def test_what_is_no_model(place, capfd):
+    torch.save([1, 2], "list.pt")
+    torch.save(tensors(1, x=torch.ones(3, dtype=torch.complex64)), "complex.pt")
+    Path("text.pt").write_text("hello")
+    Path("none").mkdir()
+    os.symlink("nowhere", "gone.safetensors")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "IA3"}')
+    for name, words in {
+        "list.pt": ["no tensors by name"],
+        "complex.pt": ["tensor x is torch.complex64"],
+        "text.pt": ["text.pt: "],
+        "none": ["none: no model there"],
+        "gone.safetensors": ["no such file or folder"],
+        "adapter": ["a IA3 adapter"],
+    }.items():
+        error = refused(capfd, place, "average", "--models", name, "--base", "base.safetensors")
+        assert all(word in error for word in words), error
 
 
 def test_a_torch_file_cut_short(place, capfd):
@@ -227,6 +261,11 @@ def test_the_output_is_an_input_or_there(place, capfd):
     assert "a.safetensors" in refused(capfd, place, "average", *BOTH, out="a.safetensors")
     os.symlink("a.safetensors", "link.safetensors")
     refused(capfd, place, "average", *BOTH, out="link.safetensors")
+    assert "base.safetensors: exists already" in refused(capfd, place, "average", *BOTH, out="base.safetensors")
+    Path("out.part").mkdir()
+    Path("out.part/mine").write_text("keep")
+    assert "out.part is in the way and holds mine" in refused(capfd, place, "average", *BOTH)
+    assert "--shard needs a folder" in refused(capfd, place, "average", *BOTH, "--shard", "1MB", out="o.safetensors")
     Path("there").mkdir()
     Path("there/notes.txt").write_text("mine")
     assert "there" in refused(capfd, place, "average", *BOTH, out="there")
@@ -247,7 +286,7 @@ def test_a_full_disk(place, capfd, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert "No space left" in refused(capfd, place, "average", *BOTH)
+    assert "No space left on device); nothing was written" in refused(capfd, place, "average", *BOTH)
 
 
 def test_a_symlink_as_an_input_is_its_file(place, capfd):

@@ -23,6 +23,7 @@ from typing import Any
 
 from fastmerge.errors import UserError
 from fastmerge.files.hashes import Hashes, likely_files
+from fastmerge.wording import counted
 
 SCORING = ("model", "validation", "data_root", "split_file", "test_part", "class_names", "batch_size")
 
@@ -56,7 +57,7 @@ def run(given: Any, argv: Sequence[str], hashes: Hashes | None) -> int:
         if given.rule or given.models or given.out:
             raise UserError("--recipe repeats a merge as it was: leave the rule, --models and --out away")
         count = repeat(given.recipe, memory, given.allow_nonfinite)
-        print(f"{given.recipe}: merged again from the same inputs, {count} tensors with the same bits")
+        print(f"{given.recipe}: merged again from the same inputs, {counted(count, 'tensor')} with the same bits")
         return 0
     if given.mergekit is not None:
         if given.rule or given.models or given.base or given.weights or given.set:
@@ -99,7 +100,10 @@ def run(given: Any, argv: Sequence[str], hashes: Hashes | None) -> int:
     stream = Stream(plan, memory, given.report is not None, not given.allow_nonfinite)
     found = write(plan, stream, given.out.expanduser(), print, chosen, hashes)
     bad = sum(about["nonfinite"] for about in found.values())
-    print(f"{given.out}: written" + (f", with {bad} values that are NaN or inf" if bad else ""))
+    print(
+        f"{given.out}: written"
+        + (f", with {counted(bad, 'value that is', 'values that are')} NaN or inf" if bad else "")
+    )
     if given.report is not None:
         save_report(given.report, plan, found)
         print(f"{given.report}: one row per tensor; {given.report.with_suffix('.png')}: the same as a picture")
@@ -121,7 +125,7 @@ def best(options: Any, plan: Any, given: Any, memory: int, command: str) -> tupl
         check_target(given.out.expanduser())
     first = plan.models if plan.base is None else [plan.base, *plan.models]
     scorer = Scorer(first, given)
-    print(f"{len(points)} merges are scored on {scorer.images}")
+    print(f"{counted(len(points), 'merge is', 'merges are')} scored on {scorer.images}")
     if given.dry_run:
         return options, {}
     found = sweep(

@@ -26,6 +26,7 @@ from fastmerge.files.adapter import PREFIX
 from fastmerge.files.inputs import ADAPTER, shown
 from fastmerge.files.plan import OUT_DTYPES, Item, Plan
 from fastmerge.files.stream import Memory, Stream
+from fastmerge.wording import counted
 
 WEIGHTS, TABLE = "adapter_model.safetensors", "extracted.csv"
 COLUMNS = ("tensor", "shape", "norm", "kept", "why it was left out")
@@ -65,7 +66,7 @@ class Adapter(Memory):
         if not norm:
             return
         module = item.name.removesuffix(".weight")
-        why = "" if len(item.shape) == 2 else f"{len(item.shape)} dimensions"
+        why = "" if len(item.shape) == 2 else counted(len(item.shape), "dimension")
         why = why or ("not the weight of a module" if module == item.name else "an embedding" * ("embed" in item.name))
         kept = 0.0 if why else self._keep(module, delta) / norm
         self.rows.append((item.name, shape, norm, kept, why))
@@ -93,8 +94,8 @@ class Adapter(Memory):
         share = (sum((norm * kept) ** 2 for _, _, norm, kept, _ in taken) / total) ** 0.5
         least = min(taken, key=lambda row: row[3])
         lines.append(
-            f"rank {self.rank} for {len(taken)} tensors keeps {100 * share:.1f} % of the norm of the difference to the base; "
-            f"least of {least[0]}, {100 * least[3]:.1f} %"
+            f"rank {self.rank} for {counted(len(taken), 'tensor')} keeps {100 * share:.1f} % of the norm of the difference "
+            f"to the base; least of {least[0]}, {100 * least[3]:.1f} %"
         )
         if left := [row for row in self.rows if row[4]]:
             lost = (sum(norm**2 for _, _, norm, _, _ in left if norm == norm) / total) ** 0.5

@@ -21,6 +21,7 @@ from fastmerge.files.recipe import KEY, check_inputs, identity, options_of, read
 from fastmerge.files.report import save_report
 from fastmerge.files.stream import MEMORY, Memory, Stream
 from fastmerge.files.write import Output, files_of
+from fastmerge.wording import counted
 
 NO_REPORT = "--report is of a merged model; the adapter of --extract-lora has extracted.csv beside it"
 
@@ -98,7 +99,7 @@ def write(
         say(f"`fastmerge evaluate` cannot score it: {why}")
     output = Output(out, plan, text, identity(plan))
     if output.done:
-        say(f"going on after {len(output.done)} of {len(plan.items)} tensors")
+        say(f"going on after {len(output.done)} of {counted(len(plan.items), 'tensor')}")
     hashes = hashes or Hashes()
     try:
         hashes.add(pending)
@@ -180,8 +181,9 @@ def repeat(path: Path, memory: int, allow_nonfinite: bool) -> int:
         Stream(plan, memory, finite=not allow_nonfinite).run(sink)
     different = [*sink.different, *sink.entries]
     if different:
+        bad = counted(len(different), "of its tensors is", "of its tensors are")
         raise UserError(
-            f"{path}: {len(different)} of its tensors are not what the recipe gives, such as {different[0]}; it was "
-            f"changed, or written with other versions (fastmerge {about['fastmerge']}, torch {about['torch']})"
+            f"{path}: {bad} not what the recipe gives, such as {different[0]}; it was changed, or "
+            f"written with other versions (fastmerge {about['fastmerge']}, torch {about['torch']})"
         )
     return len(plan.items) if plan.options.extract_lora is None else len(new)

@@ -19,6 +19,7 @@ from fastmerge.files.layers import BETWEEN, places
 from fastmerge.files.rules import FileRule
 from fastmerge.files.settings import check_patterns, defaults, known_rule, read_override, read_values, read_weights
 from fastmerge.files.statistics import Statistics
+from fastmerge.wording import counted
 
 OUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MISSING = ("error", "base", "average", "skip")
@@ -131,11 +132,11 @@ class Plan:
         kinds = ", ".join(
             f"{n} {word}" for n, word in zip(count.values(), ("merged", "averaged", "copied"), strict=True) if n
         )
-        rank = self.options.extract_lora
+        rank, entries = self.options.extract_lora, sum(item.numel for item in self.items)
         written = size(sum(i.nbytes for i in self.items)) if rank is None else f"a LoRA adapter of rank {rank}"
         return [
-            f"{self.options.rule} of {len(self.models)} models{bases}",
-            f"{len(self.items)} tensors ({kinds}), {sum(item.numel for item in self.items):,} entries",
+            f"{self.options.rule} of {counted(len(self.models), 'model')}{bases}",
+            f"{counted(len(self.items), 'tensor')} ({kinds}), {entries:,} {'entry' if entries == 1 else 'entries'}",
             f"read {size(read)} in {self.rule.passes}, write {written}, "
             f"memory {size(self.memory(memory))} beside the libraries",
             *self.notes,
@@ -247,7 +248,7 @@ def make_plan(options: Options) -> Plan:
     if like is not None:
         problems += _unlike(like, items, aliases)
     if problems:
-        more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
+        more = f" (and {counted(len(problems) - 3, 'more problem')})" if len(problems) > 3 else ""
         raise UserError("; ".join(problems[:3]) + more)
     if not items:
         raise UserError("no tensor is left to merge: the inputs share no name")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastmerge.checkpoint import replace, text_writer
 from fastmerge.files.plan import Plan
+from fastmerge.wording import counted
 
 
 def save_report(path: Path, plan: Plan, found: dict[str, dict[str, Any]]) -> None:
@@ -55,5 +56,5 @@ def _draw(path: Path, plan: Plan, measured: list[tuple[str, dict[str, Any]]]) ->
     shares.set_ylabel("share")
     shares.set_xlabel("tensor, sorted by name")
     shares.legend(fontsize=7)
-    figure.suptitle(f"{plan.options.rule} of {len(plan.models)} models")
+    figure.suptitle(f"{plan.options.rule} of {counted(len(plan.models), 'model')}")
     figure.savefig(path, dpi=120, format="png")

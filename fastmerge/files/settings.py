@@ -18,6 +18,7 @@ from fastmerge.files.inputs import shown
 from fastmerge.files.layers import BETWEEN, Gradient
 from fastmerge.files.rules import FILE_RULES, FileRule
 from fastmerge.flags import reader
+from fastmerge.wording import counted
 
 
 def known_rule(name: str) -> FileRule:
@@ -127,7 +128,7 @@ def read_override(rule: str, text: str, models: int, where: str | None = None) -
     except ValueError as error:
         raise UserError(f"{where}: {error}; expected numbers from the first layer to the last, such as 1..0") from None
     if len(read) != models:
-        raise UserError(f"{where}: {len(read)} weights for {models} models; give one per model")
+        raise UserError(f"{where}: {counted(len(read), 'weight')} for {counted(models, 'model')}; give one per model")
     known_weighted(rule, where)
     return Override(match[1], where, values, None, tuple(map(Gradient, read)))
 
@@ -150,7 +151,7 @@ def read_weights(rule: str, words: Sequence[Any], models: int, where: str) -> tu
     except ValueError as error:
         raise UserError(f"{where}: {error}; expected one number per model") from None
     if len(given) != models:
-        raise UserError(f"{where}: {len(given)} weights for {models} models; give one per model")
+        raise UserError(f"{where}: {counted(len(given), 'weight')} for {counted(models, 'model')}; give one per model")
     if not all(abs(w) < float("inf") for w in given):
         raise UserError(f"{where}: weights {list(given)}: expected finite numbers")
     if rule in ("fisher", "cofima") and not all(w > 0 for w in given):

@@ -10,6 +10,7 @@ from fastmerge.files.align import align
 from fastmerge.files.headers import Entry
 from fastmerge.files.inputs import Input, open_input, shown
 from fastmerge.files.rule import FileRule
+from fastmerge.wording import counted
 
 
 class Statistics:
@@ -29,7 +30,7 @@ class Statistics:
                 f"--statistics is not given, but {name} needs {rule.statistics} of every model; name one file per model"
             )
         if rule.statistics is not None and len(sources) != len(models):
-            raise UserError(f"--statistics: {len(sources)} for {len(models)} models; give one per model")
+            raise UserError(f"--statistics: {len(sources)} for {counted(len(models), 'model')}; give one per model")
         self.inputs: list[Input] = []
         self.axes: dict[str, int] = {}
         for source, model in zip(sources, models, strict=False):

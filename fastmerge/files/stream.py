@@ -17,6 +17,7 @@ from fastmerge.files.plan import Item, Plan
 from fastmerge.files.rule import Part, Whole
 from fastmerge.files.rules import Ties
 from fastmerge.files.thresholds import Parts, Trim, trims
+from fastmerge.wording import counted
 
 MEMORY = 256 << 20
 
@@ -123,8 +124,8 @@ class Stream:
             sink.written(item, part.start, part.start + part.out.numel())
         if about["nonfinite"] and self.finite:
             raise UserError(
-                f"{item.name}: {about['nonfinite']} values of the output are NaN or inf{self._culprits(item)}; leave the "
-                "input out, choose a wider --dtype, or pass --allow-nonfinite"
+                f"{item.name}: {counted(about['nonfinite'], 'value of the output is', 'values of the output are')} NaN or inf"
+                f"{self._culprits(item)}; leave the input out, choose a wider --dtype, or pass --allow-nonfinite"
             )
         return about | (measure.values() if measure is not None else {})
 

@@ -100,6 +100,16 @@ TARGETS = (
         draw="gradients {flags}",
     ),
     Target(
+        "trm:figure6",
+        "Accuracy over the 100 tasks of ImageNet-1k",
+        "Large Scale Dataset; the paper names no number, and its picture not every method",
+        (column("ImageNet-1k, 100 tasks", "imagenet1k", "--tasks 100"),),
+        (easy("ImageNet-1k, 100 tasks", tasks=10),),
+        {"Model Stock": "stock", "TIES": "ties", "MagMax": "magmax", "Ours": "trm"},
+        draw="accuracy {runs}",
+        seeds=1,
+    ),
+    Target(
         "trm:figure7",
         "Accuracy against the share of replaced parameters: mean, least, largest of ten runs",
         "The Ration of Replaced Parameters",
