@@ -1,6 +1,7 @@
 """The papers' tables by command: what is declared, the arithmetic of the comparison, and one table from end to end."""
 
 import csv
+import dataclasses
 import math
 
 import pytest
@@ -100,7 +101,7 @@ def table(monkeypatch):
     return target
 
 
-def test_a_table_from_end_to_end(table, tmp_path, capsys):
+def test_a_table_from_end_to_end(table, tmp_path, capsys, monkeypatch):
     data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
     words = ["reproduce", "trm:table1", "--data-root", str(data), "--seeds", "0", "1", "--runs", str(tmp_path / "runs")]
     words += ["--out", str(tmp_path / "out"), "--protocol", "strict"]
@@ -122,6 +123,12 @@ def test_a_table_from_end_to_end(table, tmp_path, capsys):
         assert rows["here", row]["seeds"] == "2"
     assert rows["here", "Zero-shot"]["seeds"] == rows["here", "Words"]["seeds"] == "1"
     assert (tmp_path / "runs" / "here-words" / "nearest-mean-seed0" / "result.json").exists()
+
+    bars = dataclasses.replace(table, columns=table.columns[:1], draw="bars {results}")
+    monkeypatch.setitem(TARGETS, "trm:table1", bars)
+    assert main([*words, "--only", "Ours", "Merged"]) == 0
+    drawn = csv.DictReader(open(tmp_path / "out" / "trm-table1" / "bars.csv"))
+    assert {row["method"] for row in drawn} == {"Ours", "Merged"}  # not the other runs of the folder
 
     written = tmp_path / "runs" / "here" / "finetune-seed0" / "result.json"
     before = written.stat().st_mtime_ns

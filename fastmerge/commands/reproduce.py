@@ -240,8 +240,8 @@ class Job:
                 return code
         return 0
 
-    def results(self, part: Part) -> dict[str, list[dict[str, Any]]]:
-        """row -> results of its seeds."""
+    def results(self, part: Part) -> dict[str, dict[str, dict[str, Any]]]:
+        """row -> seed -> result; the untrained model has seed 0."""
         from fastmerge.methods import METHODS
         from fastmerge.plan import label_of, read_method
         from fastmerge.results import read_run
@@ -250,14 +250,14 @@ class Job:
         if not any(folder.glob("*-seed*/result.json")):
             return {}
         methods, zero_shot = read_run(folder)
-        config, found = self.config(part), dict[str, list[dict[str, Any]]]()
+        config, found = self.config(part), dict[str, dict[str, dict[str, Any]]]()
         for row, spec in part.rows.items():
             if spec == UNTRAINED:
-                found[row] = [zero_shot] if zero_shot else []
+                found[row] = {"0": zero_shot} if zero_shot else {}
                 continue
             name, its = read_method(spec, config)
             seeds = methods.get(label_of(spec, METHODS[name].protocols(its)[0]), {})
-            found[row] = [seeds[str(seed)] for seed in self.seeds(part.target) if str(seed) in seeds]
+            found[row] = {str(seed): seeds[str(seed)] for seed in self.seeds(part.target) if str(seed) in seeds}
         return found
 
     def command(self, target: Target) -> str:
@@ -275,7 +275,7 @@ class Job:
         for column in self.columns(target):
             why, results = self.missing(target), dict[str, list[dict[str, Any]]]()
             for part in self.parts(target, column):
-                results |= self.results(part)
+                results |= {row: list(seeds.values()) for row, seeds in self.results(part).items()}
                 if part.column.folder in self.why:
                     why |= dict.fromkeys(part.rows, "data not found")
             found += cells(target, column, results, why, list(self.rows(target)))
@@ -299,7 +299,10 @@ class Job:
             flags += ["--data-root", self.own.data_root] if self.own.data_root and not self.own.small else []
             words = []
             for word in shlex.split(self.own.small and target.draw_small or target.draw):
-                words += {"{runs}": [str(self.folder(column))], "{flags}": flags}.get(word, [word])
+                if word == "{results}":
+                    words.append(str(self.save_results(target, column, out)))
+                else:
+                    words += {"{runs}": [str(self.folder(column))], "{flags}": flags}.get(word, [word])
             words += ["--out", str(out)]
             if "{flags}" in target.draw and drawn(out, words):
                 paths.append(out)
@@ -309,6 +312,15 @@ class Job:
                 command = shlex.join(["python", "-m", "fastmerge", "analyse", *words])
                 print(f"{target.name} · {column.name}: not drawn; with the data: {command}", file=sys.stderr)
         return paths
+
+    def save_results(self, target: Target, column: Column, out: Path) -> Path:
+        """Write the results of the target's rows to `out`, without the other runs of their folder."""
+        from fastmerge.checkpoint import save_json
+
+        out.mkdir(parents=True, exist_ok=True)
+        rows = {row: its for part in self.parts(target, column) for row, its in self.results(part).items() if its}
+        save_json(out / "results.json", {"methods": rows})
+        return out / "results.json"
 
     def plan(self) -> str:
         """What would run, for --dry-run."""

@@ -115,7 +115,7 @@ TARGETS = (
         (hard_linear("ImageNet-R, 10 tasks"), easy_linear("CIFAR-100, 10 tasks")),
         {"LoRA": f"finetune:{LORA}", "LoRA-P&M": "pam"},
         ("final_accuracy_macro", "forgetting", "plasticity"),
-        draw="bars {runs}",
+        draw="bars {results}",
     ),
     Target(
         "pam:figure2",

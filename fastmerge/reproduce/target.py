@@ -45,10 +45,10 @@ class Target:
     """A table, or a figure where `draw` is given.
 
     where: section of the paper. rows: row -> `--method` of the trainer; 'zero-shot' is the untrained model. metrics: names
-    in `results.METRICS`, or those of `compare.OTHERS`; 'task:NAME' is the final accuracy on one task. draw: words of
-    `fastmerge analyse`; {runs} stands for the run folder and {flags} for the column's flags. draw_small: the same for
-    --small, if it differs. seeds: of the paper's figure,
-    if it says. needs: row -> the flag of a file that the user must give. apart: row -> flags of the data that it alone has.
+    in `results.METRICS`, or those of `compare.OTHERS`. draw: words of `fastmerge analyse`; {runs} stands for the run
+    folder, {results} for the results of the rows, and {flags} for the column's flags. draw_small: the same for --small, if
+    it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a file that the user must give. apart:
+    row -> flags of the data that it alone has.
     also: figures that are the same picture. small: columns on the embedded sets.
     """
 

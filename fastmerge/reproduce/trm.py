@@ -106,7 +106,7 @@ TARGETS = (
         (column("ImageNet-1k, 100 tasks", "imagenet1k", "--tasks 100"),),
         (easy("ImageNet-1k, 100 tasks", tasks=10),),
         {"Model Stock": "stock", "TIES": "ties", "MagMax": "magmax", "Ours": "trm"},
-        draw="accuracy {runs}",
+        draw="accuracy {results}",
         seeds=1,
     ),
     Target(
