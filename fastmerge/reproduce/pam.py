@@ -122,8 +122,8 @@ TARGETS = (
         "The loss around the merge, with and without perturbation",
         "4.3",
         (INR[10], CUB),
-        (hard_linear("ImageNet-R, 10 tasks"),),
-        draw="landscape {flags}",
+        (hard_linear("ImageNet-R, 10 tasks", 10),),
+        draw="landscape {flags} --after 4 7 --both",
     ),
     Target(
         "pam:figure3",

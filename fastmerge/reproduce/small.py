@@ -32,6 +32,7 @@ def easy_linear(name: str) -> Column:
     return Column(name, f"--dataset glyphs --tasks 5 --head linear {EPOCHS}", "small-glyphs-5-linear")
 
 
-def hard_linear(name: str) -> Column:
+def hard_linear(name: str, tasks: int = 5) -> Column:
     """Class-incremental, the harder set, with a linear head."""
-    return Column(name, f"--dataset glyphs-hard --tasks 5 --head linear {EPOCHS}", "small-glyphs-hard-5-linear")
+    flags = f"--dataset glyphs-hard --tasks {tasks} --head linear {EPOCHS}"
+    return Column(name, flags, f"small-glyphs-hard-{tasks}-linear")

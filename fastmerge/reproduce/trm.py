@@ -100,6 +100,15 @@ TARGETS = (
         draw="gradients {flags}",
     ),
     Target(
+        "trm:figure6",
+        "Accuracy over a hundred tasks",
+        "Further Analysis",
+        (column("ImageNet-1k, 100 tasks", "imagenet1k", "--tasks 100"),),
+        (easy("ImageNet-1k, 100 tasks", 20),),
+        CIL,
+        draw="accuracy {runs}",
+    ),
+    Target(
         "trm:figure7",
         "Accuracy against the share of replaced parameters: mean, least, largest of ten runs",
         "The Ration of Replaced Parameters",
