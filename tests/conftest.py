@@ -58,8 +58,6 @@ LONG = {
     "test_lists.py::test_magmax",
     "test_lists.py::test_one_model",
     "test_lists.py::test_weighted_sum",
-    "test_merge_mergekit.py::test_equals_mergekit",
-    "test_merge_mergekit.py::test_gradients_equal_mergekit",
     "test_merge_peers.py",
     "test_merge_about.py",
     "test_merge_extract.py::test_peft_computes_the_merged_model_with_it",

@@ -1,4 +1,5 @@
-"""`fastmerge merge` on files against mergekit 0.1.5, peft 0.21.2, and plain loops in float64 over whole models."""
+"""`fastmerge merge` on files against mergekit 0.1.5 (its rules and its configs), peft 0.21.2, and plain loops in float64 over
+whole models."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ import json
 
 import pytest
 import torch
+import yaml
 from fastmerge_kernels import reference
 from safetensors.torch import load_file, save_file
 
 from fastmerge.__main__ import main
+from fastmerge.errors import UserError
+from fastmerge.files.mergekit import read_config
 
 SHAPES = {"b.weight": (40, 30), "a.bias": (17,), "c.scale": (), "b.bias": (513,), "tail": (1, 3, 5), "none": (0, 4)}
 TIGHT = {"rtol": 0, "atol": 2e-6}
@@ -147,7 +151,9 @@ def test_dare_draws_by_position_in_the_sorted_whole(files):
     torch.testing.assert_close(whole(found), expected, **TIGHT)
 
 
-RANDOM_AND_GLOBAL = [
+BITS = [
+    ("average", {}),
+    ("magmax", {}),
     ("dare", {"p": 0.5}),
     ("dare-ties", {"p": 0.5, "density": 0.3}),
     ("randmix", {}),
@@ -161,10 +167,12 @@ RANDOM_AND_GLOBAL = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "settings"), RANDOM_AND_GLOBAL, ids=[rule for rule, _ in RANDOM_AND_GLOBAL])
-def test_sharding_order_and_memory_change_no_bit(files, tmp_path, rule, settings):
+@pytest.mark.parametrize(("rule", "settings"), BITS, ids=[rule for rule, _ in BITS])
+def test_sharding_order_and_memory_change_no_bit(files, tmp_path, monkeypatch, rule, settings):
     base, models = files
     first = merge(rule, **settings)
+    monkeypatch.setattr("fastmerge.files.plan.LARGEST_PART", 177)  # entries, so that tensors have several parts
+    monkeypatch.setattr("fastmerge.files.plan.SMALLEST_PART", 1)
     for k, model in enumerate([base, *models]):  # every input in shards of its own, in another order
         folder = tmp_path / f"shards{k}"
         folder.mkdir()
@@ -204,3 +212,123 @@ def test_inputs_are_unchanged(files, tmp_path):
     assert {
         path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.safetensors")
     } == before
+
+
+LAYERS = {"embed.weight": (6, 3), "head.weight": (3, 6)} | {
+    f"visual.blocks.{k}.{name}": (3, 4) for k in range(5) for name in ("attn.weight", "mlp.weight")
+}
+SPLIT = [{"filter": "attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0]}, {"value": 0.4}]
+ALONG = {
+    "linear": [{"weight": [1, 0.5, 0]}, {"weight": 0.5}],
+    "task_arithmetic": [{"weight": [0, 1]}, {"weight": [{"filter": "attn", "value": [0.2, 0.3, 0.9]}, {"value": 1}]}],
+    "ties": [{"weight": [0, 1], "density": [0.3, 1.0]}, {"weight": 2.0, "density": [0.3, 1.0]}],
+    "slerp": [{}, {"t": SPLIT}],
+    "nuslerp": [{"weight": [1, 0.2]}, {"weight": 3.0}],
+    "breadcrumbs": [{"weight": 0.5, "density": [0.3, 0.7], "gamma": 0.2}, {"density": [0.3, 0.7], "gamma": 0.2}],
+    "sce": [{"select_topk": [0.4, 1.0]}] * 2,
+    "model_stock": [{}, {}],
+    "karcher": [{}, {}],
+}
+
+
+def config(folder, method, given, **more):
+    models = ["base" if method == "slerp" else "m1", "m2"]
+    entries = [{"model": str(folder / f"{m}.safetensors"), "parameters": p} for m, p in zip(models, given, strict=True)]
+    if method in ("slerp", "sce"):  # shared parameters
+        more.setdefault("parameters", given[1])
+        entries = [{"model": entry["model"]} for entry in entries]
+    about = {"merge_method": method, "models": entries, **more}
+    if method not in ("linear", "karcher"):
+        about["base_model"] = str(folder / "base.safetensors")
+    (folder / "config.yml").write_text(yaml.safe_dump(about))
+    return about
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """base, m1 and m2 of LAYERS, with task vectors that share a part."""
+    generator = torch.Generator().manual_seed(4)
+    base, common = ({key: torch.randn(shape, generator=generator) for key, shape in LAYERS.items()} for _ in range(2))
+    save_file(base, tmp_path / "base.safetensors")
+    for name in ("m1", "m2"):
+        model = {
+            key: x + 0.5 * common[key] + 0.2 * torch.randn(x.shape, generator=generator) for key, x in base.items()
+        }
+        save_file(model, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ALONG)
+def test_configs_equal_mergekit(method, folder):
+    """Its own resolution of filters and gradients (config.py), with the places of its planner, tensor by tensor."""
+    methods = pytest.importorskip("mergekit.merge_methods")
+    from mergekit.config import ConditionalParameter, evaluate_setting
+
+    about = config(folder, method, ALONG[method])
+    assert main(["merge", "--mergekit", str(folder / "config.yml"), "--out", str(folder / "o.safetensors")]) == 0
+    ours = load_file(folder / "o.safetensors")
+    given = {one["model"]: its for one, its in zip(about["models"], ALONG[method], strict=True)}
+    tensors = {path: load_file(path) for path in (*given, str(folder / "base.safetensors"))}
+    start = {"base": about["base_model"]} if "base_model" in about else {}
+
+    def value(setting, name):
+        if isinstance(setting, list) and isinstance(setting[0], dict):
+            setting = [ConditionalParameter(**one) for one in setting]
+        place = int(name.split(".")[2]) / 4 if "blocks" in name else 0  # plan_slice; pre_weights
+        return evaluate_setting(name, setting, place, validate=float)
+
+    for name in LAYERS:
+        models = {path: {name: tensors[path][name]} for path in dict.fromkeys((*given, *start.values()))}
+        if "parameters" in about:
+            parameters = {key: value(setting, name) for key, setting in about["parameters"].items()}
+        else:
+            keys = {key for values in given.values() for key in values}
+            parameters = {key: {p: value(values.get(key, 1.0), name) for p, values in given.items()} for key in keys}
+        with torch.no_grad():
+            theirs = methods.merge_state_dicts(models, method, parameters=parameters, **start)[name]
+        torch.testing.assert_close(ours[name], theirs, rtol=1e-5, atol=5e-5 if method == "karcher" else 2e-6)
+        assert method == "slerp" or not torch.equal(ours[name], tensors[str(folder / "base.safetensors")][name])
+
+
+def test_filters_and_dare(folder):
+    given = [
+        {"weight": [{"filter": "attn.", "value": 3}, {"value": 1}], "density": 0.25},
+        {"weight": 1, "density": 0.25},
+    ]
+    config(folder, "dare_linear", given, dtype="bfloat16")
+    options = read_config(folder / "config.yml")
+    assert (options.rule, options.dtype, options.weights) == ("dare", "bf16", [1.0, 1.0])
+    assert options.settings == {"p": 0.75, "scale": 2.0}
+    assert options.tensors == [".*attn\\..*:scale=4.0,weights=3.0/1.0"]
+    assert main(["merge", "--mergekit", str(folder / "config.yml"), "--out", str(folder / "o.safetensors")]) == 0
+    assert load_file(folder / "o.safetensors")["head.weight"].dtype == torch.bfloat16
+
+
+def test_what_cannot_be_read_is_named(folder):
+    for method, more, message in (
+        ("karchr", {}, "no merge_method 'karchr' here. Did you mean: karcher"),
+        ("ties", {"parameters": {"normalize": False}}, "normalize: false is not here"),
+        ("ties", {"parameters": {"weight": ["a", 0.9]}}, r"weight \['a', 0.9\]: expected a number, or numbers along"),
+        ("ties", {"parameters": {"weight": [{"filter": "a"}]}}, "expected entries with `value:`"),
+        ("sce", {"parameters": {"weight": 1}}, "parameter weight of sce"),
+        ("breadcrumbs", {"parameters": {"density": [0.5, 1]}}, "reaches 1 along the layers"),
+        (
+            "task_arithmetic",
+            {"parameters": {"weight": [0, 1], "normalize": True}},
+            "whose sum changes along the layers",
+        ),
+        ("dare_linear", {"parameters": {"weight": [0, 1], "lambda": [1, 2]}}, "both changing along the layers"),
+        ("ties", {"parameters": {"gamma": 1}}, "parameter gamma of ties"),
+        ("ties", {"slices": []}, "slices is not read"),
+        ("ties", {"dtype": "int8"}, "dtype 'int8'"),
+    ):
+        config(folder, method, [{}, {}], **more)
+        with pytest.raises(UserError, match=message):
+            read_config(folder / "config.yml")
+    config(folder, "ties", [{"density": 0.1}, {"density": 0.2}])
+    with pytest.raises(UserError, match="density differs between the models"):
+        read_config(folder / "config.yml")
+    by_name = [{"filter": "a", "value": 1}], [{"filter": "b", "value": 1}]
+    config(folder, "ties", [{"weight": by_name[0]}, {"weight": by_name[1]}])
+    with pytest.raises(UserError, match=r"filters of different order \(a; b\)"):
+        read_config(folder / "config.yml")
