@@ -32,11 +32,11 @@ def test_every_published_number_has_a_row_and_a_column():
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_row_and_column_is_a_command(name):
     target = TARGETS[name]
-    assert target.columns and target.small
+    assert target.columns and target.small and set(target.rows_small) <= set(target.rows)
     for column in (*target.columns, *target.small):
         config = parse(column.words)
         assert config.data.dataset[0] in SIZES
-        for spec in target.rows.values():
+        for spec in (*target.rows.values(), *target.rows_small.values()):
             assert spec == "zero-shot" or read_method(spec, config)
     for column in target.columns:
         paper = name.partition(":")[0]

@@ -124,7 +124,8 @@ class Job:
         return target.small if self.own.small else target.columns
 
     def rows(self, target: Target) -> dict[str, str]:
-        return {row: spec for row, spec in target.rows.items() if not self.own.only or row in self.own.only}
+        rows = target.rows | (target.rows_small if self.own.small else {})
+        return {row: spec for row, spec in rows.items() if not self.own.only or row in self.own.only}
 
     def missing(self, target: Target) -> dict[str, str]:
         """row -> why it is not run: a file that only the user has."""
@@ -144,7 +145,7 @@ class Job:
         return made
 
     def seeds(self, target: Target) -> list[int]:
-        return self.own.seeds or list(range(SMALL_SEEDS if self.own.small else target.seeds))
+        return self.own.seeds or list(range(min(SMALL_SEEDS, target.seeds) if self.own.small else target.seeds))
 
     def folder(self, column: Column) -> Path:
         return self.own.runs / column.folder

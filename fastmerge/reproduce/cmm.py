@@ -6,15 +6,12 @@ paper takes their numbers). Accuracy is the mean over tasks (section 5.1). A num
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastmerge.reproduce.small import domains, easy, hard, hard_domains
-from fastmerge.reproduce.target import Column, Target
+from fastmerge.reproduce.target import Target, of_paper
 
-
-def column(name: str, dataset: str, more: str) -> Column:
-    folder = f"cmm-{dataset}-{'-'.join(word.strip('-') for word in more.split())}"
-    return Column(name, f"--preset cmm --protocol full --no-nearest-mean --dataset {dataset} {more}", folder)
-
-
+column = partial(of_paper, "cmm", "full")
 SETS = {
     "CIFAR-100": ("cifar100", (10, 20, 50)),
     "ImageNet-R": ("imagenet-r", (5, 10, 20)),
@@ -66,6 +63,7 @@ TARGETS = (
         }
         | OTHERS,
         MACRO,
+        rows_small={"AttriCLIP": "attriclip:bank=5,top=2"},  # ten prompts, three at a time, would take half an hour
         apart={"Continual-CLIP": "--template 'a good photo of a {}.'"},
     ),
     Target(

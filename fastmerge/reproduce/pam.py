@@ -6,15 +6,12 @@ merging; the other methods train what their papers do. Accuracy is the mean over
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastmerge.reproduce.small import easy_linear, hard_linear
-from fastmerge.reproduce.target import Column, Target
+from fastmerge.reproduce.target import Target, of_paper
 
-
-def column(name: str, dataset: str, more: str) -> Column:
-    folder = f"pam-{dataset}-{'-'.join(word.strip('-') for word in more.split())}"
-    return Column(name, f"--preset pam --protocol strict --no-nearest-mean --dataset {dataset} {more}", folder)
-
-
+column = partial(of_paper, "pam", "strict")
 INR = {tasks: column(f"ImageNet-R, {tasks} tasks", "imagenet-r", f"--tasks {tasks}") for tasks in (5, 10, 20)}
 INA = column("ImageNet-A, 10 tasks", "imagenet-a", "--tasks 10")
 CIFAR = column("CIFAR-100, 10 tasks", "cifar100", "--tasks 10")

@@ -40,6 +40,13 @@ class Column:
         return shlex.split(self.flags)
 
 
+def of_paper(paper: str, protocol: str, name: str, dataset: str, more: str) -> Column:
+    """A column with the preset of its paper. more: flags of the scenario, which name the folder too."""
+    folder = f"{paper}-{dataset}-{'-'.join(word.strip('-') for word in more.split())}"
+    flags = f"--preset {paper} --protocol {protocol} --no-nearest-mean --dataset {dataset} {more}"
+    return Column(name, flags, folder)
+
+
 @dataclass(frozen=True)
 class Target:
     """A table, or a figure where `draw` is given.
@@ -49,7 +56,7 @@ class Target:
     folder, {results} for the results of the rows, and {flags} for the column's flags. draw_small: the same for --small, if
     it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a file that the user must give. apart:
     row -> flags of the data that it alone has.
-    also: figures that are the same picture. small: columns on the embedded sets.
+    rows_small: row -> what runs with --small instead. also: figures that are the same picture. small: columns on the embedded sets.
     """
 
     name: str
@@ -64,6 +71,7 @@ class Target:
     seeds: int = 3
     needs: dict[str, str] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
+    rows_small: dict[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
 
     @property

@@ -8,15 +8,12 @@ does not say how many runs a number is the mean of.
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastmerge.reproduce.small import domains, easy, hard, hard_domains
-from fastmerge.reproduce.target import Column, Target
+from fastmerge.reproduce.target import Target, of_paper
 
-
-def column(name: str, dataset: str, more: str) -> Column:
-    folder = f"trm-{dataset}-{'-'.join(word.strip('-') for word in more.split())}"
-    return Column(name, f"--preset trm --protocol strict --no-nearest-mean --dataset {dataset} {more}", folder)
-
-
+column = partial(of_paper, "trm", "strict")
 INR = column("ImageNet-R, 10 tasks", "imagenet-r", "--tasks 10")
 TERMS = {  # Table 3: which of L_init, L_rep, L_curv
     "b": "trm:lambda1=0,lambda2=0",
@@ -33,7 +30,7 @@ RATIOS = {f"{ratio:g}": f"trm:replace_ratio={ratio:g}" for ratio in (0, 0.2, 0.4
 WEIGHTS = {
     f"{one:g}, {two:g}": f"trm:lambda1={one:g},lambda2={two:g}" for one in (0.01, 0.1, 1) for two in (0.001, 0.01, 0.1)
 }
-SEARCHES = {str(epochs): f"trm:merge_epochs={epochs}" for epochs in (1, 3, 5, 10)}
+SEARCHES = {str(epochs): f"trm:merge_epochs={epochs}" for epochs in (1, 3, 5)}
 
 TARGETS = (
     Target(
