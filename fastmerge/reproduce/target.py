@@ -56,7 +56,8 @@ class Target:
     folder, {results} for the results of the rows, and {flags} for the column's flags. draw_small: the same for --small, if
     it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a file that the user must give. apart:
     row -> flags of the data that it alone has.
-    rows_small: row -> what runs with --small instead. also: figures that are the same picture. small: columns on the embedded sets.
+    rows_small: row -> what runs with --small instead. also: figures that are the same picture. small: columns on the
+    embedded sets.
     """
 
     name: str
