@@ -3,9 +3,11 @@
 import csv
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastmerge.analysis.figure import Output, line_style, point_style, save
+from fastmerge.plots import draw_accuracy
 
 COMMAND = "python -m fastmerge analyse sweep 'runs/a b' --x lr"
 
@@ -48,3 +50,19 @@ def test_styles_differ_without_colour():
     lines = {(style["linestyle"], style["marker"]) for style in map(line_style, range(52))}
     points = {(style["marker"], style["fillstyle"]) for style in map(point_style, range(52))}
     assert len(lines) == len(points) == 52
+
+
+def test_the_lines_and_bands_of_accuracy():
+    """The numbers in the picture: means, bands from the least to the largest, a line across for joint training."""
+    figure = Figure()
+    draw_accuracy(figure, {"zero-shot": [[9.0, 8.0]], "a": [[90.0, 50.0], [70.0, 60.0]], "joint": [[95.0], [97.0]]})
+    (axes,) = figure.axes
+    start, line, joint = axes.get_lines()
+    assert list(start.get_ydata()) == [9, 8] and list(line.get_ydata()) == [80, 55] and set(joint.get_ydata()) == {96}
+    assert list(line.get_xdata()) == [1, 2]
+    (band,) = axes.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 70), (1, 90), (2, 50), (2, 60)}
+    many = {str(k): [[1.0, 2.0], [3.0, 4.0]] for k in range(11)}
+    draw_accuracy(other := Figure(), many)
+    assert not other.axes[0].collections and len(other.legends[0].get_texts()) == 11

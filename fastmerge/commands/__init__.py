@@ -6,5 +6,8 @@ COMMANDS = {  # name -> (function that takes the rest of the command line and re
     "merge": ("fastmerge.commands.merge:main", "one checkpoint of several: average, TIES, DARE, SLERP, ..."),
     "table": ("fastmerge.commands.table:main", "one table of several run folders"),
     "reproduce": ("fastmerge.commands.reproduce:main", "a table or figure of the papers, beside the published numbers"),
-    "analyse": ("fastmerge.analysis.__main__:main", "figures: models between tasks, loss landscape, bars of runs"),
+    "analyse": (
+        "fastmerge.analysis.__main__:main",
+        "figures: losses around merges, drift, gradients, curves of runs",
+    ),
 }
