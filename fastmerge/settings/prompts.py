@@ -38,6 +38,12 @@ class L2PSettings:
         "Weight of the summed cosines of a query and its chosen keys (PILOT).",
         at_least=0,
     )
+    start: Literal["uniform", "mean"] = setting(
+        "uniform",
+        "Prompts start uniform in (-1, 1), or near the mean token of the first batch, which hardly disturbs the model.",
+        tiny="mean",
+        source="PILOT",
+    )
     choice: Literal["image", "batch"] = setting("image", CHOICE)
     lr: float = setting(
         0.03,
