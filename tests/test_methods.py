@@ -10,7 +10,7 @@ import torch
 import toy
 
 from fastmerge import console
-from fastmerge.checkpoint import resident
+from fastmerge.checkpoint import joined, load_tensors, resident, save_tensors, select
 from fastmerge.config import Config
 from fastmerge.loop import kept_bytes
 from fastmerge.methods import METHODS
@@ -93,6 +93,31 @@ def test_facts(name, tmp_path):
         )
         x = learner.plain(images.images)
         torch.testing.assert_close(same(x), features(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_checkpoint_inside_a_phase_is_a_file(name, tmp_path):
+    """No two of its tensors share their memory, which safetensors refuses, and a phase that loads it has the same ones."""
+    learner, method = build(name, METHODS[name].protocols(Config())[0], tmp_path)
+    for task, images in toy.tasks()[:2]:
+        learner.grow_head(task, images)
+        during = method.begin(task)
+        for make in (method.train, method.merge):
+            phase = make(task, images, during)
+            for i in range(phase.steps if phase else 0):
+                phase.step(i)
+                if i not in (0, phase.steps // 2, phase.steps - 1):
+                    continue
+                parts = {"learner": learner.state_dict(), "method": method.state_dict(), "during": during}
+                saved = joined(**parts, phase=phase.tensors())
+                save_tensors(tmp_path / "checkpoint", saved, {})
+                loaded, _ = load_tensors(tmp_path / "checkpoint")
+                assert loaded.keys() == saved.keys()
+                again = make(task, images, dict(during))
+                again.load(select(loaded, "phase"))
+                assert again.tensors().keys() == phase.tensors().keys()
+            if phase:
+                phase.finish()
 
 
 @pytest.mark.parametrize(("name", "protocol"), CASES)

@@ -14,7 +14,7 @@ from fastmerge.training import learning_rate, positions
 
 WIDTH = 5  # of the toy's tokens, queries and features
 FLAGS = {
-    "l2p": "l2p.pool=4 l2p.length=2 l2p.top=2 l2p.pull=0.3 l2p.lr=1",
+    "l2p": "l2p.pool=4 l2p.length=2 l2p.top=2 l2p.pull=0.3 l2p.lr=1 l2p.start=uniform",
     "dualprompt": "dualprompt.general-length=2 dualprompt.general-layers 0 2 dualprompt.expert-length=3 "
     "dualprompt.expert-layers 1 2 dualprompt.pull=0.3 dualprompt.lr=1",
     "coda": "coda.components=2 coda.length=4 coda.layers 0 3 coda.ortho=0.2 coda.lr=0.03",
@@ -315,3 +315,24 @@ def test_a_frozen_learner_has_no_gradient_buffer():
         assert all(p.requires_grad != frozen and (p.grad is None) == frozen for p in learner.flat.parameters)
         phase.finish()
     assert torch.equal(*results)
+
+
+def test_prompts_that_start_at_the_mean_token():
+    """Once, before the first step of the first task; a phase that is loaded later leaves them."""
+    learner, method = build("l2p", "--l2p.start=mean", "--l2p.lr=0")
+    (task, images), (second, others), _ = toy.tasks()
+    drawn, vit = method.pool.prompts.detach().clone(), learner.backbone.tower
+    phase = method.train(task, images, {})
+    with torch.no_grad():
+        first = learner.plain(images.batch(phase.batches.rows(0))[0])
+        tokens = vit._pos_embed(vit.patch_embed(first))[:, 1:]
+        mean = torch.stack([token for image in tokens for token in image]).mean(0)
+    assert torch.equal(method.pool.prompts, drawn)
+    phase.step(0)
+    torch.testing.assert_close(method.pool.prompts.detach(), mean + 0.1 * mean.std() * drawn)
+    began = method.pool.prompts.detach().clone()
+    phase.step(1)
+    phase.finish()
+    method.begin(second)
+    method.train(second, others, {}).step(0)
+    torch.testing.assert_close(method.pool.prompts.detach(), began, rtol=0, atol=0)

@@ -110,7 +110,8 @@ class TrainUp(TrainWithAdam):
     def tensors(self) -> dict[str, Tensor]:
         if not self.designed:
             return self.moments.tensors()
-        return super().tensors() | {f"down.{k}": down for k, down in enumerate(self.trainable.downs)}
+        downs = dict(zip(self.names, self.trainable.downs, strict=True))  # key and value of one weight have the same
+        return super().tensors() | {f"down.{name}": down for name, down in downs.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.designed = "adapter" in tensors
@@ -119,7 +120,7 @@ class TrainUp(TrainWithAdam):
             return
         super().load(tensors)
         device = self.learner.device
-        self.trainable.downs = [tensors[f"down.{k}"].to(device) for k in range(len(self.names))]
+        self.trainable.downs = [tensors[f"down.{name}"].to(device) for name in self.names]
 
 
 class Remember(MomentsPass):

@@ -60,6 +60,9 @@ class PromptMethod(Method):
         if cls.inserted:
             check_prompts(backbone, (0,), flag, tokens=True)
 
+    def first_batch(self, task: Task, pixels: Tensor) -> None:
+        """Called before the first step of a task with its images, uint8 `[b, 3, s, s]`: what starts from images."""
+
     def begin(self, task: Task) -> Tensors:
         if task.index:
             grown = self.pool.grown(self.learner.generator("pool", task.index))
@@ -88,6 +91,12 @@ class TrainPrompts(TrainWithAdam):
             lr *= method.learner.config.training.batch_size / 256
         prompts = Prompted(method.learner.backbone, method.pool)
         super().__init__(method.learner, task, images, trainable=prompts, lr=lr)
+        self.method = method
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        if i == 0:
+            self.method.first_batch(self.task, self.images.batch(self.batches.rows(0))[0])
+        return super().step(i)
 
     def rate(self, peak: float, i: int) -> float:
         return peak if self.constant else super().rate(peak, i)

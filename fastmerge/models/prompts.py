@@ -72,6 +72,22 @@ def with_tokens(backbone: Any, images: Tensor, tokens: Tensor) -> Tensor:
     return backbone.prompted(images, Prompt(tokens={i: own[None] for i, own in enumerate(tokens)}))
 
 
+def mean_tokens(backbone: Any, images: Tensor) -> Tensor:
+    """The mean of every image's tokens at the input of block 0, without the class token, `[b, width]`."""
+    block, at, seen = blocks_of(backbone)[0], int(backbone.has_class_token), list[Tensor]()
+
+    def keep(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0] if batch_first(block) else args[0].transpose(0, 1)
+        seen.append(x[:, at:].float().mean(1))
+
+    hook = block.register_forward_pre_hook(keep)
+    try:
+        backbone.prompted(images, Prompt(tokens={0: images.new_zeros(1, 0, backbone.width)}))
+    finally:
+        hook.remove()
+    return seen[0]
+
+
 @contextlib.contextmanager
 def prompting(backbone: Any, prompt: Prompt | None) -> Iterator[None]:
     """In this context, a forward pass of `backbone` is prompted."""

@@ -65,6 +65,12 @@ class L2PSettings(Chosen):
         "Weight of the summed cosines of a query and its chosen keys (PILOT).",
         at_least=0,
     )
+    start: Literal["uniform", "mean"] = setting(
+        "uniform",
+        "Prompts start uniform in (-1, 1), or near the mean token of the first batch, which hardly disturbs the model.",
+        tiny="mean",
+        source="PILOT",
+    )
 
 
 @dataclass
