@@ -12,7 +12,7 @@ from fastmerge.commands import reproduce
 from fastmerge.flags import parse
 from fastmerge.plan import read_method
 from fastmerge.reproduce import TARGETS
-from fastmerge.reproduce.compare import Cell, markdown, midranks, rank_correlation
+from fastmerge.reproduce.compare import Cell, markdown, midranks, outcome, rank_correlation, save
 from fastmerge.reproduce.target import SIZES, Column, Target, published
 
 TRAIN = "--model tiny --epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean --dataset folder --tasks 2"
@@ -75,7 +75,7 @@ def test_the_order_of_the_rows():
     assert rank_correlation(column((1, 1), (2, 3))) is None and rank_correlation(column((1, 1), (1, 3), (1, 2))) is None
 
 
-def test_the_table_marks_what_is_not_reproduced():
+def test_the_table_marks_what_is_not_reproduced(tmp_path):
     target = Target("trm:table9", "a title", "here", (), ())
     far = Cell("data", "final_accuracy", "far", (50.0, 51.0), 80.0, None)
     near = far._replace(row="near", paper=50.0)
@@ -84,6 +84,12 @@ def test_the_table_marks_what_is_not_reproduced():
     assert "| far | 50.5 ± 0.7 | 2 | 80.0 | -29.5 ± 0.9 | **no** |" in text
     assert "| near | 50.5 ± 0.7 | 2 | 50.0 | +0.5 ± 0.9 | yes |" in text
     assert "| lost | needs --x |  | 80.0 |  |  |" in text
+    save(target, [far, near, lost], {}, "c", tmp_path)
+    assert outcome(tmp_path / "trm-table9.csv") == "1 of 2 numbers within two standard errors"
+    save(target, [far, near, far._replace(row="high", ours=(90.0,), paper=85.0)], {"data": "`glyphs`"}, "c", tmp_path)
+    assert (
+        outcome(tmp_path / "trm-table9.csv") == "order of the rows: Spearman's rho 0.87"
+    )  # ours 50.5 twice, 90: midranks
     small = markdown(target, [far], {"data": "`glyphs`"}, "c")
     assert "**no**" not in small and "## data (here: `glyphs`)" in small and "| far | 50.5 ± 0.7 | 2 | 80.0 |" in small
 
@@ -123,6 +129,8 @@ def test_a_table_from_end_to_end(table, tmp_path, capsys, monkeypatch):
         assert rows["here", row]["seeds"] == "2"
     assert rows["here", "Zero-shot"]["seeds"] == rows["here", "Words"]["seeds"] == "1"
     assert (tmp_path / "runs" / "here-words" / "nearest-mean-seed0" / "result.json").exists()
+
+    assert "| [`trm:table1`](trm-table1.md) | a table |" in (tmp_path / "out" / "index.md").read_text()
 
     bars = dataclasses.replace(table, columns=table.columns[:1], draw="bars {results}")
     monkeypatch.setitem(TARGETS, "trm:table1", bars)

@@ -173,7 +173,10 @@ class Job:
         ]
 
     def run(self) -> int:
-        """Train what is missing, then write every table and figure."""
+        """Train what is missing, then write every table and figure, and an index of all that the folder has."""
+        from fastmerge.checkpoint import save_text
+        from fastmerge.reproduce.compare import index
+
         others = self.start_others()
         code = self.train()
         for other in others:
@@ -185,6 +188,8 @@ class Job:
         for target in self.targets:
             for path in self.write(target):
                 print(path)
+        save_text(self.own.out / "index.md", index(self.own.out, list(dict.fromkeys(TARGETS.values()))))
+        print(self.own.out / "index.md")
         return 0
 
     @property

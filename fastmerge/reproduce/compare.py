@@ -176,3 +176,35 @@ def save(target: Target, found: Sequence[Cell], stand_in: dict[str, str], comman
     save_text(paths[0], markdown(target, found, stand_in, command))
     write_atomically(paths[1], table)
     return paths
+
+
+def index(out: Path, targets: Sequence[Target]) -> str:
+    """One line for every table and figure of `targets` that `out` has: how many numbers are reproduced, or how well the
+    order of the rows agrees on embedded data, and its pictures."""
+    lines = ["# Tables and figures of the papers", "", "| item | what | outcome |", "|---|---|---|"]
+    for target in targets:
+        table, folder = out / f"{target.file}.csv", out / target.file
+        pictures = sorted(folder.rglob("*.png")) if folder.is_dir() else []
+        if not table.exists() and not pictures:
+            continue
+        name = f"[`{target.name}`]({target.file}.md)" if table.exists() else f"`{target.name}`"
+        shown = [f"[{path.stem}]({path.relative_to(out).as_posix()})" for path in pictures]
+        said = [outcome(table)] if table.exists() and not target.draw else []
+        lines.append(f"| {name} | {target.title} | {'; '.join(filter(None, said + shown))} |")
+    return "\n".join(lines) + "\n"
+
+
+def outcome(table: Path) -> str:
+    """What a table shows, in words."""
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    judged = [row["reproduced"] == "True" for row in rows if row["reproduced"]]
+    if judged:
+        return f"{sum(judged)} of {len(judged)} numbers within two standard errors"
+    columns: dict[tuple[str, str], list[Cell]] = {}
+    for row in rows:
+        ours = (float(row["ours"]),) if row["ours"] else ()
+        cell = Cell(row["column"], row["metric"], row["row"], ours, float(row["paper"]) if row["paper"] else None, None)
+        columns.setdefault((row["column"], row["metric"]), []).append(cell)
+    found = [f"{rho:.2f}" for rho in map(rank_correlation, columns.values()) if rho is not None]
+    return f"order of the rows: Spearman's rho {', '.join(found)}" if found else "nothing to compare"

@@ -47,7 +47,7 @@ def of_paper(paper: str, protocol: str, name: str, dataset: str, more: str) -> C
     return Column(name, flags, folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A table, or a figure where `draw` is given.
 
