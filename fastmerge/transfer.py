@@ -1,7 +1,7 @@
 """What training does to the model's zero-shot ability: on data that no task has, and on each task before it is trained on.
 
     python -m fastmerge --retain glyphs-hard                        # after every task, with the class names of that data set
-    python -m fastmerge --dataset cars --data-root DIR --retain caltech101-40 OTHER
+    python -m fastmerge --dataset cars --data-root DIR --retain cifar100 OTHER
 
 Retention: accuracy on the test images of `--retain` after the last task minus that of the starting model. TIME (Dziadzio et
 al., CVPR 2025) and FoMo-in-Flux report it as zero-shot retention, ZSCL (Zheng et al., ICCV 2023) as the loss of transfer.

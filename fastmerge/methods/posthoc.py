@@ -48,7 +48,6 @@ from fastmerge.merging import RULES, build_rule
 from fastmerge.merging.rule import Base, Rule
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.methods.trajectory import Trajectory
-from fastmerge.models.backbone import Backbone
 from fastmerge.models.lora import Projections
 from fastmerge.moments_pass import MomentsPass
 from fastmerge.training import Learner, Phase, Train
