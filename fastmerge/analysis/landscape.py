@@ -98,15 +98,16 @@ def draw(figure, rows: list[tuple]) -> None:
                 axes.plot([0, 1], [1, 0], "w--", path_effects=[withStroke(linewidth=3, foreground="k")], label="path")
                 best = min((r for r in here if r[2] == "path"), key=lambda r: r[column])
                 (chosen,) = (r for r in here if r[2] == "chosen")
-                axes.plot(best[3], best[4], "wo", ms=9, mec="k", label="lowest on the path")
-                axes.plot(chosen[3], chosen[4], "r*", ms=12, mec="k", mew=0.7, label="chosen by P&M")
+                axes.plot(best[3], best[4], "wo", ms=9, mec="k", clip_on=False, label="lowest on the path")
+                axes.plot(chosen[3], chosen[4], "r*", ms=12, mec="k", mew=0.7, clip_on=False, label="chosen by P&M")
                 how = "not perturbed" if perturb == "none" else f"perturbed ({perturb})"
                 lowest = f"lowest: alpha {best[3]:.2f}, loss {best[column]:.3g}"
                 axes.set_title(
                     f"after task {task}, {how}\nchosen: alpha {chosen[3]:.2f}, loss {chosen[column]:.3g}\n{lowest}",
                     fontsize=8,
                 )
-            figure.colorbar(colours, ax=list(some), label=title)
+                axes.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+            figure.colorbar(colours, ax=list(some), label=title, format="%.4g")
     for axes in panels[-1]:
         axes.set_xlabel("alpha: weight of the new model")
     for axes in panels[:, 0]:
