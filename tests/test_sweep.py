@@ -86,16 +86,14 @@ def test_the_best_on_held_out_images_is_the_first_of_equal_ones(tmp_path):
             folder.mkdir(parents=True)
             (folder / "result.json").write_text(json.dumps(result | {"final_accuracy": value}))
     table, best = table_of(config, found)
-    assert [c.spec for c in best] == ["finetune:lr=2", "trm:training.lr=2"] or [c.spec for c in best][
-        0
-    ] == "finetune:lr=2"
+    assert [c.spec for c in best] == ["finetune:lr=2", "trm:training.lr=2"]
     assert table[0] == ["method", "lr", "seeds", "held-out acc", "chosen"]
     assert table[1:4] == [
         ["finetune", "1", "2", "55.0 ± 7.1", ""],
         ["finetune", "2", "2", "56.0 ± 2.8", "best"],
         ["finetune", "3", "2", "56.0 ± 22.6", ""],
     ]
-    assert [row[-1] for row in table[4:]] == ["", "best", ""] and best[1].spec == "trm:training.lr=2"
+    assert [row[-1] for row in table[4:]] == ["", "best", ""]
     (folder / "result.json").unlink()
     with pytest.raises(UserError, match=r"trm\(training.lr=3\) is not finished"):
         table_of(config, found)
@@ -107,7 +105,7 @@ def model(folder):
 
 def test_both_stages_are_runs_that_a_user_would_start(tmp_path, capsys):
     swept, plain = tmp_path / "swept", tmp_path / "plain"
-    command = [*FAST, "--method", "average", "ranpac", "--sweep", "lr=1e-6,1e-2", "--run-dir", str(swept)]
+    command = [*FAST, "--method", "average", "nearest-mean", "--sweep", "lr=1e-6,1e-2", "--run-dir", str(swept)]
     assert main([*command, "--dry-run"]) == 0 and not swept.exists()
     assert main(command) == 0
     out = capsys.readouterr().out
@@ -119,22 +117,18 @@ def test_both_stages_are_runs_that_a_user_would_start(tmp_path, capsys):
     (chosen,) = [row[1] for row in rows if row[-1] == "best"]
     assert "held-out acc" in out and "final acc" in out
 
-    assert main([*FAST, "--method", f"average:lr={chosen}", "ranpac", "--run-dir", str(plain)]) == 0
+    assert main([*FAST, "--method", f"average:lr={chosen}", "--run-dir", str(plain)]) == 0
     name = f"average-strict(lr={chosen})-seed0"
     assert (
         json.loads((swept / name / "result.json").read_text())["accuracy_matrix"]
         == (json.loads((plain / name / "result.json").read_text())["accuracy_matrix"])
     )
-    assert {path.name for path in swept.glob("*-seed*")} == {name, "ranpac-seed0"}
+    assert {path.name for path in swept.glob("*-seed*")} == {name, "nearest-mean-seed0"}
     held = {path.name for path in (swept / "validation").glob("*-seed*")}
     assert held == {"average-strict(lr=1e-6)-seed0", "average-strict(lr=1e-2)-seed0"}
     used = json.loads((swept / "validation/config.json").read_text())
     assert used["scenario"]["validation"] == 0.2 and used["run"]["sweep"] == []
     assert json.loads((swept / "config.json").read_text())["scenario"]["validation"] == 0.0
-
-    before = {path: path.stat().st_mtime_ns for path in swept.rglob("model.safetensors")}
-    assert main(command) == 0  # all of it is finished
-    assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("model.safetensors")}
 
 
 def test_a_folder_of_other_runs_is_refused_before_the_first_stage(tmp_path, capsys):
