@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = pkgutil.resolve_name(COMMANDS[word][0])(rest)
             elif word == "train":
                 config = parse(rest)
-                code = run(config)
+                swept = pkgutil.resolve_name("fastmerge.commands.sweep:sweep") if config.run.sweep else None
+                code = swept(config, run) if swept else run(config)
             else:
                 known = ("train", *COMMANDS)
                 raise UserError(f"unknown command {word!r}.{nearest(word, known)} There are: {', '.join(known)}.")
@@ -141,7 +142,7 @@ def run(config: Any) -> int:
         warmup_warning,
     )
     from fastmerge.results import TRANSFER, finished
-    from fastmerge.runfolder import Interrupted, RunFolder, StopRequest
+    from fastmerge.runfolder import Interrupted, RunFolder, StopRequest, known_runs
     from fastmerge.setup import Setup
     from fastmerge.sinks import Sinks, wanted
     from fastmerge.transfer import forward_transfer, images_beside, retention
@@ -195,6 +196,7 @@ def run(config: Any) -> int:
             warn(warning)
 
     if config.run.dry_run:
+        known_runs(Path(config.run.run_dir), determined)
         console.line("--dry-run: nothing is trained, and no run folder is written")
         return 0
 

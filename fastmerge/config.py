@@ -451,6 +451,12 @@ class RunSettings:
         "Add the tasks of this data set to the sequence of a finished run: its folder. The methods go on from what they "
         "kept there, and settings that are not given are those of that run; 1 task unless --tasks says more.",
     )
+    sweep: tuple[str, ...] = setting(
+        (),
+        "Choose settings first: SETTING=VALUE,VALUE,... for one or more settings, such as trm.lambda1=0.01,0.1,1 or "
+        "lr=1e-4,1e-3. All combinations are scored on held-out training images (--validation, here 0.2 by default), then the "
+        "best is trained on all of them and scored on the test images. The run folder holds both (commands/sweep.py).",
+    )
     dry_run: bool = setting(
         False,
         "Check the command, print what it will take, and stop: no training and no run folder.",
@@ -541,6 +547,7 @@ FREE = {
     "run.run_dir",
     "run.continue_from",
     "run.dry_run",
+    "run.sweep",
     "run.save_every",
     "run.quiet",
     "run.wandb",

@@ -95,46 +95,11 @@ class RunFolder:
             expect(self.path / name)
         expect(self.path / "plots", folder=True)
         with self.changing():
-            runs = self._known_runs()
+            runs = known_runs(self.path, determined)
             starts = self._starts(environment)
             save_json(self.path / "manifest.json", manifest | {"determines": determined | {"runs": runs}})
             save_json(self.path / "config.json", to_dict(config))
             save_json(self.path / "environment.json", starts)
-
-    def _learned(self, pattern: str = "*-seed*") -> bool:
-        """Whether the folders that match `pattern` contain a checkpoint, a model or a result, or another command works on
-        one of them."""
-        return any(
-            path.suffix == ".safetensors" or path.name == "result.json" or (path.name == LOCK and held(path))
-            for path in self.path.glob(f"{pattern}/*")
-        )
-
-    def _known_runs(self) -> dict[str, Any]:
-        """What determines each run of this folder, including runs of earlier commands.
-
-        Raises:
-            UserError: a run here had other settings or contents; the message lists them.
-        """
-        if not self._learned():
-            return self.determined["runs"]
-        path = self.path / "manifest.json"
-        old = read_json(path, "the manifest.json of this run; restore it, or choose another --run-dir")
-        old = old.get("determines") if isinstance(old, dict) else None
-        if not isinstance(old, dict) or not all(
-            isinstance(old.get(part), dict) for part in ("settings", "contents", "runs")
-        ):
-            raise UserError(
-                f"{path} does not say what determines the numbers of the runs there (an older fastmerge made it, or it "
-                "was changed); choose another --run-dir"
-            )
-        old["runs"] = {name: values for name, values in old["runs"].items() if self._learned(glob.escape(name))}
-        if changed := differences(old, self.determined):
-            raise UserError(
-                f"--run-dir {self.path} holds runs that were made from something else:\n  "
-                + "\n  ".join(changed)
-                + "\nGo back to what it was to continue them, or use another --run-dir"
-            )
-        return old["runs"] | self.determined["runs"]
 
     def _starts(self, environment: dict[str, Any]) -> list[Any]:
         """The environments of all starts, this one last."""
@@ -221,6 +186,43 @@ def held(path: Path) -> bool:
         return False
     with open(path, "r+") as file:
         return not lock(file)
+
+
+def _learned(folder: Path, pattern: str = "*-seed*") -> bool:
+    """Whether the folders in `folder` that match `pattern` contain a checkpoint, a model or a result, or another command
+    works on one of them."""
+    return any(
+        path.suffix == ".safetensors" or path.name == "result.json" or (path.name == LOCK and held(path))
+        for path in folder.glob(f"{pattern}/*")
+    )
+
+
+def known_runs(folder: Path, determined: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What determines each run of a folder, including runs of earlier commands. It changes nothing.
+
+    Raises:
+        UserError: a run here had other settings or contents; the message lists them.
+    """
+    if not _learned(folder):
+        return determined["runs"]
+    path = folder / "manifest.json"
+    old = read_json(path, "the manifest.json of this run; restore it, or choose another --run-dir")
+    old = old.get("determines") if isinstance(old, dict) else None
+    if not isinstance(old, dict) or not all(
+        isinstance(old.get(part), dict) for part in ("settings", "contents", "runs")
+    ):
+        raise UserError(
+            f"{path} does not say what determines the numbers of the runs there (an older fastmerge made it, or it "
+            "was changed); choose another --run-dir"
+        )
+    old["runs"] = {name: values for name, values in old["runs"].items() if _learned(folder, glob.escape(name))}
+    if changed := differences(old, determined):
+        raise UserError(
+            f"--run-dir {folder} holds runs that were made from something else:\n  "
+            + "\n  ".join(changed)
+            + "\nGo back to what it was to continue them, or use another --run-dir"
+        )
+    return old["runs"] | determined["runs"]
 
 
 @dataclass

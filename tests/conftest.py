@@ -86,6 +86,7 @@ LONG = {
     "test_resume.py",
     "test_sampling.py::test_dare",
     "test_saved.py",
+    "test_sweep.py",
     "test_transfer.py",
     "test_sinks.py",
     "test_step_memory.py",
