@@ -51,6 +51,7 @@ def run(given: Any, argv: Sequence[str], hashes: Hashes | None) -> int:
     from fastmerge.files.plan import Options, make_plan
     from fastmerge.files.report import save_report
     from fastmerge.files.stream import MEMORY, Stream
+    from fastmerge.machine import choose_device
 
     memory = MEMORY if given.max_memory is None else read_size("--max-memory", given.max_memory)
     if given.recipe is not None:
@@ -97,7 +98,8 @@ def run(given: Any, argv: Sequence[str], hashes: Hashes | None) -> int:
     if given.dry_run:
         print("--dry-run: nothing is merged or written")
         return 0
-    stream = Stream(plan, memory, given.report is not None, not given.allow_nonfinite)
+    device = choose_device(given.device)
+    stream = Stream(plan, memory, given.report is not None, not given.allow_nonfinite, device)
     found = write(plan, stream, given.out.expanduser(), print, chosen, hashes)
     bad = sum(about["nonfinite"] for about in found.values())
     print(
@@ -119,6 +121,7 @@ def best(options: Any, plan: Any, given: Any, memory: int, command: str) -> tupl
     from fastmerge.files.score import Scorer
     from fastmerge.files.sweep import read_grid, save_table, sweep, text_of
     from fastmerge.files.write import check_target
+    from fastmerge.machine import choose_device
 
     points = read_grid(given.sweep, options)
     if not given.dry_run:
@@ -128,9 +131,8 @@ def best(options: Any, plan: Any, given: Any, memory: int, command: str) -> tupl
     print(f"{counted(len(points), 'merge is', 'merges are')} scored on {scorer.images}")
     if given.dry_run:
         return options, {}
-    found = sweep(
-        options, points, scorer, functools.partial(print, flush=True), memory=memory, finite=not given.allow_nonfinite
-    )
+    how = {"memory": memory, "finite": not given.allow_nonfinite, "device": choose_device(given.device)}
+    found = sweep(options, points, scorer, functools.partial(print, flush=True), **how)
     point, score = points[found.best], found.scores[found.best]
     files = save_table(given.out.expanduser(), found, command)
     print(f"best: {text_of(point)}, accuracy {score:.2f} % on {scorer.images}; all: {', '.join(map(str, files))}")
@@ -198,7 +200,7 @@ def parsed(argv: Sequence[str]) -> Any:
         "0: the test images",
     )
     add_data_flags(made)
-    add("--device", default="cpu", help="of the evaluation in a sweep: cpu, cuda, cuda:N or auto")
+    add("--device", default="cpu", help="where tensors are merged, and a sweep is evaluated: cpu, cuda, cuda:N or auto")
     add("--dry-run", action="store_true", help="compare the inputs, print the plan, write nothing")
     add("--mergekit", type=Path, metavar="YAML", help="rule, models and settings from a config of mergekit")
     add("--recipe", type=Path, metavar="MERGED", help="repeat a merge from its recorded recipe and compare")

@@ -45,9 +45,9 @@ class ByTensor(FileRule):
         rule = self.rule(base, *[SimpleNamespace(**part.settings)] * bool(self.groups))
         for k in range(len(part.models)):
             rule.update(self.model(part, k), self.about(part, k))
-        merged = rule.merged(torch.empty(size))
+        merged = rule.merged(torch.empty(size, device=part.out.device))
         part.out.copy_(merged)
-        part.bad.fill_(int((~part.out.isfinite()).sum()))
+        part.bad.copy_((~part.out.isfinite()).sum())
 
     def model(self, part: Part, k: int) -> Tensor:
         return part.models[k].float()

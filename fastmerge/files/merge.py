@@ -21,6 +21,7 @@ from fastmerge.files.recipe import KEY, check_inputs, identity, options_of, read
 from fastmerge.files.report import save_report
 from fastmerge.files.stream import MEMORY, Memory, Stream
 from fastmerge.files.write import Output, files_of
+from fastmerge.machine import choose_device
 from fastmerge.wording import counted
 
 NO_REPORT = "--report is of a merged model; the adapter of --extract-lora has extracted.csv beside it"
@@ -35,14 +36,15 @@ def merge(
     memory: int = MEMORY,
     allow_nonfinite: bool = False,
     report: str | Path | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merge checkpoints by a rule of `fastmerge merge`.
 
     models, base: paths, or mappings of names to tensors, which are not changed. out: a folder or a .safetensors file to
     write; without it the merged tensors (or the adapter's) are returned, on the CPU. memory: bytes that bound the parts.
-    report: a .csv file to write. options: weights, settings, tensors, statistics, missing, mismatch, dtype, like, shard,
-    seed, extract_lora, as on the command line.
+    report: a .csv file to write. device: where the ops run. options: weights, settings, tensors, statistics, missing,
+    mismatch, dtype, like, shard, seed, extract_lora, as on the command line.
 
     Raises:
         UserError: what is wrong with the inputs or the output; nothing is written then.
@@ -54,7 +56,7 @@ def merge(
     if report is not None and asked.extract_lora is not None:
         raise UserError(NO_REPORT)
     plan = make_plan(asked)
-    stream = Stream(plan, memory, report is not None, not allow_nonfinite)
+    stream = Stream(plan, memory, report is not None, not allow_nonfinite, choose_device(device))
     if out is None and asked.extract_lora is not None:
         return extracted(plan, stream).factors
     if out is None:
@@ -88,6 +90,7 @@ def write(
                 raise UserError(f"--out {out}: the input {file} is there; choose another name")
     about, pending = recipe(plan)
     about |= {"chosen": chosen} if chosen else {}
+    about |= {"device": stream.device.type} if stream.device.type != "cpu" else {}
     if plan.options.extract_lora is not None:
         return write_adapter(plan, stream, out, say, about, pending, hashes or Hashes())
     text = {"format": "pt", KEY: json.dumps(about)} | plan.aliases
@@ -97,7 +100,7 @@ def write(
         text["about"] = json.dumps(of_run)
     if why is not None:
         say(f"`fastmerge evaluate` cannot score it: {why}")
-    output = Output(out, plan, text, identity(plan))
+    output = Output(out, plan, text, f"{stream.device.type} {identity(plan)}")
     if output.done:
         say(f"going on after {len(output.done)} of {counted(len(plan.items), 'tensor')}")
     hashes = hashes or Hashes()
@@ -169,16 +172,15 @@ def repeat(path: Path, memory: int, allow_nonfinite: bool) -> int:
     about = read_recipe(path)
     check_inputs(about)
     plan = make_plan(options_of(about))
+    device = choose_device(about.get("device", "cpu"))  # another one rounds sums in another way
+    stream = Stream(plan, memory, finite=not allow_nonfinite, device=device)
     if plan.options.extract_lora is not None:
-        new, sink = (
-            extracted(plan, Stream(plan, memory, finite=not allow_nonfinite)).factors,
-            Comparison(path / WEIGHTS),
-        )
+        new, sink = extracted(plan, stream).factors, Comparison(path / WEIGHTS)
         for name, x in new.items():
             sink.compare(name, x)
     else:
         sink = Comparison(path)
-        Stream(plan, memory, finite=not allow_nonfinite).run(sink)
+        stream.run(sink)
     different = [*sink.different, *sink.entries]
     if different:
         bad = counted(len(different), "of its tensors is", "of its tensors are")

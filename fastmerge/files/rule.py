@@ -14,15 +14,16 @@ from fastmerge.files.thresholds import Trim
 
 @dataclass
 class Part:
-    """Entries start..start + n of one tensor. models: T tensors [n]; base: [n]; out: [n], written; bad: int64 [1],
-    receives how many NaN and inf were written. position: of the first entry in all tensors. settings: of the rule, for
-    this tensor. shape: of the whole tensor. statistics: the models' tensors of `--statistics`, [n], or whole if their size is
-    another; empty where there are none. known: what `FileRule.survey` found for this tensor."""
+    """Entries start..start + n of one tensor. models: T tensors [n]; base: [n]; out: [n], written; tally: int64 [3],
+    receives how many NaN and inf were written (`bad`), and what TIES counts of signs. position: of the first entry in all
+    tensors. settings: of the rule, for this tensor. shape: of the whole tensor. statistics: the models' tensors of
+    `--statistics`, [n], or whole if their size is another; empty where there are none. known: what `FileRule.survey` found
+    for this tensor."""
 
     models: list[Tensor]
     base: Tensor
     out: Tensor
-    bad: Tensor
+    tally: Tensor
     start: int
     position: int
     seed: int
@@ -32,6 +33,10 @@ class Part:
     statistics: list[Tensor] = field(default_factory=list)
     known: Any = None
     trims: list[Trim] = field(default_factory=list)
+
+    @property
+    def bad(self) -> Tensor:
+        return self.tally[:1]
 
 
 @dataclass
@@ -51,7 +56,8 @@ class Whole:
 class FileRule:
     """groups: of settings. ignored: those of them that mean nothing on files. whole: the rule needs a tensor as a whole.
     needs_base: it merges task vectors. weighted: it takes weights. buffers, per_model: fp32 buffers of a part that it needs,
-    and those for every model. least, most: numbers of models. statistics: what it needs of every model's data, in words."""
+    and those for every model. least, most: numbers of models. statistics: what it needs of every model's data, in words.
+    on_gpu: whether it runs there."""
 
     groups: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -64,6 +70,7 @@ class FileRule:
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None
     passes: ClassVar[str] = "one pass"
+    on_gpu: ClassVar[bool] = True
 
     def room(self, models: int) -> int:
         """Bytes per entry of a part that the rule needs beside inputs and output."""

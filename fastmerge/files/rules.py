@@ -84,20 +84,20 @@ class Ties(FileRule):
     buffers = 4
     passes = "one pass, and three for the thresholds"
 
-    def delta(self, part: Part, k: int) -> tuple[Tensor, Tensor | None]:
+    def delta(self, part: Part, k: int, model: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x, base) of model k: its task vector is the difference, or x itself where the base is None."""
-        return part.models[k], part.base
+        return model, part.base
 
     def write(self, part: Part) -> None:
         zero = part.settings["zero"]
         self.finish(part, self.accumulate(part), "positive" if zero == "majority" else zero)
 
     def accumulate(self, part: Part) -> list[Tensor]:
-        state = [torch.zeros(part.out.numel()) for _ in range(4)]
+        state = [torch.zeros(part.out.numel(), device=part.out.device) for _ in range(4)]
         for k, (weight, trim) in enumerate(zip(part.weights, part.trims, strict=True)):
             if not weight:  # no sign, no share
                 continue
-            (x, base), (limit, cut) = self.delta(part, k), trim.at(part.start)
+            (x, base), (limit, cut) = self.delta(part, k, part.models[k]), trim.at(part.start)
             p, n, more, less = state
             fk.ties_update_(p, n, more, less, x, initial=base, threshold=limit, cut=cut, weight=weight, count="weights")
         return state
@@ -112,8 +112,7 @@ class DareTies(Ties):
     groups = ("dare", "ties")
     buffers = 5
 
-    def delta(self, part: Part, k: int) -> tuple[Tensor, Tensor | None]:
-        model = part.models[k]
+    def delta(self, part: Part, k: int, model: Tensor) -> tuple[Tensor, Tensor | None]:
         delta = fk.dare_delta(
             model,
             part.settings["p"],
@@ -121,7 +120,7 @@ class DareTies(Ties):
             seed=part.seed,
             subsequence=1 + k,
             offset=part.position,
-            out=torch.empty(model.numel()),
+            out=torch.empty(model.numel(), device=model.device),
         )
         return delta, None
 
@@ -159,7 +158,7 @@ class Slerp(FileRule):
         merged, total = tensors[0], part.weights[0]
         for k, (x, weight) in enumerate(zip(tensors[1:], part.weights[1:], strict=True)):
             total += weight
-            new = out if k == len(tensors) - 2 else torch.empty(out.numel())
+            new = out if k == len(tensors) - 2 else torch.empty(out.numel(), device=out.device)
             t = weight / total if total else 1.0
             fk.weighted_sum([merged, x], _shares(merged, x, t, parallel), out=new, nonfinite=part.bad)
             merged = new
@@ -171,7 +170,8 @@ class NuSlerp(Slerp):
     per_model = 1
 
     def write(self, part: Part) -> None:
-        deltas, merged = [fk.axpy(x.float(), part.base, -1.0) for x in part.models], torch.empty(part.out.numel())
+        deltas = [fk.axpy(x.float(), part.base, -1.0) for x in part.models]
+        merged = torch.empty(part.out.numel(), device=part.out.device)
         self.into(merged, deltas, part, slerp.NuSlerp.parallel)
         part.bad.zero_()  # the task vectors may be finite where their sum with the base is not
         fk.weighted_sum([merged, part.base], [1.0, 1.0], out=part.out, nonfinite=part.bad)

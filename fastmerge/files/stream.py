@@ -3,8 +3,9 @@ TIES."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import fastmerge_kernels as fk
@@ -16,10 +17,12 @@ from fastmerge.files.measure import Measure
 from fastmerge.files.plan import Item, Plan
 from fastmerge.files.rule import Part, Whole
 from fastmerge.files.rules import Ties
+from fastmerge.files.staging import Lanes, Staging
 from fastmerge.files.thresholds import Parts, Trim, trims
 from fastmerge.wording import counted
 
 MEMORY = 256 << 20
+CPU = torch.device("cpu")
 
 
 class Sink(Protocol):
@@ -53,7 +56,7 @@ class Memory:
 
 class Stream:
     """plan, and how: memory bounds the parts; measure adds a report per tensor; finite: NaN or inf in the output is an
-    error."""
+    error; device: where the ops run, the CPU or a GPU."""
 
     def __init__(
         self,
@@ -61,9 +64,15 @@ class Stream:
         memory: int = MEMORY,
         measure: bool = False,
         finite: bool = True,
-        say: Callable[[str], None] = print,
+        device: torch.device = CPU,
     ):
-        self.plan, self.memory, self.measure, self.finite, self.say = plan, memory, measure, finite, say
+        """Raises UserError: the rule does not run on that device."""
+        if device != CPU and not plan.rule.on_gpu:
+            raise UserError(
+                f"--device {device}: {plan.options.rule} on files runs on the CPU alone; leave the flag away"
+            )
+        self.plan, self.memory, self.measure, self.finite, self.device = plan, memory, measure, finite, device
+        self.staged = on_cpu if device == CPU else Staging(Lanes(device))
         self.trims: dict[str, list[Trim]] = {}
         self.known: dict[str, Any] = {}
 
@@ -83,51 +92,90 @@ class Stream:
                 Whole(item.name, item.shape, item.settings, functools.partial(self._read, item)) for item in merged
             ]
             self.known = self.plan.rule.survey(tensors)
-        for item in todo:
-            found[item.name] = self._write(item, sink)
-            if not found[item.name].get("undecided"):
-                sink.finished(item, found[item.name])
+        found |= self._pass(todo, sink)
         if isinstance(self.plan.rule, Ties):
-            negative = sum(about.get("signs", 0) for about in found.values()) < 0
-            for item in todo:
-                if found[item.name].get("undecided"):  # the majority of all signs is known only now
-                    about = self._write(item, sink, "negative") if negative else found[item.name]
-                    found[item.name] = {**about, "undecided": False}
+            undecided = [item for item in todo if found[item.name].get("undecided")]
+            if (
+                sum(about.get("signs", 0) for about in found.values()) < 0
+            ):  # the majority of all signs is known only now
+                again = self._pass(undecided, sink, "negative")
+                found |= {name: {**found[name], **about, "undecided": False} for name, about in again.items()}
+            else:
+                for item in undecided:
+                    found[item.name]["undecided"] = False
                     sink.finished(item, found[item.name])
         return found
 
-    def _write(self, item: Item, sink: Sink, zero: str | None = None) -> dict[str, Any]:
-        about: dict[str, Any] = {"action": item.action, "nonfinite": 0}
-        measure = Measure(len(item.models)) if self.measure and item.action == "merge" else None
-        for part in self._parts(item, sink.tensor(item)):
-            rule = self.plan.rule
-            if item.action == "average":
-                fk.weighted_sum(part.models, out=part.out, nonfinite=part.bad)
-            elif item.action == "copy":
-                part.out.copy_(part.models[0])
-                part.bad.fill_(int((~part.out.isfinite()).sum()) if part.out.is_floating_point() else 0)
-            elif isinstance(rule, Ties):
-                part.trims = self.trims[item.name]
-                state = rule.accumulate(part)
-                wanted = zero or part.settings["zero"]
-                if wanted == "majority":
-                    mass = state[0] + state[1]
-                    about["signs"] = about.get("signs", 0) + int((mass > 0).sum()) - int((mass < 0).sum())
-                    if bool(((mass == 0) & (state[0] != 0)).any()):
-                        about["undecided"] = True
-                rule.finish(part, state, "positive" if wanted == "majority" else wanted)
-            else:
-                rule.write(part)
+    def _pass(self, items: list[Item], sink: Sink, zero: str | None = None) -> dict[str, dict[str, Any]]:
+        """Write these tensors. zero: the sign that TIES gives to a mass of zero, in place of its setting."""
+        found: dict[str, dict[str, Any]] = {}
+        measures: dict[str, Measure] = {}
+
+        def parts() -> Iterator[tuple[Item, Part]]:
+            for item in items:
+                found[item.name] = {"action": item.action, "nonfinite": 0}
+                if self.measure and item.action == "merge":
+                    measures[item.name] = Measure(len(item.models))
+                for part in self._parts(item, sink.tensor(item)):
+                    yield item, part
+                if not item.numel:
+                    finished(item)
+
+        def arrived(item: Item, part: Part) -> None:
+            about, stop = found[item.name], part.start + part.out.numel()
             about["nonfinite"] += int(part.bad)
-            if measure is not None:
-                measure.add(part)
-            sink.written(item, part.start, part.start + part.out.numel())
-        if about["nonfinite"] and self.finite:
-            raise UserError(
-                f"{item.name}: {counted(about['nonfinite'], 'value of the output is', 'values of the output are')} NaN or inf"
-                f"{self._culprits(item)}; leave the input out, choose a wider --dtype, or pass --allow-nonfinite"
-            )
-        return about | (measure.values() if measure is not None else {})
+            if self._majority(item, zero):
+                about["signs"] = about.get("signs", 0) + int(part.tally[1])
+                about["undecided"] = about.get("undecided", False) or bool(part.tally[2])
+            if item.name in measures:
+                measures[item.name].add(part)
+            sink.written(item, part.start, stop)
+            release(item, part.start, stop)
+            if stop == item.numel:
+                finished(item)
+
+        def finished(item: Item) -> None:
+            about = found[item.name]
+            if about["nonfinite"] and self.finite:
+                bad = counted(about["nonfinite"], "value of the output is", "values of the output are")
+                raise UserError(
+                    f"{item.name}: {bad} NaN or inf{self._culprits(item)}; leave the input out, choose a wider --dtype, or "
+                    "pass --allow-nonfinite"
+                )
+            if item.name in measures:
+                about |= measures.pop(item.name).values()
+            if not about.get("undecided"):
+                sink.finished(item, about)
+
+        for item, part in self.staged(parts(), arrived):
+            self._write(item, part, zero)
+        return found
+
+    def _majority(self, item: Item, zero: str | None) -> bool:
+        """Whether TIES gives a mass of zero the sign of the majority."""
+        merged = isinstance(self.plan.rule, Ties) and item.action == "merge"
+        return merged and (zero or item.settings["zero"]) == "majority"
+
+    def _write(self, item: Item, part: Part, zero: str | None) -> None:
+        rule = self.plan.rule
+        if item.action == "average":
+            fk.weighted_sum(part.models, out=part.out, nonfinite=part.bad)
+        elif item.action == "copy":
+            part.out.copy_(part.models[0])
+            if part.out.is_floating_point():
+                part.bad.copy_((~part.out.isfinite()).sum())
+        elif isinstance(rule, Ties):
+            part.trims = self.trims[item.name]
+            state = rule.accumulate(part)
+            if self._majority(item, zero):
+                mass = state[0] + state[1]
+                part.tally[1] = (mass > 0).sum() - (mass < 0).sum()
+                part.tally[2] = ((mass == 0) & (state[0] != 0)).sum()
+                rule.finish(part, state, "positive")
+            else:
+                rule.finish(part, state, zero or part.settings["zero"])
+        else:
+            rule.write(part)
 
     def _culprits(self, item: Item) -> str:
         every = [*item.models, *([item.base] if item.base is not None else [])]
@@ -135,24 +183,23 @@ class Stream:
         bad = [label for label, e in zip(labels, every, strict=False) if not bool(e.whole().isfinite().all())]
         return f" (they are in {', '.join(bad)})" if bad else ""
 
-    def _parts(self, item: Item, out: Tensor) -> Iterator[Part]:
-        step = self.plan.part(item, self.memory)
+    def _parts(self, item: Item, out: Tensor, step: int | None = None) -> Iterator[Part]:
+        step = step or self.plan.part(item, self.memory)
         for start in range(0, item.numel, step):
             stop = min(start + step, item.numel)
             models = [_view(e, start, stop) for e in item.models]
-            base = models[0] if item.base is None else _view(item.base, start, stop)
             if item.action == "copy":
                 models = [item.models[0].part(start, stop)]
-            bad = torch.zeros(1, dtype=torch.int64)
+            base = models[0] if item.base is None else _view(item.base, start, stop)
+            tally = torch.zeros(3, dtype=torch.int64)
             position, seed = item.position + start, self.plan.options.seed
             part = Part(
-                models, base, out[start:stop], bad, start, position, seed, item.weights, item.settings, item.shape
+                models, base, out[start:stop], tally, start, position, seed, item.weights, item.settings, item.shape
             )
             elementwise = [(e, e.numel == item.numel) for e in item.statistics]
             part.statistics = [_view(e, start, stop) if fits else e.whole() for e, fits in elementwise]
             part.known = self.known.get(item.name)
             yield part
-            release(item, start, stop)
 
     def _read(self, item: Item) -> Part:
         """The whole tensor, without an output."""
@@ -180,11 +227,9 @@ class Stream:
                     self.trims[item.name].append(trim)
 
     def _alone(self, item: Item, k: int, density: float, keep: str) -> Trim:
-        assert item.base is not None
-        theta, base = _view(item.models[k], 0, item.numel), _view(item.base, 0, item.numel)
-        count = min(item.numel, max(1, int(density * item.numel)))
-        limit, cut = fk.magnitude_threshold(theta, count, initial=base, keep=keep)
-        release(item, 0, item.numel)
+        for _, part in self._of_model(item, k, item.numel):
+            count = min(item.numel, max(1, int(density * item.numel)))
+            limit, cut = fk.magnitude_threshold(part.models[0], count, initial=part.base, keep=keep)
         return Trim(limit, int(cut))
 
     def _delta_parts(self, item: Item, k: int) -> Callable[[], Parts]:
@@ -192,10 +237,24 @@ class Stream:
         assert isinstance(rule, Ties)
 
         def parts() -> Parts:
-            for part in self._parts(item, torch.empty(item.numel, dtype=item.dtype, device="meta")):
-                yield (part.start, *rule.delta(part, k))
+            for _, part in self._of_model(item, k, self.plan.part(item, self.memory)):
+                yield (part.start, *rule.delta(part, k, part.models[0]))
 
         return parts
+
+    def _of_model(self, item: Item, k: int, step: int) -> Iterator[tuple[Item, Part]]:
+        """The parts of one model and the base, without an output."""
+        one = dataclasses.replace(item, models=[item.models[k]], statistics=[])
+        nothing = torch.empty(item.numel, dtype=item.dtype, device="meta")
+        parts = ((one, part) for part in self._parts(one, nothing, step))
+        return self.staged(parts, lambda item, part: release(item, part.start, part.start + part.out.numel()))
+
+
+def on_cpu(parts: Iterable[tuple[Item, Part]], arrived: Callable[[Item, Part], None]) -> Iterator[tuple[Item, Part]]:
+    """What `Staging` does on a GPU."""
+    for item, part in parts:
+        yield item, part
+        arrived(item, part)
 
 
 def release(item: Item, start: int, stop: int) -> None:

@@ -66,6 +66,7 @@ class FileOPCM(FileRule):
     weighted = False
     buffers = 14
     passes = "two passes"
+    on_gpu = False
 
     def survey(self, tensors: Sequence[Whole]) -> dict[str, Any]:
         """(the task vector, its factor) of every tensor."""
@@ -100,6 +101,7 @@ class FileKnots(FileRule):
     buffers = 8
     per_model = 8
     passes = "two passes"
+    on_gpu = False
 
     def survey(self, tensors: Sequence[Whole]) -> dict[str, Any]:
         """(task vectors in the common basis, the basis, trims, the sign of zero mass) of every tensor."""

@@ -26,7 +26,8 @@ class Trim:
 
     def at(self, start: int) -> tuple[Tensor, Tensor]:
         """limit, and cut int64 [1] for the part of the tensor that begins at `start`."""
-        return self.limit, torch.tensor([max(self.cut - start, -1)])
+        cut = max(self.cut - start, -1)
+        return self.limit, torch.full((1,), cut, device=self.limit.device)  # no copy from the host, which would wait
 
 
 def trims(tensors: Iterable[Callable[[], Parts]], sizes: list[int], density: float, exactly: bool) -> list[Trim]:
@@ -43,14 +44,15 @@ def trims(tensors: Iterable[Callable[[], Parts]], sizes: list[int], density: flo
         for parts in tensors:
             counts = torch.zeros_like(total)
             for _, x, initial in parts():
-                counts += fk.magnitude_histogram(x, initial=initial, prefix=prefix, known=known, bits=bits)
-            total += counts
+                found = fk.magnitude_histogram(x, initial=initial, prefix=prefix, known=known, bits=bits)
+                counts = counts.to(found.device) + found
+            total = total.to(counts.device) + counts
             if known + bits == 31:
-                last.append(counts[0].to_sparse())
-        digit, rank = fk.magnitude_digit(total, rank)
+                last.append(counts[0])
+        digit, rank = fk.magnitude_digit(total, rank.to(total.device))
         prefix, known = digit if prefix is None else prefix << bits | digit, known + bits
     assert prefix is not None
-    limit, left, found = prefix.view(torch.float32), int(rank), []
+    limit, left, cuts = prefix.view(torch.float32), int(rank), []
     for parts, size, counts in zip(tensors, sizes, last, strict=True):
         equal = int(counts[int(digit)])
         if not exactly or left >= equal:
@@ -58,8 +60,8 @@ def trims(tensors: Iterable[Callable[[], Parts]], sizes: list[int], density: flo
         else:
             cut = _index(parts(), prefix, left) if left > 0 else -1
         left -= equal
-        found.append(Trim(limit, cut))
-    return found
+        cuts.append(Trim(limit, cut))
+    return cuts
 
 
 def _index(parts: Parts, bits: Tensor, number: int) -> int:
