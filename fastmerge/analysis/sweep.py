@@ -30,6 +30,7 @@ from fastmerge.errors import UserError, nearest
 from fastmerge.results import METRICS, finished
 
 COLUMNS = ("line", "second", "x", "mean", "least", "largest", "seeds")
+WIDE = 50  # times the smallest value, as of rates and weights: then x is drawn in decades
 
 
 def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str | None = None) -> list[Path]:
@@ -163,6 +164,8 @@ def draw(figure, rows: list[tuple], titles: list[str], metric: str) -> None:
         axes.fill_between(at, [row[4] for row in mine], [row[5] for row in mine], color=f"C{k % 10}", alpha=0.15)
     if not numbers:
         axes.set_xticks(range(len(values)), [str(value) for value in values])
+    elif values[0] > 0 and values[-1] >= WIDE * values[0]:
+        axes.set_xscale("log")
     axes.set(xlabel=titles[0], ylabel=f"{metric.replace('_', ' ')} (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
