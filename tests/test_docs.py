@@ -1,17 +1,26 @@
 """The commands of docs/RUNS.md, in order, in an empty folder; those of docs/SCENARIOS.md are read."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import pytest
+import torch
+import toy
 from image_trees import image_folder
 
 from fastmerge.__main__ import main
 from fastmerge.data import DATASETS, load_dataset
 from fastmerge.data.scenario import KINDS, NUMBERINGS, task_sizes
 from fastmerge.flags import parse
+from fastmerge.loop import Images, kept_bytes
 from fastmerge.methods import METHODS
+from fastmerge.methods.trajectory import Trajectory
+from fastmerge.models.text_context import ClassPrompts
+from fastmerge.plan import plan
 from fastmerge.presets import PRESETS
+from fastmerge.setup import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +80,43 @@ def test_the_page_about_tasks(monkeypatch):
 
 
 def test_every_method_has_a_row_in_the_page_about_methods():
-    rows = re.findall(r"^\| `([\w-]+)`", (ROOT / "docs" / "METHODS.md").read_text(), re.M)
+    rows = list(kept_on_the_page())
     assert rows == sorted(METHODS)
     readme = (ROOT / "README.md").read_text()
     assert [name for name in METHODS if f"`{name}`" not in readme] == []
+
+
+def kept_on_the_page():
+    """Method -> the column of kept MiB."""
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", (ROOT / "docs" / "METHODS.md").read_text(), re.M)
+    return {name: columns.split("|")[3].strip() for name, columns in rows}
+
+
+@pytest.mark.slow
+def test_kept_bytes_on_the_page(tmp_path, monkeypatch):
+    """The default run with one training step for each task and a tenth of its images: no size depends on their number."""
+
+    def rows(self, context, classes, *_, **__):  # of sets of attributes there are many
+        return torch.zeros(len(classes), 128) + 0 * context.sum()
+
+    monkeypatch.setattr(ClassPrompts, "rows", rows)
+    concepts = tmp_path / "concepts.json"
+    concepts.write_text(
+        json.dumps({name: [f"{name} {i}" for i in range(15)] for name in load_dataset("glyphs").class_names})
+    )
+    flags = ["--epochs", "1", "--merge-epochs", "0", "--batch-size", "512", "--validation", "0.9", "--device", "cpu"]
+    flags += ["--no-nearest-mean", "--hide.align-epochs", "0", "--slca.align-epochs", "0"]
+    flags += ["--clg-cbm.concepts", str(concepts), "--clg-cbm.epochs", "1", "--clg-cbm.gate-epochs", "1"]
+    setup, found = Setup(parse([*flags, "--method", *METHODS])), {}
+    for run in plan(setup.config, setup.scenario):
+        kind = METHODS[run.method]
+        learner = setup.learner(run.seed, kind.head, run.config, kind.frozen)
+        method = kind.build(learner, Trajectory(tmp_path / run.label, ()), run.protocol)
+        for task in run.scenario.tasks:
+            images = Images(run.scenario, setup.cache).train(task)
+            learner.grow_head(task, images)
+            during = method.begin(task)
+            toy.work(method.train(task, images, during))
+            toy.work(method.merge(task, images, during))
+        found[run.method] = f"{kept_bytes(learner, method) / 2**20:.2f}"
+    assert kept_on_the_page() == dict(sorted(found.items()))
