@@ -90,6 +90,7 @@ LONG = {
     "test_sweep.py",
     "test_transfer.py",
     "test_sinks.py",
+    "test_statistics.py",
     "test_step_memory.py",
     "test_stock.py::test_equals_the_definition",
     "test_stock.py::test_segment_norms",
