@@ -67,37 +67,37 @@ class ByTaskVector(ByTensor):
 
 class FileBreadcrumbs(ByTaskVector):
     rule, groups = Breadcrumbs, Breadcrumbs.groups
-    buffers = 8
+    buffers = 9
 
 
 class FileIsoC(ByTaskVector):
     rule, groups = IsoC, IsoC.groups
-    buffers = 14
+    buffers = 17
 
 
 class FileTSV(ByTaskVector):
     rule, groups = TSV, TSV.groups
-    buffers = 20
+    buffers = 31
 
 
 class FileSCE(ByTensor):
     rule, groups = SCE, SCE.groups
     weighted = False
-    per_model = 10
+    per_model = 15
 
 
 class FileKarcher(ByTensor):
     rule = Karcher
     needs_base = False
     weighted = False
-    per_model = 12
+    per_model = 24
 
 
 class FileDella(ByTensor):
     rule: ClassVar[type[Rule]] = Della
     groups = Della.groups
     weighted = False
-    buffers = 16
+    buffers = 18
 
     def check(self, settings: dict[str, Any], where: str) -> None:
         p, epsilon = settings["p"], settings["epsilon"]
@@ -138,7 +138,7 @@ class FileRegMean(ByTensor):
     rule, groups = RegMean, RegMean.groups
     needs_base = False
     weighted = False
-    buffers = 12
+    buffers = 19
     statistics = "the mean of X^T X for its linear layers"
 
     def about(self, part: Part, k: int) -> dict[int, tuple[int, Tensor]]:

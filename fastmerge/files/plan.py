@@ -105,22 +105,24 @@ class Plan:
     def inputs(self) -> list[Input]:
         return [*self.models, *([self.base] if self.base is not None else []), *self.statistics]
 
+    def entry(self, item: Item) -> int:
+        """Bytes per entry of a part: the mapped inputs, the buffers of the rule, the output."""
+        inputs = [*item.models, *([item.base] if item.base else []), *([] if self.rule.whole else item.statistics)]
+        room = self.rule.room(len(self.models)) if item.action == "merge" else 0
+        return sum(e.dtype.itemsize for e in inputs) + room + item.dtype.itemsize
+
     def part(self, item: Item, memory: int) -> int:
         """Entries of a part of this tensor."""
         if self.rule.whole and item.action == "merge":
             return max(1, item.numel)
-        entry = sum(e.dtype.itemsize for e in [*item.models, *([item.base] if item.base else [])])
-        room = self.rule.room(len(self.models))
-        return max(SMALLEST_PART, min(LARGEST_PART, memory // (entry + room + item.dtype.itemsize)))
+        return max(SMALLEST_PART, min(LARGEST_PART, memory // self.entry(item)))
 
     def memory(self, memory: int) -> int:
-        """Bytes that the largest part takes: the mapped inputs, the buffers of the rule, the output."""
+        """Bytes that the largest part takes."""
 
         def taken(item: Item) -> int:
-            entries = [*item.models, *([item.base] if item.base else [])]
-            room = self.rule.room(len(self.models)) if item.action == "merge" else 0
-            each = sum(e.dtype.itemsize for e in entries) + room + item.dtype.itemsize
-            return min(self.part(item, memory), item.numel) * each
+            beside = sum(e.nbytes for e in item.statistics) if self.rule.whole else 0
+            return min(self.part(item, memory), item.numel) * self.entry(item) + beside
 
         return max(map(taken, self.items), default=0)
 

@@ -64,7 +64,7 @@ class FileOPCM(FileRule):
     groups = OPCM.groups
     whole = True
     weighted = False
-    buffers = 14
+    buffers = 25
     passes = "two passes"
     on_gpu = False
 
