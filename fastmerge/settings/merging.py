@@ -146,8 +146,9 @@ class DareSettings:
 @dataclass
 class DellaSettings:
     p: float = setting(
-        0.5,
-        "Mean probability of dropping an entry.",
+        0.2,
+        "Mean probability of dropping an entry, chosen on held-out images of the default run (docs/LOG.md); mergekit drops "
+        "nothing by default, the paper searches it.",
         at_least=0,
         below=1,
     )
