@@ -94,7 +94,8 @@ def kept_on_the_page():
 
 @pytest.mark.slow
 def test_kept_bytes_on_the_page(tmp_path, monkeypatch):
-    """The default run with one training step for each task and a tenth of its images: no size depends on their number."""
+    """The default run with one training step for each task and a tenth of its images. The bases of `became` and `inflora`
+    depend on the images a little, the other sizes not at all."""
 
     def rows(self, context, classes, *_, **__):  # of sets of attributes there are many
         return torch.zeros(len(classes), 128) + 0 * context.sum()
@@ -118,5 +119,8 @@ def test_kept_bytes_on_the_page(tmp_path, monkeypatch):
             during = method.begin(task)
             toy.work(method.train(task, images, during))
             toy.work(method.merge(task, images, during))
-        found[run.method] = f"{kept_bytes(learner, method) / 2**20:.2f}"
-    assert kept_on_the_page() == dict(sorted(found.items()))
+        found[run.method] = kept_bytes(learner, method) / 2**20
+    said = {name: float(text) for name, text in kept_on_the_page().items()}
+    assert said == {
+        name: pytest.approx(found[name], rel=0.02 * (name in ("became", "inflora")), abs=0.006) for name in said
+    }
