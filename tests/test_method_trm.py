@@ -12,12 +12,14 @@ import fastmerge_kernels as fk
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from fastmerge_kernels import reference
 from torch import nn
 from torch.func import functional_call
 
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.errors import UserError
 from fastmerge.flags import parse
 from fastmerge.flat import FlatModel
 from fastmerge.methods import trm
@@ -41,6 +43,12 @@ class ToyBackbone(nn.Module):
         self.qkv = nn.ModuleList(nn.Linear(self.width, 3 * self.width) for _ in range(self.layers))
         self.mlp = nn.ModuleList(nn.Linear(self.width, self.width) for _ in range(self.layers))
         self.proj = nn.Linear(self.width, self.feature_dim, bias=False)
+
+    @property
+    def tower(self):
+        return types.SimpleNamespace(
+            blocks=nn.ModuleList(nn.ModuleList(pair) for pair in zip(self.qkv, self.mlp, strict=True))
+        )
 
     def class_tokens(self, images):
         b = images.shape[0]
@@ -103,10 +111,11 @@ def float64_ops(monkeypatch):
     monkeypatch.setattr(trm, "fk", ops)
 
 
-def slow_gradients(search, alpha, beta, gamma=None, sizes=None):
+def slow_gradients(search, alpha, beta, gamma=None, sizes=None, of=None):
     """Return dL_tra/dalpha and dL_tra/dbeta by autograd through all steps, and the terms of the loss.
 
     gamma: of the span, whose slope comes third. sizes: of the three terms at the start of the search.
+    of: `[n]`, the group of every entry, for coefficients of several groups.
     """
     flat, learner, settings = search.learner.flat, search.learner, search.settings
     before, after = search.previous.double(), search.current.double()
@@ -121,6 +130,9 @@ def slow_gradients(search, alpha, beta, gamma=None, sizes=None):
 
     a = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
     b = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
+    along = [a, b]
+    if of is not None:
+        a, b = a[of], b[of]
     source = torch.where(from_before, before, after)
     if settings.replace == "none":
         theta = before + a * d + b * p
@@ -131,10 +143,10 @@ def slow_gradients(search, alpha, beta, gamma=None, sizes=None):
         theta = torch.where(replaced, source, start) + a * (after - start) + (1 - a) * (before - start) + b * p
         theta = theta * alive
 
-    along = (a, b)
     if gamma is not None:
         c = torch.tensor(gamma, dtype=torch.float64, requires_grad=True)
-        theta, along = theta + c * (before - search.method.initial), (a, b, c)
+        along.append(c)
+        theta = theta + (c if of is None else c[of]) * (before - search.method.initial)
 
     rows = search.batches.rows(0)
     pixels, labels = search.images.batch(rows)
@@ -378,3 +390,74 @@ def test_the_literal_replacement_diverges():
     assert ratios == pytest.approx([2.8**0.5] * 5, rel=0.05)
     assert literal[-1] > 50 * anchored[-1]
     assert anchored[-1] < 10**0.5 and plane[-1] < 10**0.5  # at most ten independent moves of length 1
+
+
+def groups_by_name(search):
+    """The block of every entry by the names of the toy's tensors, and 2 for the others."""
+    flat = search.learner.flat
+    of = torch.full((flat.numel,), 2)
+    for name, view in zip(flat.names, flat.views(of), strict=True):
+        if name.startswith(("qkv.", "mlp.")):
+            view.fill_(int(name.split(".")[1]))
+    return of
+
+
+ALPHA, BETA, GAMMA = [0.3, 0.9, 0.5], [0.2, -0.4, 0.1], [0.1, 0.0, -0.2]
+
+
+@pytest.mark.parametrize("replace", ["anchored", "none", "literal"])
+@pytest.mark.parametrize("space", ["line", "span"])
+def test_gradients_of_every_block_equal_autograd(float64_ops, replace, space):
+    flags = ["--trm.per=block", "--trm.lr=0", "--trm.lambda2=0.05", f"--trm.replace={replace}", f"--trm.space={space}"]
+    search = make_search(*flags, "--trm.layer-b=2")
+    gamma = GAMMA if space == "span" else None
+    search.coefficients.data = torch.tensor([ALPHA, BETA] + ([gamma] if gamma else []), dtype=torch.float64)
+    terms = search.step(0)
+    slopes, expected = slow_gradients(search, ALPHA, BETA, gamma, of=groups_by_name(search))
+    assert (
+        search.groups.names == ["block_1", "block_2", "rest"] and len(search.groups.pieces) > 3
+    )  # blocks in two pieces
+    torch.testing.assert_close(search.coefficients.grad, slopes, rtol=1e-8, atol=1e-8)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value.detach(), rtol=1e-8, atol=1e-8, msg=name)
+    assert abs(slopes).min() > 1e-6
+
+
+@pytest.mark.parametrize("replace", ["anchored", "literal"])
+def test_equal_coefficients_of_all_blocks_are_one_pair(replace):
+    """With the fused ops: the same model to the bit, the slopes of the one pair in sum, and the same report."""
+    flags = ["--trm.beta=0.2", "--trm.alpha=0.4", "--trm.lr=0", f"--trm.replace={replace}", "--merge-epochs=1"]
+    one, many = (make_search(*flags, f"--trm.per={per}", dtype=torch.float32) for per in ("model", "block"))
+    first, second = one.step(0), many.step(0)
+    torch.testing.assert_close(many.coefficients.grad.sum(1), one.coefficients.grad, rtol=1e-4, atol=1e-5)
+    for search in (one, many):
+        search.finish()
+    assert torch.equal(one.learner.theta, many.learner.theta)
+    for name, value in first.items():
+        loose = {"rtol": 0.05, "atol": 1e-3} if name == "mask_noise" else {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(second[name].double(), value.double(), **loose, msg=name)
+
+
+def test_the_report_of_blocks_is_where_each_of_them_is():
+    search = make_search("--trm.per=block", "--trm.replace=none", "--trm.lr=0", "--merge-epochs=1", dtype=torch.float32)
+    search.coefficients.data = torch.tensor([ALPHA, BETA], dtype=torch.float64)
+    terms = search.step(0)
+    for k, name in enumerate(("block_1", "block_2", "rest")):
+        assert float(terms[f"alpha_{name}"]) == ALPHA[k] and float(terms[f"beta_{name}"]) == BETA[k]
+        assert float(terms[f"effective_alpha_{name}"]) == pytest.approx(ALPHA[k], abs=1e-4)
+    assert float(terms["alpha"]) == pytest.approx(sum(ALPHA) / 3) and float(terms["mask_noise"]) < 1e-3
+    search.finish()
+    d = search.current - search.previous
+    vector = search.learner.theta - search.previous - torch.tensor(ALPHA)[groups_by_name(search)] * d
+    assert float(terms["beta_share"]) == pytest.approx(float(vector.norm() / d.norm()), rel=1e-3)
+
+
+def test_blocks_are_needed():
+    backbone = types.SimpleNamespace(name="a ResNet", tower=nn.Linear(1, 1), check_class_tokens=lambda: None, layers=2)
+    config = parse(["--trm.per", "block"])
+    with pytest.raises(
+        UserError, match="--trm.per block: model a ResNet has no list of transformer blocks; choose a ViT$"
+    ):
+        trm.TRM.check(config, backbone)
+    with pytest.raises(UserError, match="--trm.per block: --prompt-length merges prefixes"):
+        trm.TRM.check(parse(["--trm.per", "block", "--prompt-length", "2"]), toy.Transformer())

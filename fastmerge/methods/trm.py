@@ -19,6 +19,7 @@ and the search moves the others. `none` only searches the plane. theta_init canc
 
 `--trm.space span` adds gamma v to the merged model, v = theta_{t-1} - theta_init: with d it spans the plane of both task
 vectors that the paper speaks of and eq. 4 leaves out. gamma starts at 0; dL_tra/dgamma = <G, v>. It keeps theta_init.
+`--trm.per block` gives every transformer block its own coefficients (trm_groups.py), in the same passes.
 `--trm.teacher`, `--trm.scale` and `--trm.energy` change terms of the objective (trm_objective.py). The last step of a search
 logs where it ended and why; see `Search.report`.
 
@@ -40,8 +41,10 @@ from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
 from fastmerge.errors import UserError
 from fastmerge.methods.method import Method, Tensors
+from fastmerge.methods.trm_groups import Groups
 from fastmerge.methods.trm_objective import Objective
 from fastmerge.models.backbone import Backbone
+from fastmerge.models.recompute import blocks_of
 from fastmerge.training import Batches, Learner, Phase, Train, load_optimiser, optimiser_tensors
 from fastmerge.wording import counted
 
@@ -69,6 +72,12 @@ class TRM(Method):
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
         super().check(config, backbone)
+        if config.trm.per == "block":
+            blocks_of(backbone, "--trm.per block")
+            if config.training.prompt_length:
+                raise UserError(
+                    "--trm.per block: --prompt-length merges prefixes, which are in no block; leave one out"
+                )
         if config.trm.lambda1 and cls.merge_epochs(config):
             backbone.check_class_tokens()
             if config.trm.layer_b is not None and config.trm.layer_b > backbone.layers:
@@ -131,7 +140,10 @@ class Search(Phase):
             self.past = previous - method.initial
             start.append(0.0)
         values = torch.tensor(start, dtype=torch.float64, device=self.learner.device)
-        self.coefficients = torch.nn.Parameter(values)  # alpha, beta, gamma
+        self.groups = Groups.of(self.learner.flat, self.learner.backbone, self.settings.per)
+        if self.groups.names:
+            values = values[:, None].repeat(1, len(self.groups.names))
+        self.coefficients = torch.nn.Parameter(values)  # alpha, beta, gamma; each of every group if there are several
         self.optimiser = torch.optim.Adam([self.coefficients], lr=self.settings.lr)
         self.teacher: Tensor | None = None
         self.walked: Tensor | None = None
@@ -152,16 +164,19 @@ class Search(Phase):
             }
             self.direction = fk.trm_direction(self.previous, self.current, **self.random)
 
-    def place(self) -> None:
-        """theta <- theta(alpha, beta, gamma), one pass and one more for gamma."""
-        alpha, beta, *gamma = self.coefficients.detach()
-        initial = self.method.initial if self.settings.replace == "literal" else None
-        theta = fk.trm_merge(
-            self.previous, self.current, alpha, beta, self.direction,
-            **self.random, initial=initial, out=self.learner.theta,
-        )  # fmt: skip
-        if self.past is not None:
-            theta.addcmul_(self.past, gamma[0].to(theta.dtype))
+    def place(self, coefficients: Tensor | None = None) -> None:
+        """theta <- theta(alpha, beta, gamma), one pass and one more for gamma. coefficients: by default the present ones."""
+        given = self.coefficients.detach() if coefficients is None else coefficients
+        initial, theta = self.method.initial if self.settings.replace == "literal" else None, self.learner.theta
+        for start, end, group in self.groups.pieces:
+            piece = slice(start, end)
+            alpha, beta, *gamma = given.view(len(given), -1)[:, group]
+            fk.trm_merge(
+                self.previous[piece], self.current[piece], alpha, beta, self.direction, **self.random,
+                initial=None if initial is None else initial[piece], offset=start, out=theta[piece],
+            )  # fmt: skip
+            if self.past is not None:
+                theta[piece].addcmul_(self.past[piece], gamma[0].to(theta.dtype))
 
     # -- the search ------------------------------------------------------------------------------------------------
 
@@ -183,7 +198,7 @@ class Search(Phase):
     def step(self, i: int) -> dict[str, Tensor]:
         settings = self.settings
         if settings.direction == "epoch" and i and i % self.batches.per_epoch == 0:
-            self.coefficients.data[1] = settings.beta  # beta belonged to the old P
+            self.coefficients.data[1] = settings.beta  # of all groups: beta belonged to the old P
         self.aim(i)
         if self.teacher is None and settings.lambda1:
             self.teacher = self.teach()
@@ -199,25 +214,35 @@ class Search(Phase):
         gradient, terms = self.objective.gradient(images, labels, teacher)
         slopes = self.slopes(gradient)
         self.learner.ranks.add_(slopes)
-        terms |= dict(zip(NAMES, self.coefficients.detach().clone(), strict=False))
+        terms |= dict(zip(NAMES, self.means(), strict=False))
         if i == self.steps - 1:
             terms |= self.parts_of(slopes, images, labels, teacher)
         self.coefficients.grad = slopes.to(self.coefficients.dtype)
         self.optimiser.step()
         return terms | (self.report() if i == self.steps - 1 else {})
 
+    def means(self) -> Tensor:
+        """alpha, beta, gamma: the mean over the groups, where there are several."""
+        values = self.coefficients.detach()
+        return values.mean(1) if self.groups.names else values.clone()
+
     def slopes(self, gradient: Tensor) -> Tensor:
-        """`[2]` or `[3]`: the products of a gradient `[n]` with d, P and v."""
-        found = fk.subspace_gradient(gradient, self.previous, self.current, self.direction, **self.random)[:2]
-        if self.past is None:
-            return found
-        return torch.cat([found, torch.dot(gradient, self.past)[None].to(found)])
+        """The products of a gradient `[n]` with d, P and v in every group, in the shape of the coefficients."""
+        found = torch.zeros_like(self.coefficients).detach()
+        for start, end, group in self.groups.pieces:
+            piece, column = slice(start, end), found.view(len(found), -1)[:, group]
+            column[:2] += fk.subspace_gradient(
+                gradient[piece], self.previous[piece], self.current[piece], self.direction, **self.random, offset=start
+            )[:2]
+            if self.past is not None:
+                column[2] += torch.dot(gradient[piece], self.past[piece])
+        return found
 
     # -- where it ended --------------------------------------------------------------------------------------------
 
     def parts_of(self, total: Tensor, images: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
-        """How much of the slopes `total` each weighted term gives, named `<term>_slope_<coefficient>`. The curvature's is
-        what the others leave."""
+        """How much of the slopes `total` each weighted term gives, named `<term>_slope_<coefficient>`, over all groups. The
+        curvature's is what the others leave."""
         found, left = {}, total.clone()
         for name, gradient in self.objective.first_order_terms(images, labels, teacher):
             found[name] = self.slopes(gradient)
@@ -228,7 +253,7 @@ class Search(Phase):
         return {
             f"{name}_slope_{coefficient}": value
             for name, slopes in found.items()
-            for coefficient, value in zip(NAMES, slopes, strict=False)
+            for coefficient, value in zip(NAMES, slopes.view(len(slopes), -1).sum(1), strict=False)
         }
 
     def report(self) -> dict[str, Tensor]:
@@ -238,23 +263,42 @@ class Search(Phase):
         mask_noise: the distance from that line by the random replacement, in ||d||. beta_share: ||beta P|| / ||d||.
         sign_steps: how far alpha went, as a share of what Adam's steps allow; near 1 the search only walked, with a slope
         that kept its sign, and would have ended elsewhere with more steps.
+
+        With `--trm.per block` also alpha_<group>, beta_<group> and effective_alpha_<group>; mask_noise is then the distance
+        from the plane of all d_k, and sign_steps that of the mean alpha.
         """
-        self.place()
+        values = self.coefficients.detach().clone()
+        values[1:] = 0
+        self.place(values)  # without beta P and gamma v
         d, moved = self.current - self.previous, self.learner.theta - self.previous
-        alpha, beta, *gamma = self.coefficients.detach()
-        if self.past is not None:
-            moved.addcmul_(self.past, -gamma[0].to(moved.dtype))
-        size = torch.dot(d, d)
-        effective = torch.dot(moved, d) / size
-        off = moved.sub_(effective * d).square().sum() - beta.square()
+        count = len(self.groups.names) or 1
+        along, sizes, off = (d.new_zeros(count, dtype=torch.float64) for _ in range(3))
+        for start, end, k in self.groups.pieces:
+            along[k] += torch.dot(moved[start:end], d[start:end])
+            sizes[k] += torch.dot(d[start:end], d[start:end])
+        position = along / sizes.where(sizes > 0, 1.0)  # a block that training left alone stays at 0
+        for start, end, k in self.groups.pieces:
+            off[k] += (moved[start:end] - position[k] * d[start:end]).square().sum()
+        size, beta = sizes.sum(), self.coefficients.detach()[1]
+        values = self.coefficients.detach().clone()
+        if self.groups.names:  # P is a unit vector as a whole, not in a group
+            before = self.learner.theta.clone()
+            values[2:] = 0
+            self.place(values)
+            beta = (self.learner.theta - before).norm()
         most = self.settings.lr * self.steps
+        alpha = self.means()[0]
         self.walked = (alpha - self.settings.alpha).abs() / most if most else alpha.new_zeros(())
-        return {
-            "effective_alpha": effective,
-            "mask_noise": (off.clamp_min(0) / size).sqrt(),
+        found = {
+            "effective_alpha": along.sum() / size,
+            "mask_noise": (off.sum() / size).sqrt(),
             "beta_share": beta.abs() / size.sqrt(),
             "sign_steps": self.walked,
         }
+        for k, name in enumerate(self.groups.names):
+            alpha, beta, *_ = self.coefficients.detach()[:, k].clone()
+            found |= {f"alpha_{name}": alpha, f"beta_{name}": beta, f"effective_alpha_{name}": position[k]}
+        return found
 
     def finish(self) -> None:
         """theta_t <- theta(alpha, beta)."""
@@ -262,7 +306,7 @@ class Search(Phase):
         self.place()
         if self.walked is not None and not self.method.warned and float(self.walked) > WALKED:
             self.method.warned = True
-            alpha = float(self.coefficients.detach()[0])
+            alpha = float(self.means()[0])
             self.learner.parts.say(
                 f"{self.task.name}: alpha moved by nearly the same step {self.steps} times in one direction, to {alpha:.2f}; "
                 "the number of steps decided where. Longer --merge-epochs or a larger --trm.lr lets the search settle"

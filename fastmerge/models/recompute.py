@@ -24,8 +24,8 @@ from fastmerge.errors import UserError
 from fastmerge.models.attention import is_differentiable
 
 
-def blocks_of(backbone: Any) -> list[nn.Module]:
-    """The transformer blocks of an open_clip tower, a timm model, or a timm trunk in an open_clip tower.
+def blocks_of(backbone: Any, flag: str = "--checkpoint-gradients") -> list[nn.Module]:
+    """The transformer blocks of an open_clip tower, a timm model, or a timm trunk in an open_clip tower. flag: needs them.
 
     Raises:
         UserError: the model has none.
@@ -37,7 +37,8 @@ def blocks_of(backbone: Any) -> list[nn.Module]:
         if isinstance(found, nn.ModuleList | nn.Sequential) and len(found):
             return list(found)
     raise UserError(
-        f"--checkpoint-gradients: model {backbone.name} has no list of transformer blocks; choose a ViT, or --micro-batch"
+        f"{flag}: model {backbone.name} has no list of transformer blocks; choose a ViT"
+        + ", or --micro-batch" * (flag == "--checkpoint-gradients")
     )
 
 

@@ -53,6 +53,11 @@ class TRMSettings:
         "Search along the new task vector (eq. 4), or in the span of the new and the merged task vector, the plane that the "
         "paper speaks of: gamma moves the model towards or away from the starting weights, which are then kept.",
     )
+    per: Literal["model", "block"] = setting(
+        "model",
+        "One pair of coefficients (alpha, beta) for the model (eq. 4), or one for every transformer block and one for the "
+        "other weights. The last step of a search logs them.",
+    )
     layer_b: int | None = setting(
         None,
         "b of eq. 7, counted from 1. The paper leaves it open.",
