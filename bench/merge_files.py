@@ -85,12 +85,12 @@ def main() -> None:
     base, *models = files
     every, out = [str(file) for file in (base, *models)], given.folder / "out"
     peer = shutil.which("mergekit-pytorch")
-    start = [timed([sys.executable, "-c", "import torch"]) for _ in range(given.repeats)]
-    print(
-        f"import torch: {min(start)[0]:.1f} s, {min(cpu for _, cpu, _ in start):.1f} s of processor time; load {os.getloadavg()[0]:.0f}\n"
+    seconds, cpu, _ = map(
+        min, zip(*(timed([sys.executable, "-c", "import torch"]) for _ in range(given.repeats)), strict=True)
     )
+    print(f"import torch: {seconds:.1f} s, {cpu:.1f} s of processor time; load average {os.getloadavg()[0]:.0f}\n")
     names = "".join(f" {who}, s | x cat | processor, s | peak, MiB |" for who in ("fastmerge", "mergekit"))
-    print(f"| rule | cat, s |{names}\n|---|{'--:|' * 9}")
+    print(f"| rule | cat, s | processor, s |{names}\n|---|{'--:|' * 10}")
     for rule in given.rules:
         method, flags, parameters = RULES[rule]
         based = ["--base", every[0]] if rule != "average" else []
@@ -111,8 +111,8 @@ def main() -> None:
                 out.mkdir()
                 found[name].append(timed(words))
         shutil.rmtree(out)
-        floor = min(found["cat"])[0]
-        cells = [f"{floor:.2f}"]
+        floor, reading, _ = map(min, zip(*found["cat"], strict=True))
+        cells = [f"{floor:.2f}", f"{reading:.2f}"]
         for name in ("ours", "mergekit"):
             if runs := found.get(name):
                 seconds, cpu, peak = map(min, zip(*runs, strict=True))
