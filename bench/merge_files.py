@@ -5,8 +5,9 @@ peak memory.
 
 Every command is a process of its own, from the start of Python to the end, with the files in the cache of the system.
 The floor is `cat` of the inputs to /dev/null. mergekit is `mergekit-pytorch` of 0.1.5 (n/a where it is not installed);
-it writes the same files. Commands take turns; the smallest of --repeats counts. Peak memory is the largest resident
-set, which holds mapped files too.
+it writes the same files. Commands take turns; the smallest of --repeats counts. Processor time is that of the process and
+its threads, user and system: it says more than seconds where other programs share the cores. `import torch` is the part of
+it that Python and torch take before any work. Peak memory is the largest resident set, which holds mapped files too.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ def make(files: list[Path], width: int, dtype: torch.dtype) -> None:
             save_file({n: (x + step[n] if k else x).to(dtype) for n, x in base.items()}, file)
 
 
-def timed(words: list[str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a process."""
+def timed(words: list[str]) -> tuple[float, float, int]:
+    """(seconds, processor seconds, peak resident bytes) of a process."""
     start = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, error = process.communicate() if process.stderr is None else (None, process.stderr.read())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(words)} failed:\n{error.decode()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -84,35 +85,40 @@ def main() -> None:
     base, *models = files
     every, out = [str(file) for file in (base, *models)], given.folder / "out"
     peer = shutil.which("mergekit-pytorch")
-    print(
-        "| rule | fastmerge, s | x cat | peak, MiB | mergekit, s | x cat | peak, MiB |\n|---|--:|--:|--:|--:|--:|--:|"
+    seconds, cpu, _ = map(
+        min, zip(*(timed([sys.executable, "-c", "import torch"]) for _ in range(given.repeats)), strict=True)
     )
+    print(f"import torch: {seconds:.1f} s, {cpu:.1f} s of processor time; load average {os.getloadavg()[0]:.0f}\n")
+    names = "".join(f" {who}, s | x cat | processor, s | peak, MiB |" for who in ("fastmerge", "mergekit"))
+    print(f"| rule | cat, s | processor, s |{names}\n|---|{'--:|' * 10}")
     for rule in given.rules:
         method, flags, parameters = RULES[rule]
-        start = ["--base", every[0]] if rule != "average" else []
-        ours = [sys.executable, "-m", "fastmerge", "merge", rule, "--models", *every[1:], *start, *flags, "--out"]
+        based = ["--base", every[0]] if rule != "average" else []
+        ours = [sys.executable, "-m", "fastmerge", "merge", rule, "--models", *every[1:], *based, *flags, "--out"]
         about = {"merge_method": method, "dtype": given.dtype}
         about |= {"models": [{"model": name, "parameters": parameters} for name in every[1:]]}
-        about |= {"base_model": every[0]} if start else {}
+        about |= {"base_model": every[0]} if based else {}
         config = given.folder / "config.yml"
         config.write_text(json.dumps(about))  # JSON is YAML
-        commands = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *(every if start else every[1:])]}
+        commands = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *(every if based else every[1:])]}
         commands["ours"] = [*ours, str(out / "merged")]
         if peer:
             commands["mergekit"] = [peer, str(config), str(out / "theirs")]
-        found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
         for _ in range(given.repeats):
             for name, words in commands.items():
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir()
                 found[name].append(timed(words))
         shutil.rmtree(out)
-        floor = min(found["cat"])[0]
-        cells = []
+        floor, reading, _ = map(min, zip(*found["cat"], strict=True))
+        cells = [f"{floor:.2f}", f"{reading:.2f}"]
         for name in ("ours", "mergekit"):
-            best = min(found.get(name, []), default=None)
-            peak = min((peak for _, peak in found.get(name, [])), default=0) / 2**20
-            cells += [f"{best[0]:.1f}", f"{best[0] / floor:.1f}", f"{peak:.0f}"] if best else ["n/a"] * 3
+            if runs := found.get(name):
+                seconds, cpu, peak = map(min, zip(*runs, strict=True))
+                cells += [f"{seconds:.1f}", f"{seconds / floor:.1f}", f"{cpu:.1f}", f"{peak / 2**20:.0f}"]
+            else:
+                cells += ["n/a"] * 4
         print(f"| {rule} | {' | '.join(cells)} |", flush=True)
 
 

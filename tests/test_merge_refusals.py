@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import struct
 from pathlib import Path
 
@@ -287,6 +288,105 @@ def test_a_full_disk(place, capfd, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert "No space left on device); nothing was written" in refused(capfd, place, "average", *BOTH)
+
+
+def test_a_file_that_may_not_grow(place, capfd):
+    """A real limit of the system, of the size of a file: as a full disk, or a quota."""
+    for name in "ab":
+        save_file({"x": torch.ones(1 << 16)}, f"{name}.safetensors")
+    before, limits = contents(place), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        code = [main(["merge", "average", *BOTH, "--out", out]) for out in ("out", "out.safetensors")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capfd.readouterr().err
+    assert code == [2, 2] and error.count("File too large") == error.count("nothing was written") == 2, error
+    assert contents(place) == before and not list(place.glob("out*"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "long name", "NUL", "no name", "folder called file"])
+def test_an_input_that_is_no_file(place, capfd, kind):
+    name, word = {
+        "pipe": ("pipe.safetensors", "neither a file nor a folder"),
+        "device": (os.devnull, "neither a file nor a folder"),
+        "loop": ("loop.safetensors", "loop.safetensors"),
+        "long name": ("x" * 300, "too long"),
+        "NUL": ("a\0.safetensors", "null byte"),
+        "no name": ("", "an empty name"),
+        "folder called file": ("folder.safetensors", "no model there"),
+    }[kind]
+    if kind == "pipe":
+        os.mkfifo(name)
+    if kind == "loop":
+        os.symlink("loop.safetensors", "other.safetensors")
+        os.symlink("other.safetensors", "loop.safetensors")
+    if kind == "folder called file":
+        Path(name).mkdir()
+    for words in (["--models", "a.safetensors", name], [*BOTH, "--base", name]):
+        assert word in refused(capfd, place, "average", *words), kind
+
+
+@pytest.mark.parametrize(
+    "kind", ["pipe", "loop", "dangling", "here", "root", "long name", "NUL", "no name", "link to a"]
+)
+def test_an_output_that_cannot_be(place, capfd, kind):
+    name, word = {
+        "pipe": ("pipe", "exists already"),
+        "loop": ("loop", "exists already"),
+        "dangling": ("dangling", "exists already"),
+        "here": (".", "is there; choose another name"),
+        "root": ("/", "is there; choose another name"),
+        "long name": ("x" * 300, "too long"),
+        "NUL": ("a\0b", "null byte"),
+        "no name": ("", "is there; choose another name"),
+        "link to a": ("link", "is there; choose another name"),
+    }[kind]
+    if kind == "pipe":
+        os.mkfifo(name)
+    elif kind == "link to a":
+        os.symlink("a.safetensors", name)
+    elif kind == "loop":
+        os.symlink("loop", "other")
+        os.symlink("other", "loop")
+    elif kind == "dangling":
+        os.symlink("nowhere", name)
+    error = refused(capfd, place, "average", *BOTH, f"--out={name}", out=None)
+    assert word in error, error
+
+
+def test_an_output_inside_an_input(place, capfd):
+    """A second model in a folder would make the folder ambiguous."""
+    for name in "ab":
+        Path(f"run-{name}").mkdir()
+        (place / f"{name}.safetensors").rename(f"run-{name}/model.safetensors")
+    for out in ("run-a/merged", "run-b/x/merged.safetensors"):
+        error = refused(capfd, place, "average", "--models", "run-a", "run-b", out=out)
+        assert "is inside the input folder run-" in error, error
+
+
+def test_shards_that_are_no_files(place, capfd):
+    folder = place / "shards"
+    folder.mkdir()
+    places = dict.fromkeys(SHAPES, "s.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    shard = folder / "s.safetensors"
+    for make in (lambda: os.mkfifo(shard), lambda: os.symlink(shard, shard), shard.mkdir):
+        make()
+        assert "s.safetensors" in refused(capfd, place, "average", "--models", "a.safetensors", "shards")
+        shard.rmdir() if shard.is_dir() else shard.unlink()
+    (folder / "model.safetensors.index.json").write_bytes(b"\xff\xfe{}")
+    assert "not an index of shards" in refused(capfd, place, "average", "--models", "a.safetensors", "shards")
+
+
+HUGE = 1 << 62
+
+
+@pytest.mark.parametrize("shape", [[HUGE, HUGE], [0, HUGE], [10**400]])
+def test_numbers_beyond_any_file(place, capfd, shape):
+    """Products beyond 64 bits; a tensor without entries may have any of the other sizes that torch takes."""
+    (place / "bad.safetensors").write_bytes(raw({"x": about(shape=shape)}, bytes(8)))
+    assert "tensor x" in refused(capfd, place, "average", "--models", "a.safetensors", "bad.safetensors")
 
 
 def test_a_symlink_as_an_input_is_its_file(place, capfd):

@@ -26,7 +26,7 @@ from fastmerge.models import tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return image_folder(tmp_path_factory.mktemp("data"), classes=5, train=8, test=3)
+    return image_folder(tmp_path_factory.mktemp("swept", numbered=False), classes=5, train=8, test=3)
 
 
 def noisy(tensors, seed, size):
@@ -68,7 +68,7 @@ def test_every_score_is_that_of_a_plain_merge(data, models, tmp_path, capsys):
     grid = ["--sweep", "scale=0.2:1:0.2", "weights.2=0,1"]
     assert main(["merge", "task-arithmetic", *words, *grid, "--out", str(tmp_path / "best.safetensors")]) == 0
     said = capsys.readouterr().out
-    assert "10 merges are scored on 10 held-out training images of data0, which no model has seen in training" in said
+    assert "10 merges are scored on 10 held-out training images of swept, which no model has seen in training" in said
     pixels, labels = held_out(data, 0.25)
     one, two, base = (load_tensors(path)[0] for path in models)
     scores = []
@@ -109,9 +109,9 @@ def test_of_equal_scores_the_first_wins_and_the_split_is_said(data, models, tmp_
     assert main([*words, "--sweep", "weights.1=2,2.0", "--out", str(tmp_path / "a")]) == 0
     assert "best: weights.1=2, accuracy" in capsys.readouterr().out
     for flags, message in {
-        ("--validation", "0.5"): "20 held-out training images of data0, which models may have seen",
-        ("--validation", "0"): r"15 test images of data0 \(--validation 0\)",
-        ("--validation", "0.01"): "40 training images of data0 are too few",
+        ("--validation", "0.5"): "20 held-out training images of swept, which models may have seen",
+        ("--validation", "0"): r"15 test images of swept \(--validation 0\)",
+        ("--validation", "0.01"): "40 training images of swept are too few",
         ("--validation", "1"): "--validation 1.0: expected",
     }.items():
         main([*words, "--sweep", "weights.1=2,2.0", "--dry-run", *flags])

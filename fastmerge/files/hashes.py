@@ -77,6 +77,6 @@ def likely_files(sources: Iterable[Any]) -> list[Path]:
         try:
             files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
             found += [file for file in files if file.is_file()]
-        except OSError:
+        except (OSError, ValueError):
             continue  # opening it says what is wrong
     return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import stat
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,12 +47,18 @@ def open_input(source: Any) -> Input:
         return source
     if isinstance(source, Mapping):
         return of_tensors("state dict", [], source)
+    if not str(source):
+        raise UserError("an empty name of a model; name a file or a folder")
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file or folder") from None
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or has a zero byte
+        raise UserError(f"{path}: cannot be opened ({error})") from None
+    if stat.S_ISDIR(kind):
         return _open_folder(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if not path.is_file():
+    if not stat.S_ISREG(kind):
         raise UserError(f"{path}: neither a file nor a folder (a pipe or a device has no tensors at fixed places)")
     return _open_file(path)
 

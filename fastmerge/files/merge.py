@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,7 @@ def write(
     Raises:
         UserError: see `Output` and `Stream.run`; nothing is left then.
     """
-    for one in plan.inputs:
-        for file in one.files:
-            if out.resolve() in (file.resolve(), *file.resolve().parents):
-                raise UserError(f"--out {out}: the input {file} is there; choose another name")
+    check_apart(out, plan)
     about, pending = recipe(plan)
     about |= {"chosen": chosen} if chosen else {}
     about |= {"device": stream.device.type} if stream.device.type != "cpu" else {}
@@ -140,6 +138,23 @@ def write_adapter(
     for line in found.lines():
         say(line)
     return {}
+
+
+def check_apart(out: Path, plan: Plan) -> None:
+    """Raise UserError if the output would be an input, hold one, or be in its folder."""
+    try:
+        place = Path(os.path.realpath(out))  # unlike `resolve`, of a loop of links too
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {out}: cannot be the name of a file ({error})") from None
+    for one in plan.inputs:
+        for file in one.files:
+            if place in (file.resolve(), *file.resolve().parents):
+                raise UserError(f"--out {out}: the input {file} is there; choose another name")
+        if one.folder is not None and one.folder.resolve() in place.parents:
+            raise UserError(
+                f"--out {out}: it is inside the input folder {one.folder}, which would hold two models then; choose another "
+                "place"
+            )
 
 
 class Comparison(Memory):

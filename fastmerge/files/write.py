@@ -223,8 +223,12 @@ class Output:
 
 
 def check_target(target: Path) -> None:
-    """Raise UserError if there is something at the target already."""
-    if target.exists() or target.is_symlink():
+    """Raise UserError if there is something at the target already, or never can be."""
+    try:
+        there = os.path.lexists(target)
+    except ValueError as error:
+        raise UserError(f"--out {target}: cannot be the name of a file ({error})") from None
+    if there:
         raise UserError(f"--out {target}: exists already; choose another name, or delete it")
 
 
