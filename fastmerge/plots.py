@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.analysis.figure import line_style
+from fastmerge.analysis.figure import line_style, with_legend
 from fastmerge.checkpoint import write_atomically
 from fastmerge.evaluate import micro
 
@@ -63,7 +63,7 @@ def figures(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None
             yield f"matrix-{method}-seed{seed}", figure
 
     lines = curves(methods, zero_shot)
-    figure = Figure(figsize=size(lines), layout="constrained")
+    figure = Figure(figsize=with_legend(len(lines)), layout="constrained")
     draw_accuracy(figure, lines)
     yield "accuracy", figure
 
@@ -75,11 +75,6 @@ def curves(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None)
     """The curves of `methods[name][seed]`, before them that of the starting model; joint training has one value."""
     found = {name: [seen_accuracy(result) for result in seeds.values()] for name, seeds in methods.items()}
     return {ZERO_SHOT: [seen_accuracy(zero_shot)]} | found if zero_shot else found
-
-
-def size(lines: Curves) -> tuple[float, float]:
-    """Inches of the plot of these curves, with room for its legend."""
-    return 9, max(4, 0.2 * len(lines))
 
 
 def draw_accuracy(figure: Figure, lines: Curves) -> None:
@@ -101,7 +96,7 @@ def draw_accuracy(figure: Figure, lines: Curves) -> None:
             axes.fill_between(x, [min(s) for s in steps], [max(s) for s in steps], alpha=0.15, color=f"C{k % 10}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="tasks learned", ylabel="accuracy on the classes seen (%)", ylim=(0, 100))
-    figure.legend(loc="outside right upper", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8)
     axes.grid(alpha=0.3)
 
 

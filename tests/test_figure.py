@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastmerge.analysis.figure import Output, line_style, point_style, save
+from fastmerge.analysis.figure import Output, line_style, point_style, save, with_legend
 from fastmerge.plots import draw_accuracy
 
 COMMAND = "python -m fastmerge analyse sweep 'runs/a b' --x lr"
@@ -50,6 +50,19 @@ def test_styles_differ_without_colour():
     lines = {(style["linestyle"], style["marker"]) for style in map(line_style, range(52))}
     points = {(style["marker"], style["fillstyle"]) for style in map(point_style, range(52))}
     assert len(lines) == len(points) == 52
+
+
+@pytest.mark.parametrize("lines", [2, 52])
+def test_the_legend_fits(lines):
+    figure = Figure(figsize=with_legend(lines), layout="constrained")
+    axes = figure.subplots()
+    for k in range(lines):
+        axes.plot([0, 1], [k, k + 1], **line_style(k), label=f"trm(lambda1={k},lambda2=0.01)")
+    legend = figure.legend(loc="outside right upper", fontsize=8)
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert box.y0 > 0 and box.y1 < figure.bbox.y1 and box.x1 < figure.bbox.x1
+    assert axes.get_window_extent().x1 < box.x0
 
 
 def test_the_lines_and_bands_of_accuracy():

@@ -15,8 +15,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmerge.analysis.figure import Output, save
-from fastmerge.plots import ZERO_SHOT, Curves, curves, draw_accuracy, size
+from fastmerge.analysis.figure import Output, save, with_legend
+from fastmerge.plots import ZERO_SHOT, Curves, curves, draw_accuracy
 from fastmerge.results import names, read_run
 
 COLUMNS = ("line", "tasks", "mean", "least", "largest", "seeds")
@@ -40,4 +40,4 @@ def accuracy(folders: Sequence[Path], out: Output) -> list[Path]:
         for line, runs in lines.items()
         for t, found in enumerate(zip(*runs, strict=True), start=1)
     ]
-    return save(out, "accuracy", COLUMNS, rows, lambda figure: draw_accuracy(figure, lines), size(lines))
+    return save(out, "accuracy", COLUMNS, rows, lambda figure: draw_accuracy(figure, lines), with_legend(len(lines)))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmerge.analysis.figure import Output, line_style, save
+from fastmerge.analysis.figure import Output, line_style, save, with_legend
 from fastmerge.analysis.merges import Merges
 from fastmerge.setup import Setup
 
@@ -42,7 +42,7 @@ def drift(setup: Setup, specs: Sequence[str], out: Output) -> list[Path]:
     for spec, _ in merges:
         far = mean_norm(new - old for new, old in zip(tokens(merges), wanted, strict=True))
         rows += [(spec, layer, *sizes) for layer, sizes in enumerate(zip(far, norms, strict=True), start=1)]
-    return save(out, "drift", COLUMNS, rows, lambda figure: draw(figure, rows), (9, 4.6))
+    return save(out, "drift", COLUMNS, rows, lambda figure: draw(figure, rows), with_legend(len(specs)))
 
 
 def tokens(merges: Merges) -> Iterator[Tensor]:
@@ -61,10 +61,11 @@ def mean_norm(batches) -> list[float]:
 
 def draw(figure, rows: list[tuple]) -> None:
     axes = figure.subplots()
-    for k, merge in enumerate(dict.fromkeys(r[0] for r in rows)):
+    layers = sorted({r[1] for r in rows})
+    ends = {r[0]: r[2] for r in rows if r[1] == layers[-1]}
+    for k, merge in enumerate(sorted(ends, key=ends.__getitem__, reverse=True)):  # the legend names them from the top
         line = [(r[1], r[2]) for r in rows if r[0] == merge]
         axes.plot(*zip(*line, strict=True), **line_style(k), label=merge)
-    layers = sorted({r[1] for r in rows})
     axes.set(xlabel="layer", ylabel="mean distance of the class token from theta_1's", xticks=layers)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)

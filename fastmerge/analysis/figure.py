@@ -46,6 +46,11 @@ def point_style(k: int) -> dict[str, Any]:
     }
 
 
+def with_legend(lines: int) -> tuple[float, float]:
+    """Inches of a plot with a legend beside it that has so many lines."""
+    return 9, max(4.2, 0.3 + 0.18 * lines)
+
+
 def save(out: Output, name: str, columns: Sequence[str], rows: Sequence[Sequence], draw: Callable, size) -> list[Path]:
     """Write the three files; returns their paths. draw(figure) fills a matplotlib Figure of `size` inches."""
     import matplotlib

@@ -24,7 +24,7 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
-from fastmerge.analysis.figure import Output, line_style, save
+from fastmerge.analysis.figure import Output, line_style, save, with_legend
 from fastmerge.analysis.merges import Merges, dot
 from fastmerge.analysis.stages import Stages
 from fastmerge.data.cache import TaskImages
@@ -45,7 +45,7 @@ def gradients(setup: Setup, specs: Sequence[str], points: int, out: Output) -> l
     for start, theta in starts(merges):
         rows += [(start, *found) for found in turns(merges.stages, theta, images, points)]
         learner.head = copy.deepcopy(head)
-    return save(out, "gradients", COLUMNS, rows, lambda figure: draw(figure, rows), (9, 4.6))
+    return save(out, "gradients", COLUMNS, rows, lambda figure: draw(figure, rows), with_legend(1 + len(specs)))
 
 
 def starts(merges: Merges) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fastmerge.analysis.figure import Output, line_style, save
+from fastmerge.analysis.figure import Output, line_style, save, with_legend
 from fastmerge.config import PLAIN_GROUPS, Config, declarations, flag_of
 from fastmerge.errors import UserError, nearest
 from fastmerge.results import METRICS, finished
@@ -76,7 +76,8 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str 
         for value, found in sorted(its.items(), key=lambda item: place(item[0]))
     ]
     titles = [flag_of(*place) for place in places]
-    return save(out, "sweep", COLUMNS, rows, lambda figure: draw(figure, rows, titles, metric), (8, 4))
+    size = with_legend(len({row[:2] for row in rows}))
+    return save(out, "sweep", COLUMNS, rows, lambda figure: draw(figure, rows, titles, metric), size)
 
 
 def plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ import fastmerge_kernels as fk
 import torch
 from torch import Tensor
 
-from fastmerge.analysis.figure import Output, point_style, save
+from fastmerge.analysis.figure import Output, point_style, save, with_legend
 from fastmerge.analysis.merges import Merges, dot
 from fastmerge.setup import Setup
 
@@ -45,7 +45,7 @@ def trajectory(setup: Setup, specs: Sequence[str], points: int, out: Output) -> 
     for spec, merged in merges:
         x, off_line = project(merged, merges.first, merges.second)
         rows.append(("merge", spec, x, off_line, merges.stages.loss(1, images)))
-    return save(out, "trajectory", COLUMNS, rows, lambda figure: draw(figure, rows), (9, 4.6))
+    return save(out, "trajectory", COLUMNS, rows, lambda figure: draw(figure, rows), with_legend(1 + len(specs)))
 
 
 def project(merged: Tensor, first: Tensor, second: Tensor) -> tuple[float, float]:
