@@ -296,6 +296,7 @@ def test_defaults_that_the_data_and_the_model_decide():
         ("data", "template"): "those published for the data set",
         ("data", "class_names"): "from the folders, or those published",
         ("data", "cache_gb"): declarations()["data"]["cache_gb"][0].derived,
+        ("data", "retain"): None,
         ("data", "flip"): "as the data set says: on for published photos, else off",
         ("run", "continue_from"): None,
         ("training", "init_rule"): declarations()["training"]["init_rule"][0].derived,
@@ -355,7 +356,7 @@ def test_a_resolved_config_has_none_only_where_none_is_a_value():
     }
     assert left == {
         "data.data_root", "data.split_file", "data.test_part", "data.template", "data.class_names", "data.cache_gb",
-        "data.flip", "model.mean", "model.std", "model.head", "run.continue_from", "scenario.first_classes",
+        "data.flip", "data.retain", "model.mean", "model.std", "model.head", "run.continue_from", "scenario.first_classes",
         "scenario.task_sizes", "scenario.top_classes", "training.compile", "training.precision", "training.preset",
         "training.init_rule", "training.deploy_rule", "trm.layer_b", "fisher.images", "clg_cbm.concepts",
     }  # fmt: skip
