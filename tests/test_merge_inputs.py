@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from test_merge_files import flat, model, run
 import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
+from fastmerge.files.hashes import Hashes, likely_files
 from fastmerge.files.rules import FILE_RULES
 from fastmerge.files.settings import places
 
@@ -273,6 +275,23 @@ def test_a_recipe_repeats_and_verifies(tmp_path, capsys):
     assert "a.safetensors: changed since it was merged" in capsys.readouterr().err
     assert main(["merge", "--recipe", str(tmp_path / "a.safetensors")]) == 2
     assert "no recipe in its metadata" in capsys.readouterr().err
+
+
+def test_hashes_begin_with_a_guess(tmp_path, monkeypatch):
+    """What is guessed wrongly is not asked for; what was not guessed is hashed when it is asked for."""
+    monkeypatch.setattr("fastmerge.files.hashes.BLOCK", 64)
+    hf, old = shards(tmp_path / "hf", A, "safetensors"), shards(tmp_path / "bin", B, "bin")
+    (tmp_path / "hf" / "pytorch_model.bin").write_text("the same model again")
+    os.mkfifo(tmp_path / "pipe")
+    guessed = likely_files([hf, old, hf / "config.json", tmp_path / "pipe", tmp_path / "none", "x" * 300])
+    names = [file.name for file in guessed]
+    assert names[:2] == [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)] and names[-1] == "config.json"
+    assert names[2:4] == [f"pytorch_model-0000{k}-of-00002.bin" for k in (1, 2)] and len(names) == 5
+    index = hf / "model.safetensors.index.json"
+    found = Hashes(guessed).wait([guessed[0], index])
+    assert found == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (guessed[0], index)}
+    with pytest.raises(UserError, match="changed or went away while it was merged"):
+        Hashes(guessed).wait([tmp_path / "none"])
 
 
 KILLED = """

@@ -75,7 +75,10 @@ def likely_files(sources: Iterable[Any]) -> list[Path]:
     for source in sources:
         path = Path(source).expanduser()
         try:
-            files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else [path]
+            files = [path]
+            if path.is_dir():
+                kinds = ("*.safetensors", "*.bin", "*/model.safetensors")
+                files = next((named for kind in kinds if (named := sorted(path.glob(kind)))), [])
             found += [file for file in files if file.is_file()]
         except (OSError, ValueError):
             continue  # opening it says what is wrong
