@@ -23,6 +23,7 @@ LONG = {
     "test_analysis.py",
     "test_analysis_merges.py",
     "test_baselines.py::test_rows_with_settings_of_training",
+    "test_became.py::test_three_tasks_equal_plain_loops",
     "test_bench.py::test_quick_rows_are_complete",
     "test_bench.py::test_unknown_size_is_named",
     "test_bench_gpu.py",
