@@ -26,7 +26,7 @@ from fastmerge.models import tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return image_folder(tmp_path_factory.mktemp("swept", numbered=False), classes=5, train=8, test=3)
+    return image_folder(tmp_path_factory.mktemp("images") / "swept", classes=5, train=8, test=3)
 
 
 def noisy(tensors, seed, size):
