@@ -65,7 +65,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     out = capsys.readouterr().out
     assert (
-        "to do: 21.6 thousand training images in 360 steps, 3600 merging images in 60 steps, 16.2 thousand test" in out
+        "to do: 21.6 thousand training images in 360 steps, 3600 merging images in 60 steps, 19.1 thousand test" in out
     )
     assert "memory: training step about" in out and "search step about" in out and "disk: 10 MB at the end" in out
     assert main(["--dry-run", "--tasks", "99", "--run-dir", str(tmp_path / "r")]) == 2
