@@ -196,8 +196,8 @@ def test_the_list_and_the_plan(capsys):
     assert all(f"{name} " in text for name in TARGETS)
     assert main(["reproduce", "trm:table3", "pam:table7", "--small", "--dry-run", "--only", "k", "LoRA-P&M"]) == 0
     text = capsys.readouterr().out
-    assert "trm:table3 · ImageNet-R, 10 tasks: 2 runs, 0.02 million images" in text  # 2 seeds x 3600 x (2 + 1) epochs
-    assert "pam:table7 · CIFAR-100, 10 tasks: 2 runs" in text and "in all 6 runs" in text
+    assert "trm:table3 · ImageNet-R, 10 tasks: 1 run, 0.01 million images" in text  # 3600 x (2 + 1) epochs
+    assert "pam:table7 · CIFAR-100, 10 tasks: 1 run" in text and "in all 3 runs" in text
 
 
 @pytest.mark.slow
