@@ -229,3 +229,19 @@ def test_a_figure_is_drawn_once(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main([*command, "--data-root", str(tmp_path / "none")]) == 0
     assert "not drawn; with the data: python -m fastmerge analyse interpolate" in capsys.readouterr().err
+
+
+def test_a_stopped_command_stops_its_other_processes(table, tmp_path, monkeypatch):
+    told = []
+
+    class Other:
+        def terminate(self):
+            told.append("terminate")
+
+        def wait(self):
+            told.append("wait")
+
+    job = reproduce.Job(*_parsed(["trm:table1", "--runs", str(tmp_path / "runs"), "--processes", "2"]))
+    monkeypatch.setattr(job, "start_others", lambda: [Other()])
+    monkeypatch.setattr(job, "train", lambda: 130)
+    assert job.run() == 130 and told == ["terminate", "wait"]

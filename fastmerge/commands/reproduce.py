@@ -177,10 +177,14 @@ class Job:
         from fastmerge.checkpoint import save_text
         from fastmerge.reproduce.compare import index
 
-        others = self.start_others()
-        code = self.train()
-        for other in others:
-            other.wait()
+        others, code = self.start_others(), 1
+        try:
+            code = self.train()
+        finally:
+            for other in others:
+                if code:  # this process was stopped; the runs are saved
+                    other.terminate()
+                other.wait()
         if others and not code:
             code = self.train()  # what another process had claimed is finished now
         if code or self.worker is not None or os.environ.get("RANK", "0") != "0":
