@@ -72,6 +72,8 @@ def test_the_order_of_the_rows():
     assert rank_correlation(column((1, 10), (2, 20), (3, 30))) == pytest.approx(1)
     assert rank_correlation(column((1, 30), (2, 20), (3, 10))) == pytest.approx(-1)
     assert rank_correlation(column((1, 1), (2, 3), (3, 2), (4, 4))) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    tied = column((0.3, 1), (0.1 + 0.2, 2), (1, 3))
+    assert rank_correlation(tied) == pytest.approx(math.sqrt(3) / 2)
     assert rank_correlation(column((1, 1), (2, 3))) is None and rank_correlation(column((1, 1), (1, 3), (1, 2))) is None
 
 
