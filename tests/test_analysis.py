@@ -209,6 +209,7 @@ def test_a_setting_against_a_metric(data, tmp_path, capsys):
     """The rows of one command; the value that no label names is the default's."""
     rows = ["magmax", "magmax:scale=0.9", "magmax:scale=0.1,lr=1e-4", "magmax:scale=0.9,lr=1e-4", "finetune"]
     rows += ["magmax:scale=0.9,epochs=2"]  # alone in its line
+    rows += ["magmax:scale=0.5"]  # the default once more: not another seed
     flags = [*FLAGS, "--quiet", "--no-nearest-mean", "--data-root", str(data), "--run-dir", str(tmp_path / "r")]
     assert train([*flags, "--method", *rows, "--seeds", "0", "1"]) == 0
     results = json.loads((tmp_path / "r" / "results.json").read_text())["methods"]
@@ -219,6 +220,7 @@ def test_a_setting_against_a_metric(data, tmp_path, capsys):
     assert list(found) == [(line, x) for line, values in labels.items() for x in values]
     seeds = results["magmax-strict(scale=0.9)"]
     values = [seeds[seed]["aaa"] for seed in "01"]
+    assert found["magmax-strict", 0.5]["seeds"] == "2"
     row = found["magmax-strict", 0.9]
     assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-5) and row["seeds"] == "2"
     assert (float(row["least"]), float(row["largest"])) == pytest.approx((min(values), max(values)), rel=1e-5)

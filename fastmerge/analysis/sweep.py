@@ -48,7 +48,8 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str 
         raise UserError(f"--lines {lines}: is --x already; expected another setting")
     if metric not in METRICS:
         raise UserError(f"--metric {metric}: expected one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
-    points: dict[tuple[str, Any], dict[Any, list[float]]] = {}
+    # by folder and seed: a default and its value given in a row are the same run twice
+    points: dict[tuple[str, Any], dict[Any, dict[tuple[Path, str], float]]] = {}
     for folder in folders:
         for label, seeds in finished(folder).items():
             for seed, result in seeds.items():
@@ -58,7 +59,7 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str 
                 values = [plain(settings[group][name]) for group, name in places]
                 rest = functools.reduce(without, places, label)
                 line = points.setdefault((rest, values[1] if lines else ""), {})
-                line.setdefault(values[0], []).append(result[metric])
+                line.setdefault(values[0], {})[folder, seed] = result[metric]
     for number, (flag, (_, name)) in enumerate(swept.items()):
         several = {value for its in points.values() for value in its} if number == 0 else {v for _, v in points}
         if len(several) < 2:
@@ -71,7 +72,7 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str 
     if swept_labels:  # other runs of the folder have one value each, which says nothing about x
         points = {line: its for line, its in points.items() if line[0] in swept_labels}
     rows = [
-        (*line, value, statistics.mean(found), min(found), max(found), len(found))
+        (*line, value, statistics.mean(found.values()), min(found.values()), max(found.values()), len(found))
         for line, its in sorted(points.items(), key=lambda item: (item[0][0], place(item[0][1])))
         for value, found in sorted(its.items(), key=lambda item: place(item[0]))
     ]
