@@ -23,7 +23,7 @@ from torch import Tensor
 from fastmerge.errors import UserError
 from fastmerge.files.rule import FileRule, Part
 from fastmerge.merging.breadcrumbs import Breadcrumbs
-from fastmerge.merging.della import Della, DellaLinear
+from fastmerge.merging.della import Della, DellaLinear, check_probabilities
 from fastmerge.merging.fisher import CoFiMA, Fisher
 from fastmerge.merging.iso_c import IsoC
 from fastmerge.merging.karcher import Karcher
@@ -101,11 +101,7 @@ class FileDella(ByTensor):
 
     def check(self, settings: dict[str, Any], where: str) -> None:
         p, epsilon = settings["p"], settings["epsilon"]
-        if p - epsilon < 0 or p + epsilon >= 1:
-            raise UserError(
-                f"{where}: p={p:g} and epsilon={epsilon:g}: entries are dropped with probabilities from p - epsilon to "
-                "p + epsilon; expected 0 or more, and below 1. A smaller epsilon is always possible"
-            )
+        check_probabilities(p, epsilon, f"{where}: p={p:g} and epsilon={epsilon:g}")
         if settings["scope"] == "global":
             raise UserError(
                 f"{where}: scope=global ranks the whole model, but files are merged by tensor: row or tensor"

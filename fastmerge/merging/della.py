@@ -30,16 +30,22 @@ from fastmerge.merging.ties import ACCUMULATORS
 BITS = 16  # of a random number
 
 
+def check_probabilities(p: float, epsilon: float, where: str) -> None:
+    """Raise UserError unless p - epsilon to p + epsilon are probabilities below 1."""
+    if p - epsilon < 0 or p + epsilon >= 1:
+        raise UserError(
+            f"{where}: entries are dropped with probabilities from p - epsilon to p + epsilon; expected 0 or more, and below "
+            "1. A smaller epsilon is always possible"
+        )
+
+
 class DellaLinear(Rule):
     groups = ("della",)
 
     @classmethod
     def check(cls, settings: Any) -> None:
-        if settings.p - settings.epsilon < 0 or settings.p + settings.epsilon >= 1:
-            raise UserError(
-                f"--della.p {settings.p} and --della.epsilon {settings.epsilon}: entries are dropped with probabilities from "
-                "p - epsilon to p + epsilon; expected 0 or more, and below 1. A smaller epsilon is always possible"
-            )
+        where = f"--della.p {settings.p} and --della.epsilon {settings.epsilon}"
+        check_probabilities(settings.p, settings.epsilon, where)
 
     def _take(self, theta: Tensor, fisher: Tensor | None) -> None:
         (total,) = self.zeros("total")
