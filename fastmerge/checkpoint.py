@@ -6,10 +6,11 @@ file is written beside its target, flushed to disk and renamed, so a full disk o
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def replace(path: Path, write: Callable[[Path], None], older: Path | None = None
 
 def save_text(path: Path, text: str) -> int:
     return write_atomically(path, text_writer(text))
+
+
+def save_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+    """A table with six digits of every float, and nothing for None."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows])
+
+    return write_atomically(path, write)
 
 
 def text_writer(text: str) -> Callable[[Path], None]:

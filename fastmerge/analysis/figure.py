@@ -6,14 +6,13 @@ every time. Lines differ in dash and marker, points in marker and filling, so th
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmerge.checkpoint import write_atomically
+from fastmerge.checkpoint import save_csv, write_atomically
 
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^DvPX*<>phd"  # 13 and 4 have no common factor: 52 pairs
@@ -57,12 +56,6 @@ def save(out: Output, name: str, columns: Sequence[str], rows: Sequence[Sequence
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no state shared with the user's pyplot
     from matplotlib.figure import Figure
 
-    def table(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows])
-
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
@@ -72,7 +65,7 @@ def save(out: Output, name: str, columns: Sequence[str], rows: Sequence[Sequence
         "pdf": {"Title": name, "Subject": command, "CreationDate": None},
     }
     paths = [out.folder / f"{name}.{kind}" for kind in ("csv", *about)]
-    write_atomically(paths[0], table)
+    save_csv(paths[0], columns, rows)
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # publishers refuse the default, Type 3
         for path, (kind, metadata) in zip(paths[1:], about.items(), strict=True):
             write_atomically(path, partial(figure.savefig, format=kind, dpi=120, metadata=metadata))

@@ -12,9 +12,7 @@ stages are ordinary runs: a stopped command goes on when it is repeated, and oth
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 import os
 import statistics
@@ -22,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmerge.checkpoint import save_text
+from fastmerge.checkpoint import save_csv
 from fastmerge.config import Config, declarations, flag_of
 from fastmerge.console import Console
 from fastmerge.errors import UserError, nearest
@@ -79,9 +77,7 @@ def sweep(config: Config, run: Callable[[Config], int]) -> int:
         return code
     rows, best = table_of(config, candidates)
     if rank == 0:
-        written = io.StringIO()
-        csv.writer(written, lineterminator="\n").writerows(rows)
-        save_text(Path(config.run.run_dir) / TABLE, written.getvalue())
+        save_csv(Path(config.run.run_dir) / TABLE, rows[0], rows[1:])
         console.table(rows)
     return run(_stage(config, best, Path(config.run.run_dir), 0.0, table=True))
 
