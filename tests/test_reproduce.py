@@ -81,11 +81,11 @@ def test_the_table_marks_what_is_not_reproduced(tmp_path):
     target = Target("trm:table9", "a title", "here", (), ())
     far = Cell("data", "final_accuracy", "far", (50.0, 51.0), 80.0, None)
     near = far._replace(row="near", paper=50.0)
-    lost = far._replace(row="lost", ours=(), why="needs --x")
+    lost = far._replace(row="lost", ours=(), why="lost needs --x")
     text = markdown(target, [far, near, lost], {}, "fastmerge reproduce trm:table9")
     assert "| far | 50.5 ± 0.7 | 2 | 80.0 | -29.5 ± 0.9 | **no** |" in text
     assert "| near | 50.5 ± 0.7 | 2 | 50.0 | +0.5 ± 0.9 | yes |" in text
-    assert "| lost | needs --x |  | 80.0 |  |  |" in text
+    assert "| lost | not run |  | 80.0 |  |  |" in text and "\nNot run: lost needs --x\n" in text
     save(target, [far, near, lost], {}, "c", tmp_path)
     assert outcome(tmp_path / "trm-table9.csv") == "1 of 2 numbers within two standard errors"
     save(target, [far, near, far._replace(row="high", ours=(90.0,), paper=85.0)], {"data": "`glyphs`"}, "c", tmp_path)
@@ -117,8 +117,8 @@ def test_a_table_from_end_to_end(table, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert "not run" in shown.err and "--dataset cifar100" in shown.err and "--method finetune average" in shown.err
     rows = {(r["column"], r["row"]): r for r in csv.DictReader(open(tmp_path / "out" / "trm-table1.csv"))}
-    assert len(rows) == 10 and rows["nowhere", "Ours"]["why_not"] == "data not found"
-    assert rows["here", "Other"]["why_not"] == "needs --split-file"
+    assert len(rows) == 10 and "cifar100" in rows["nowhere", "Ours"]["why_not"]
+    assert rows["here", "Other"]["why_not"] == "Other needs --split-file"
     assert not (tmp_path / "runs" / "here" / "magmax-strict-seed0").exists()
     for row, label in (("Ours", "finetune"), ("Merged", "average-strict")):
         from fastmerge.results import read_result
@@ -145,6 +145,10 @@ def test_a_table_from_end_to_end(table, tmp_path, capsys, monkeypatch):
     assert main([*words, "--only", "Ours"]) == 0 and written.stat().st_mtime_ns == before  # nothing is trained again
     rows = list(csv.DictReader(open(tmp_path / "out" / "trm-table1.csv")))
     assert {row["row"] for row in rows} == {"Ours"}
+    other = dataclasses.replace(table, name="trm:table2", columns=table.columns[:1], rows={"Zero-shot": "zero-shot"})
+    monkeypatch.setitem(TARGETS, "trm:table2", other)
+    assert main([*words[:2], "trm:table2", *words[2:], "--only", "Ours"]) == 0
+    assert not (tmp_path / "out" / "trm-table2.csv").exists()  # it has no such row
 
 
 def test_a_process_of_several_trains_and_writes_no_table(table, tmp_path, monkeypatch):
@@ -199,6 +203,9 @@ def test_the_list_and_the_plan(capsys):
     assert main(["reproduce", "trm:table3", "pam:table7", "--small", "--dry-run", "--only", "k", "LoRA-P&M"]) == 0
     text = capsys.readouterr().out
     assert "trm:table3 · ImageNet-R, 10 tasks: 1 run, 0.01 million images" in text  # 3600 x (2 + 1) epochs
+    assert main(["reproduce", "trm:figure2", "--small", "--dry-run"]) == 0
+    figure = capsys.readouterr().out
+    assert "trm:figure2: trains the models of its figure, not counted" in figure and "in all 0 runs" in figure
     assert "pam:table7 · CIFAR-100, 10 tasks: 1 run" in text and "in all 3 runs" in text
 
 

@@ -130,7 +130,7 @@ class Job:
     def missing(self, target: Target) -> dict[str, str]:
         """row -> why it is not run: a file that only the user has."""
         given = {word.partition("=")[0] for word in self.rest}
-        return {row: f"needs {flag}" for row, flag in target.needs.items() if flag not in given}
+        return {row: f"{row} needs {flag}" for row, flag in target.needs.items() if flag not in given}
 
     def parts(self, target: Target, column: Column) -> list[Part]:
         """What is trained for one column: its rows together, and each row with data settings of its own apart."""
@@ -190,6 +190,8 @@ class Job:
         if code or self.worker is not None or os.environ.get("RANK", "0") != "0":
             return code
         for target in self.targets:
+            if target.rows and not self.rows(target):
+                continue  # --only names no row of it; what it wrote before stays
             for path in self.write(target):
                 print(path)
         save_text(self.own.out / "index.md", index(self.own.out, list(dict.fromkeys(TARGETS.values()))))
@@ -287,7 +289,7 @@ class Job:
             for part in self.parts(target, column):
                 results |= {row: list(seeds.values()) for row, seeds in self.results(part).items()}
                 if part.column.folder in self.why:
-                    why |= dict.fromkeys(part.rows, "data not found")
+                    why |= dict.fromkeys(part.rows, self.why[part.column.folder])
             found += cells(target, column, results, why, list(self.rows(target)))
             if self.own.small:
                 name = column.words[column.words.index("--dataset") + 1]
@@ -338,7 +340,10 @@ class Job:
 
         found = costs((part.target, part.column, self.config(part)) for part in self.trainings())
         lines = [cost.line() for cost in found]
-        runs, hours, size = (sum(x) for x in zip(*((c.runs, c.hours, c.bytes) for c in found), strict=True))
+        lines += [
+            f"{t.name}: trains the models of its figure, not counted" for t in self.targets if "{flags}" in t.draw
+        ]
+        runs, hours, size = sum(c.runs for c in found), sum(c.hours for c in found), sum(c.bytes for c in found)
         lines.append(
             f"in all {counted(runs, 'run')}, about {hours:.1f} hours of training and merging on this machine in fp32, "
             f"without evaluation; models of {size / 1e9:.1f} GB in {self.own.runs}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmerge.checkpoint import save_text, write_atomically
+from fastmerge.checkpoint import save_csv, save_text
 from fastmerge.reproduce.target import Column, Target, published
 from fastmerge.results import METRICS
 
@@ -131,13 +131,14 @@ def block(its: Sequence[Cell], small: bool) -> list[str]:
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for cell in its:
         digits = 2 if cell.mean is not None and abs(cell.mean) < 1 and cell.metric in OTHERS else 1
-        ours = cell.why or ("not run" if cell.mean is None else plus_minus(cell.mean, cell.spread, digits))
+        ours = "not run" if cell.mean is None else plus_minus(cell.mean, cell.spread, digits)
         words = [cell.row, ours, str(len(cell.ours) or ""), plus_minus(cell.paper, cell.deviation, digits)]
         if not small:
             said = {True: "yes", False: "**no**", None: "" if cell.difference is None else "one run"}[cell.reproduced]
             words += [plus_minus(cell.difference, cell.error, digits, "+"), said]
         lines.append(f"| {' | '.join(words)} |")
-    return lines
+    reasons = dict.fromkeys(cell.why for cell in its if cell.why and cell.mean is None)
+    return lines + [f"\nNot run: {why}" for why in reasons]
 
 
 def plus_minus(mean: float | None, spread: float | None, digits: int, sign: str = "") -> str:
@@ -149,33 +150,14 @@ def plus_minus(mean: float | None, spread: float | None, digits: int, sign: str 
 def save(target: Target, found: Sequence[Cell], stand_in: dict[str, str], command: str, out: Path) -> list[Path]:
     """Write NAME.md and NAME.csv into `out`; returns their paths."""
     paths = [out / f"{target.file}.md", out / f"{target.file}.csv"]
-    columns = (
-        "column",
-        "data",
-        "metric",
-        "row",
-        "ours",
-        "spread",
-        "seeds",
-        "paper",
-        "paper_spread",
-        "difference",
-        "error",
-    )
-
-    def table(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow((*columns, "reproduced", "why_not"))
-            for c in found:
-                numbers = (c.mean, c.spread, len(c.ours), c.paper, c.deviation, c.difference, c.error)
-                shown = [f"{x:.6g}" if isinstance(x, float) else "" if x is None else x for x in numbers]
-                data = stand_in.get(c.column, "the paper's")
-                judged = "" if stand_in or c.reproduced is None else c.reproduced
-                writer.writerow((c.column, data, c.metric, c.row, *shown, judged, c.why))
-
+    columns = ("column", "data", "metric", "row", "ours", "spread", "seeds", "paper", "paper_spread", "difference")
+    rows = []
+    for c in found:
+        data = stand_in.get(c.column, "the paper's")
+        numbers = (c.mean, c.spread, len(c.ours), c.paper, c.deviation, c.difference, c.error)
+        rows.append((c.column, data, c.metric, c.row, *numbers, None if stand_in else c.reproduced, c.why))
     save_text(paths[0], markdown(target, found, stand_in, command))
-    write_atomically(paths[1], table)
+    save_csv(paths[1], (*columns, "error", "reproduced", "why_not"), rows)
     return paths
 
 

@@ -74,7 +74,7 @@ TARGETS = (
     ),
     Target(
         "trm:figure2",
-        "Loss of the first task between two models, and where merges lie",
+        "Loss of a task between the models before and after it, and where merges lie",
         "Analysis",
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
