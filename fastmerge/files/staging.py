@@ -38,7 +38,9 @@ class Lanes:
         """uint8 [count]"""
         if host:
             return torch.empty(count, dtype=torch.uint8, pin_memory=True)
-        return torch.empty(count, dtype=torch.uint8, device=self.device)
+        made = torch.empty(count, dtype=torch.uint8, device=self.device)
+        self.streams[0].wait_stream(torch.cuda.current_stream(self.device))  # ops may still use what was here before
+        return made
 
     def up(self, pairs: Pairs) -> None:
         """Copy to the device; the ops that come wait for it."""
