@@ -13,7 +13,7 @@ from fastmerge.flags import parse
 from fastmerge.plan import read_method
 from fastmerge.reproduce import TARGETS
 from fastmerge.reproduce.compare import Cell, markdown, midranks, outcome, rank_correlation, save
-from fastmerge.reproduce.target import SIZES, Column, Target, published
+from fastmerge.reproduce.target import TRAINING, Column, Target, published
 
 TRAIN = "--model tiny --epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean --dataset folder --tasks 2"
 
@@ -35,7 +35,7 @@ def test_every_row_and_column_is_a_command(name):
     assert target.columns and target.small and set(target.rows_small) <= set(target.rows)
     for column in (*target.columns, *target.small):
         config = parse(column.words)
-        assert config.data.dataset[0] in SIZES
+        assert config.data.dataset[0] in TRAINING
         for spec in (*target.rows.values(), *target.rows_small.values()):
             assert spec == "zero-shot" or read_method(spec, config)
     for column in target.columns:

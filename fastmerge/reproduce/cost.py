@@ -14,7 +14,7 @@ from fastmerge.machine import choose_device
 from fastmerge.methods import METHODS
 from fastmerge.models import load_backbone
 from fastmerge.plan import label_of, read_method, training_changes
-from fastmerge.reproduce.target import SIZES, Column, Target
+from fastmerge.reproduce.target import TRAINING, Column, Target
 from fastmerge.wording import counted
 
 TIMED = 2  # steps
@@ -40,7 +40,7 @@ def costs(columns: Iterable[tuple[Target, Column, Config]]) -> list[Cost]:
     """The cost of every column; a run or a training that an earlier one has counts there."""
     seen, found = set[str](), []
     for target, column, config in columns:
-        train = SIZES[config.data.dataset[0]][0]
+        train = TRAINING[config.data.dataset[0]]
         runs = images = 0
         for seed in config.training.seeds:
             for spec in config.training.method:

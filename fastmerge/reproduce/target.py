@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-SIZES = {  # training and test images of the official copies (docs/DATA.md), to plan without the data
-    "cars": (8144, 8041),
-    "cifar100": (50000, 10000),
-    "cub200": (5994, 5794),
-    "domainnet": (409832, 176743),
-    "imagenet-a": (5981, 1519),
-    "imagenet-r": (24000, 6000),
-    "imagenet1k": (1281167, 50000),
-    "office-home": (12470, 3118),
-    "office31": (3288, 822),
-    "glyphs": (3600, 1800),
-    "glyphs-hard": (3600, 1800),
+TRAINING = {  # training images of the official copies (docs/DATA.md), to plan without the data
+    "cars": 8144,
+    "cifar100": 50000,
+    "cub200": 5994,
+    "domainnet": 409832,
+    "imagenet-a": 5981,
+    "imagenet-r": 24000,
+    "imagenet1k": 1281167,
+    "office-home": 12470,
+    "office31": 3288,
+    "glyphs": 3600,
+    "glyphs-hard": 3600,
 }
 
 
@@ -55,9 +55,8 @@ class Target:
     in `results.METRICS`, or those of `compare.OTHERS`. draw: words of `fastmerge analyse`; {runs} stands for the run
     folder, {results} for the results of the rows, and {flags} for the column's flags. draw_small: the same for --small, if
     it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a file that the user must give. apart:
-    row -> flags of the data that it alone has.
-    rows_small: row -> what runs with --small instead. also: figures that are the same picture. small: columns on the
-    embedded sets.
+    row -> flags of the data that it alone has. small: columns on the embedded sets. rows_small: row -> what runs with
+    --small instead. also: figures that are the same picture.
     """
 
     name: str
