@@ -12,7 +12,7 @@ from fastmerge.commands import reproduce
 from fastmerge.flags import parse
 from fastmerge.plan import read_method
 from fastmerge.reproduce import TARGETS
-from fastmerge.reproduce.compare import Cell, markdown, midranks, outcome, rank_correlation, save
+from fastmerge.reproduce.compare import Cell, index, markdown, midranks, outcome, paired, rank_correlation, save
 from fastmerge.reproduce.target import TRAINING, Column, Target, published
 
 TRAIN = "--model tiny --epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean --dataset folder --tasks 2"
@@ -35,9 +35,13 @@ def test_every_row_and_column_is_a_command(name):
     assert target.columns and target.small and set(target.rows_small) <= set(target.rows)
     for column in (*target.columns, *target.small):
         config = parse(column.words)
-        assert config.data.dataset[0] in TRAINING
+        assert column.dataset == config.data.dataset[0] and (column.inside or column.dataset) in TRAINING
         for spec in (*target.rows.values(), *target.rows_small.values()):
             assert spec == "zero-shot" or read_method(spec, config)
+    if target.ours:
+        assert target.columns == target.small and (not target.against or target.against in target.rows)
+        assert not target.beside or published()[target.beside[0]]
+        return
     for column in target.columns:
         paper = name.partition(":")[0]
         assert parse(column.words).training.preset == paper
@@ -48,7 +52,8 @@ def test_a_folder_has_the_same_flags_in_every_target():
     flags = {}
     for target in TARGETS.values():
         for column in (*target.columns, *target.small):
-            words = [word for word in column.words if word not in ("strict", "full")]  # each protocol has its own runs
+            # each protocol has its own runs
+            words = [word for word in column.words if word not in ("strict", "full", "running")]
             assert flags.setdefault(column.folder, words) == words
 
 
@@ -94,6 +99,38 @@ def test_the_table_marks_what_is_not_reproduced(tmp_path):
     )  # ours 50.5 twice, 90: midranks
     small = markdown(target, [far], {"data": "`glyphs`"}, "c")
     assert "**no**" not in small and "## data (here: `glyphs`)" in small and "| far | 50.5 ± 0.7 | 2 | 80.0 |" in small
+
+
+def test_a_table_of_our_own_by_hand(tmp_path):
+    """A line for every row; differences to `against` are of the same seed."""
+    target = Target("ours:x", "a title", "here", (), (), metrics=("final_accuracy", "kept_mib"), against="average")
+    base = Cell("data", "final_accuracy", "average", (50.0, 60.0), None, None)
+    found = [base, base._replace(row="trm", ours=(51.0, 64.0)), base._replace(row="one", ours=(70.0,))]
+    found += [base._replace(row="lost", ours=(), why="lost needs --x")]
+    found += [cell._replace(metric="kept_mib", ours=cell.ours and (3.25,)) for cell in found]
+    # differences 1 and 4: mean 2.5, deviation 3 / sqrt(2), error 1.5
+    assert paired(target, found)[found[1]] == pytest.approx((2.5, 1.5)) and found[2] not in paired(target, found)
+    text = markdown(target, found, {}, "fastmerge reproduce ours:x")
+    assert "| row | seeds | final accuracy (%) | minus `average` | kept (MiB) | minus `average` |" in text
+    assert "| `trm` | 2 | 57.5 ± 9.2 | +2.50 ± 1.50 | 3.2 | +0.00 |" in text
+    assert "| `lost` | not run |  |  |  |  |" in text and "\nNot run: lost needs --x\n" in text
+    save(target, found, {}, "c", tmp_path)
+    row = next(r for r in csv.DictReader(open(tmp_path / "ours-x.csv")) if r["row"] == "trm")
+    assert (row["data"], row["reproduced"], float(row["difference"]), float(row["error"])) == ("", "", 2.5, 1.5)
+    assert outcome(tmp_path / "ours-x.csv") == "highest final accuracy: data: `one` 70.0"
+    shown = index(tmp_path, [target])
+    assert shown.index("# Tables of our own") < shown.index(
+        "| [`ours:x`](ours-x.md) | a title | highest final accuracy"
+    )
+
+
+def test_real_images_are_found_under_the_data_root(tmp_path):
+    own, rest, targets = _parsed(["ours:frozen", "--small", "--data-root", str(tmp_path)])
+    job = reproduce.Job(own, rest, targets)
+    words = {part.column.name: job.words(part) for part in job.trainings()}
+    assert str(tmp_path / "caltech101") in words["photographs, linear head"] and job.seeds(targets[0]) == [0, 1, 2]
+    assert "--data-root" not in words["characters"]
+    assert not any(target.ours for target in _parsed(["--all"])[2])
 
 
 @pytest.fixture

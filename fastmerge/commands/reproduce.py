@@ -5,6 +5,7 @@
     fastmerge reproduce trm:table1 --small                   # on the embedded data sets, in minutes
     fastmerge reproduce --all --small --processes 2
     fastmerge reproduce trm:table1 --dry-run                 # runs, images, hours and disk
+    fastmerge reproduce ours:protocols                       # a table of docs/RESULTS.md
 
 What is missing is trained; a stopped command continues when it is repeated, and targets share runs. Several commands may
 work in one --runs folder, and `torchrun ... -m fastmerge reproduce` shares every batch. All flags of the trainer that say
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("fastmerge reproduce", description=__doc__, allow_abbrev=False)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("targets", nargs="*", metavar="PAPER:ITEM", help="such as trm:table1 (see --list)")
-    made.add_argument("--all", action="store_true", help="all tables and figures")
+    made.add_argument("--all", action="store_true", help="all tables and figures of the papers")
     made.add_argument("--list", action="store_true", help="print what there is")
     made.add_argument("--small", action="store_true", help="on the embedded data sets")
     made.add_argument("--data-root", help="folder that contains the papers' data sets")
@@ -89,7 +90,7 @@ def chosen(own: argparse.Namespace) -> list[Target]:
             raise UserError(f"unknown target {name!r}.{nearest(name, TARGETS)} fastmerge reproduce --list prints all")
     if own.processes < 1:
         raise UserError(f"--processes {own.processes}: expected at least 1")
-    named = TARGETS if own.all else own.targets
+    named = [name for name in TARGETS if not TARGETS[name].ours] if own.all else own.targets
     found = list({TARGETS[name].name: TARGETS[name] for name in named}.values())
     known = list(dict.fromkeys(row for target in found for row in target.rows))
     for row in own.only or ():
@@ -145,15 +146,23 @@ class Job:
         return made
 
     def seeds(self, target: Target) -> list[int]:
-        return self.own.seeds or list(range(min(SMALL_SEEDS, target.seeds) if self.own.small else target.seeds))
+        fewer = self.own.small and not target.ours
+        return self.own.seeds or list(range(min(SMALL_SEEDS, target.seeds) if fewer else target.seeds))
 
     def folder(self, column: Column) -> Path:
         return self.own.runs / column.folder
 
+    def place(self, column: Column) -> list[str]:
+        """The flag that says where the column's data are."""
+        root = self.own.data_root
+        if not root or column.dataset in EMBEDDED:
+            return []
+        return ["--data-root", str(Path(root) / column.inside) if column.inside else root]
+
     def words(self, part: Part) -> list[str]:
         """The trainer's command line."""
         seeds = map(str, self.seeds(part.target))
-        place = ["--data-root", self.own.data_root] if self.own.data_root and not self.own.small else []
+        place = self.place(part.column)
         words = [*part.column.words, "--method", *part.specs, "--seeds", *seeds, *place, *self.rest]
         return [*words, "--run-dir", str(self.folder(part.column))]
 
@@ -291,9 +300,8 @@ class Job:
                 if part.column.folder in self.why:
                     why |= dict.fromkeys(part.rows, self.why[part.column.folder])
             found += cells(target, column, results, why, list(self.rows(target)))
-            if self.own.small:
-                name = column.words[column.words.index("--dataset") + 1]
-                stand_in[column.name] = f"`{name}`, {EMBEDDED[name]}"
+            if self.own.small and not target.ours:
+                stand_in[column.name] = f"`{column.dataset}`, {EMBEDDED[column.dataset]}"
         self.own.out.mkdir(parents=True, exist_ok=True)
         paths = save(target, found, stand_in, self.command(target), self.own.out) if target.rows else []
         return paths + (self.draw(target) if target.draw else [])
@@ -307,8 +315,7 @@ class Job:
             if column.folder in self.why:
                 continue
             out = self.own.out / target.file / (column.folder if len(columns) > 1 else "")
-            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *self.rest]
-            flags += ["--data-root", self.own.data_root] if self.own.data_root and not self.own.small else []
+            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *self.rest, *self.place(column)]
             words = []
             for word in shlex.split(self.own.small and target.draw_small or target.draw):
                 if word == "{results}":

@@ -1,4 +1,5 @@
-"""Our numbers beside the published ones: difference, standard error, and whether two standard errors cover it."""
+"""Our numbers beside the published ones: difference, standard error, and whether two standard errors cover it. A table of our
+own has a line for every row, and differences to one of them."""
 
 from __future__ import annotations
 
@@ -17,16 +18,26 @@ RUNS = 3  # runs of which a published deviation is (P&M, section 4.1)
 HEADINGS = {
     "final_accuracy": "final accuracy (%)",
     "final_accuracy_macro": "final accuracy, mean over tasks (%)",
+    "aaa": "AAA (%)",
     "aaa_macro": "AAA (%)",
     "forgetting": "forgetting (%)",
     "plasticity": "plasticity (%)",
     "peak_memory_gb": "peak memory (GB)",
     "hours": "hours",
+    "train_seconds": "train (s)",
+    "merge_seconds": "merge (s)",
+    "peak_mib": "peak (MiB)",
+    "kept_mib": "kept (MiB)",
 }
 OTHERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "peak_memory_gb": lambda result: result["peak_memory_bytes"] / 1e9,
     "hours": lambda result: (result["seconds"]["train"] + result["seconds"]["merge"]) / 3600,
+    "train_seconds": lambda result: result["seconds"]["train"],
+    "merge_seconds": lambda result: result["seconds"]["merge"],
+    "peak_mib": lambda result: result["peak_memory_bytes"] / 2**20,
+    "kept_mib": lambda result: result["kept_bytes"][-1] / 2**20,
 }
+WHOLE = ("train_seconds", "merge_seconds", "peak_mib")  # digits after the point would be noise
 
 
 class Cell(NamedTuple):
@@ -80,12 +91,12 @@ def cells(
     rows: Sequence[str],
 ) -> list[Cell]:
     """The cells of one column. found: row -> results of its seeds. why: row -> why it has none."""
-    paper = published().get(target.name, {})
-    made = []
+    item, place = target.beside or (target.name, column.name)
+    paper, made = published().get(item, {}), []
     for metric in target.metrics:
         for row in rows:
             ours = [value(result, metric) for result in found.get(row, ()) if metric in METRICS or "seconds" in result]
-            number, deviation = paper.get((row, column.name, metric), (None, None))
+            number, deviation = paper.get((row, place, metric), (None, None))
             kept = tuple(x for x in ours if x is not None)
             made.append(Cell(column.name, metric, row, kept, number, deviation, why.get(row, "")))
     return made
@@ -106,9 +117,25 @@ def midranks(values: Sequence[float]) -> list[float]:
     return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
 
 
+def paired(target: Target, found: Sequence[Cell]) -> dict[Cell, tuple[float, float | None]]:
+    """cell -> its difference to the row `against`, and the standard error of it over paired seeds (None with one seed)."""
+    reference = {(c.column, c.metric): c for c in found if c.row == target.against}
+    made = dict[Cell, tuple[float, float | None]]()
+    for cell in found:
+        other = reference.get((cell.column, cell.metric))
+        if other is None or other is cell or not cell.ours or len(cell.ours) != len(other.ours):
+            continue
+        each = [mine - its for mine, its in zip(cell.ours, other.ours, strict=True)]
+        error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+        made[cell] = statistics.fmean(each), error
+    return made
+
+
 def markdown(target: Target, found: Sequence[Cell], stand_in: dict[str, str], command: str) -> str:
     """The table. stand_in: column -> the embedded set that was run in its place. command: what made it."""
     lines = [f"# {target.name}: {target.title}", "", f"```bash\n{command}\n```", ""]
+    if target.ours and not target.beside:
+        return "\n".join(lines + wide(target, found))
     if stand_in:
         lines += [
             "On embedded data sets, so ours and the paper's numbers differ by what the data are; their order may agree.",
@@ -123,6 +150,33 @@ def markdown(target: Target, found: Sequence[Cell], stand_in: dict[str, str], co
             if rho is not None:
                 lines += [f"Order of the rows: Spearman's rho between ours and the paper's is {rho:.2f}.", ""]
     return "\n".join(lines)
+
+
+def wide(target: Target, found: Sequence[Cell]) -> list[str]:
+    """A line for every row: the mean of its seeds and their sample deviation."""
+    differences, lines = paired(target, found), []
+    if target.against:
+        lines += [f"Differences to `{target.against}` are of the same seed, with the standard error of their mean.", ""]
+    for column in dict.fromkeys(cell.column for cell in found):
+        its = [cell for cell in found if cell.column == column]
+        titles = ["row", "seeds"]
+        for metric in target.metrics:
+            titles += [HEADINGS[metric], f"minus `{target.against}`"] if target.against else [HEADINGS[metric]]
+        lines += [f"## {column}", "", f"| {' | '.join(titles)} |", f"|---|{'--:|' * (len(titles) - 1)}"]
+        for row in dict.fromkeys(cell.row for cell in its):
+            own = {cell.metric: cell for cell in its if cell.row == row}
+            seeds = max(len(cell.ours) for cell in own.values())
+            words = [f"`{row}`", str(seeds or "not run")]
+            for metric in target.metrics:
+                digits, spread = (0, None) if metric in WHOLE else (1, own[metric].spread)
+                words.append(plus_minus(own[metric].mean, None if metric == "kept_mib" else spread, digits))
+                if target.against:
+                    apart, error = differences.get(own[metric], (None, None))
+                    words.append(plus_minus(apart, error, 2, "+"))
+            lines.append(f"| {' | '.join(words)} |")
+        reasons = dict.fromkeys(cell.why for cell in its if cell.why and cell.mean is None)
+        lines += [*(f"\nNot run: {why}" for why in reasons), ""]
+    return lines
 
 
 def block(its: Sequence[Cell], small: bool) -> list[str]:
@@ -150,12 +204,15 @@ def plus_minus(mean: float | None, spread: float | None, digits: int, sign: str 
 def save(target: Target, found: Sequence[Cell], stand_in: dict[str, str], command: str, out: Path) -> list[Path]:
     """Write NAME.md and NAME.csv into `out`; returns their paths."""
     paths = [out / f"{target.file}.md", out / f"{target.file}.csv"]
+    differences = paired(target, found)
     columns = ("column", "data", "metric", "row", "ours", "spread", "seeds", "paper", "paper_spread", "difference")
     rows = []
     for c in found:
-        data = stand_in.get(c.column, "the paper's")
-        numbers = (c.mean, c.spread, len(c.ours), c.paper, c.deviation, c.difference, c.error)
-        rows.append((c.column, data, c.metric, c.row, *numbers, None if stand_in else c.reproduced, c.why))
+        data = stand_in.get(c.column, "" if target.ours else "the paper's")
+        apart = differences.get(c, (c.difference, c.error))
+        numbers = (c.mean, c.spread, len(c.ours), c.paper, c.deviation, *apart)
+        judged = None if stand_in or target.ours else c.reproduced
+        rows.append((c.column, data, c.metric, c.row, *numbers, judged, c.why))
     save_text(paths[0], markdown(target, found, stand_in, command))
     save_csv(paths[1], (*columns, "error", "reproduced", "why_not"), rows)
     return paths
@@ -164,7 +221,14 @@ def save(target: Target, found: Sequence[Cell], stand_in: dict[str, str], comman
 def index(out: Path, targets: Sequence[Target]) -> str:
     """One line for every table and figure of `targets` that `out` has: how many numbers are reproduced, or how well the
     order of the rows agrees on embedded data, and its pictures."""
-    lines = ["# Tables and figures of the papers", "", "| item | what | outcome |", "|---|---|---|"]
+    papers, own = ([t for t in targets if t.ours == ours] for ours in (False, True))
+    lines = ["# Tables and figures of the papers", "", *listed(out, papers)]
+    more = listed(out, own)
+    return "\n".join(lines + (["", "# Tables of our own", "", *more] if len(more) > 2 else [])) + "\n"
+
+
+def listed(out: Path, targets: Sequence[Target]) -> list[str]:
+    lines = ["| item | what | outcome |", "|---|---|---|"]
     for target in targets:
         table, folder = out / f"{target.file}.csv", out / target.file
         pictures = sorted(folder.rglob("*.png")) if folder.is_dir() else []
@@ -174,7 +238,7 @@ def index(out: Path, targets: Sequence[Target]) -> str:
         shown = [f"[{path.stem}]({path.relative_to(out).as_posix()})" for path in pictures]
         said = [outcome(table)] if table.exists() and not target.draw else []
         lines.append(f"| {name} | {target.title} | {'; '.join(filter(None, said + shown))} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def outcome(table: Path) -> str:
@@ -190,4 +254,11 @@ def outcome(table: Path) -> str:
         cell = Cell(row["column"], row["metric"], row["row"], ours, float(row["paper"]) if row["paper"] else None, None)
         columns.setdefault((row["column"], row["metric"]), []).append(cell)
     found = [f"{rho:.2f}" for rho in map(rank_correlation, columns.values()) if rho is not None]
-    return f"order of the rows: Spearman's rho {', '.join(found)}" if found else "nothing to compare"
+    if found:
+        return f"order of the rows: Spearman's rho {', '.join(found)}"
+    leads = dict[str, tuple[float, str]]()
+    for row in rows:
+        if row["metric"] == "final_accuracy" and row["ours"]:
+            leads[row["column"]] = max(leads.get(row["column"], (0.0, "")), (float(row["ours"]), row["row"]))
+    said = ", ".join(f"{column}: `{name}` {best:.1f}" for column, (best, name) in leads.items())
+    return f"highest final accuracy: {said}" if said else "nothing to compare"

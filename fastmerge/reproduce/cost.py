@@ -40,7 +40,7 @@ def costs(columns: Iterable[tuple[Target, Column, Config]]) -> list[Cost]:
     """The cost of every column; a run or a training that an earlier one has counts there."""
     seen, found = set[str](), []
     for target, column, config in columns:
-        train = TRAINING[config.data.dataset[0]]
+        train = TRAINING[column.inside or column.dataset]
         runs = images = 0
         for seed in config.training.seeds:
             for spec in config.training.method:

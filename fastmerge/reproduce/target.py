@@ -1,4 +1,4 @@
-"""What a table or figure of a paper runs: columns (a data set each), rows (a method each), and what draws it."""
+"""What a table or figure runs: columns (a data set each), rows (a method each), and what draws it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ TRAINING = {  # training images of the official copies (docs/DATA.md), to plan w
     "office31": 3288,
     "glyphs": 3600,
     "glyphs-hard": 3600,
+    "caltech101": 2959,  # reproduce/ours.py says which
+    "emoji-styles": 1000,
 }
 
 
@@ -28,16 +30,22 @@ class Column:
     """One run folder: a data set and its tasks.
 
     name: as in `published.csv`; of a small column, what the embedded set stands for. flags: of the trainer. folder: under
-    the folder of all runs; columns with the same folder have the same flags, so targets share runs.
+    the folder of all runs; columns with the same folder have the same flags, so targets share runs. inside: the data set's
+    folder under --data-root, if the trainer does not find it there by name.
     """
 
     name: str
     flags: str
     folder: str
+    inside: str = ""
 
     @property
     def words(self) -> list[str]:
         return shlex.split(self.flags)
+
+    @property
+    def dataset(self) -> str:
+        return self.words[self.words.index("--dataset") + 1]
 
 
 def of_paper(paper: str, protocol: str, name: str, dataset: str, more: str) -> Column:
@@ -56,7 +64,8 @@ class Target:
     folder, {results} for the results of the rows, and {flags} for the column's flags. draw_small: the same for --small, if
     it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a file that the user must give. apart:
     row -> flags of the data that it alone has. small: columns on the embedded sets. rows_small: row -> what runs with
-    --small instead. also: figures that are the same picture.
+    --small instead. also: figures that are the same picture. against: the row to which others are compared where no paper
+    has numbers. beside: item and column of the published numbers, if they are not those of this name.
     """
 
     name: str
@@ -73,6 +82,13 @@ class Target:
     apart: dict[str, str] = field(default_factory=dict)
     rows_small: dict[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    against: str = ""
+    beside: tuple[str, str] | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a table of our own; it has the same columns with and without --small."""
+        return self.name.startswith("ours:")
 
     @property
     def file(self) -> str:
