@@ -106,7 +106,7 @@ TARGETS = (
             emoji("emoji in three styles, domain-incremental"),
             photographs("photographs, linear head"),
         ),
-        (*ENDS, "trm", "cmm", "pam", *FROZEN, "average", "magmax"),
+        (*ENDS, "trm", "cmm", "pam", "became", *FROZEN, "average", "magmax"),
         metrics=(*QUALITY, *COST),
     ),
     own(
