@@ -60,9 +60,11 @@ class Ranks:
         """Rank 0 does what is inside first, then the others do (they find its downloads and caches)."""
         if self.rank:
             self.wait()
-        yield
-        if not self.rank:
-            self.wait()
+        try:
+            yield
+        finally:  # after an error too, so that the others find it themselves
+            if not self.rank:
+                self.wait()
 
 
 class TorchRanks(Ranks):

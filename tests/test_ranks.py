@@ -17,6 +17,7 @@ from image_trees import image_folder
 from test_methods import CASES, FLAGS, build, one_task
 
 from fastmerge.checkpoint import load_tensors
+from fastmerge.errors import UserError
 from fastmerge.evaluate import accuracies, zero_shot
 from fastmerge.merging import RULES
 from fastmerge.methods import METHODS
@@ -83,6 +84,19 @@ class Member(Ranks):
 
     def agree(self, number):
         return self._exchange(number)[0]
+
+
+def test_what_fails_in_the_first_process_is_tried_in_the_others():
+    """All find out that data is missing; nobody waits for one that has left."""
+    found = []
+
+    def work(ranks):
+        with pytest.raises(UserError), ranks.first():
+            found.append(ranks.rank)
+            raise UserError("no data")
+
+    Threads(2).run(work)
+    assert found == [0, 1]
 
 
 @pytest.mark.parametrize("size", [2, 9])  # with 9, some of a batch of 8 images get none
