@@ -81,7 +81,7 @@ def of_rank() -> str:
 def leave() -> None:
     """Leave the other processes of the command, if there are any."""
     if "fastmerge.ranks" in sys.modules:
-        sys.modules["fastmerge.ranks"].end()
+        sys.modules["fastmerge.ranks"].leave()
 
 
 def split_word(argv: Sequence[str]) -> tuple[str, list[str]]:

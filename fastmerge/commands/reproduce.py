@@ -238,7 +238,8 @@ class Job:
 
     def train(self) -> int:
         """Run the trainer on every column; returns the code of a stopped one, else 0. What is not trained is noted."""
-        from fastmerge.__main__ import leave, run
+        from fastmerge.__main__ import run
+        from fastmerge.ranks import end
 
         for folder in self.busy:
             del self.why[folder]  # it may be free now
@@ -248,13 +249,14 @@ class Job:
         for part in todo[first:] + todo[:first]:
             if part.column.folder in self.why:
                 continue
-            print(f"{part.target.name} · {part.column.name}", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{part.target.name} · {part.column.name}", flush=True)
             try:
                 code = run(self.config(part))
             except Exception as error:
                 if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, Unprepared):
                     raise  # the other processes of torchrun may be elsewhere
-                leave()
+                end()
                 command = shlex.join(["python", "-m", "fastmerge", *self.words(part)])
                 self.why[part.column.folder] = self.failed(error, "run", command, self.config(part))
                 if isinstance(error, Busy):
