@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.commands import COMMANDS
-from fastmerge.errors import UserError, first_line, nearest
+from fastmerge.errors import Busy, UserError, first_line, nearest
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -81,7 +81,7 @@ def of_rank() -> str:
 def leave() -> None:
     """Leave the other processes of the command, if there are any."""
     if "fastmerge.ranks" in sys.modules:
-        sys.modules["fastmerge.ranks"].end()
+        sys.modules["fastmerge.ranks"].leave()
 
 
 def split_word(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -335,9 +335,7 @@ def run(config: Any) -> int:
             if alone:
                 trajectory.delete()
         if busy and not finished(folder.path):
-            raise UserError(
-                f"--run-dir {folder.path}: other processes work on all of these runs: {', '.join(busy)}; wait"
-            )
+            raise Busy(f"--run-dir {folder.path}: other processes work on all of these runs: {', '.join(busy)}; wait")
         every, table, lines = write()
         draw(folder.path / "plots", every, starting)
         save_text(folder.path / "report.html", page(folder.path, every, starting, table, lines))

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
     """The message names the problem, what was expected, and what to do."""
+
+
+class Unprepared(UserError):
+    """Data or weights of a command are missing, or do not fit its settings; nothing was trained."""
+
+
+class Busy(UserError):
+    """Other processes work on all that the command should do."""
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[None]:
+    """A UserError inside becomes an `Unprepared`."""
+    try:
+        yield
+    except UserError as error:
+        raise Unprepared(str(error)) from None
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

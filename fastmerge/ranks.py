@@ -52,17 +52,16 @@ class Ranks:
     def check_same(self, tensor: Tensor) -> None:
         """Raise RuntimeError unless `tensor` (fp32) has the same bits in all processes."""
 
-    def close(self) -> None:
-        """Leave the group."""
-
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Rank 0 does what is inside first, then the others do (they find its downloads and caches)."""
         if self.rank:
             self.wait()
-        yield
-        if not self.rank:
-            self.wait()
+        try:
+            yield
+        finally:  # after an error too, so that the others find it themselves
+            if not self.rank:
+                self.wait()
 
 
 class TorchRanks(Ranks):
@@ -120,6 +119,7 @@ class TorchRanks(Ranks):
 
 
 _ranks = Ranks()
+_joined: TorchRanks | None = None  # kept from run to run: a second meeting would find the addresses of the first
 
 
 def ranks() -> Ranks:
@@ -129,14 +129,22 @@ def ranks() -> Ranks:
 
 def begin(device: torch.device) -> Ranks:
     """Join the other processes if torchrun started this one. device: where the tensors are."""
-    global _ranks
+    global _ranks, _joined
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _ranks = TorchRanks(device)
+        _ranks = _joined = _joined or TorchRanks(device)
     return _ranks
 
 
 def end() -> None:
-    """Leave the other processes."""
+    """Go on alone, until the next `begin`."""
     global _ranks
-    _ranks.close()
     _ranks = Ranks()
+
+
+def leave() -> None:
+    """Leave the other processes for good."""
+    global _joined
+    end()
+    if _joined is not None:
+        _joined.close()
+    _joined = None

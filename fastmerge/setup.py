@@ -16,7 +16,7 @@ from fastmerge.data.cache import ImageCache
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.joined import load_datasets
 from fastmerge.data.scenario import Scenario, build_scenario
-from fastmerge.errors import UserError
+from fastmerge.errors import UserError, preparing
 from fastmerge.flags import DEFAULT_TASKS, settled
 from fastmerge.machine import choose_device
 from fastmerge.methods import METHODS
@@ -87,9 +87,10 @@ class Setup:
     config with the defaults that depend on the data, fewer_tasks: whether the classes are too few for the default number
     of tasks, retained: the data of `--retain` (or None), earlier: the run that this one continues (or None).
 
-    progress(done, prompts) is called while a text head is computed. Raises UserError if something is missing.
+    progress(done, prompts) is called while a text head is computed. Raises Unprepared if something is missing.
     """
 
+    @preparing()
     def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None):
         # a user of this program cannot act on the warnings of libraries
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")

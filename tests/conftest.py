@@ -82,6 +82,8 @@ LONG = {
     "test_readme.py",
     "test_recompute.py",
     "test_registration.py",
+    "test_reproduce.py::test_a_column_that_fails",
+    "test_reproduce.py::test_a_column_that_fails_in_another_process",
     "test_reproduce.py::test_a_figure_is_drawn_once",
     "test_reproduce.py::test_a_table_from_end_to_end",
     "test_reproduce.py::test_a_process_of_several_trains_and_writes_no_table",

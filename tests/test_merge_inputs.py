@@ -22,6 +22,7 @@ from fastmerge.errors import UserError
 from fastmerge.files.hashes import Hashes, likely_files
 from fastmerge.files.rules import FILE_RULES
 from fastmerge.files.settings import places
+from fastmerge.files.stamp import stamp_of
 
 BASE = model(0)
 A, B = model(1, like=BASE), model(2, like=BASE)
@@ -288,10 +289,10 @@ def test_hashes_begin_with_a_guess(tmp_path, monkeypatch):
     assert names[:2] == [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)] and names[-1] == "config.json"
     assert names[2:4] == [f"pytorch_model-0000{k}-of-00002.bin" for k in (1, 2)] and len(names) == 5
     index = hf / "model.safetensors.index.json"
-    found = Hashes(guessed).wait([guessed[0], index])
+    found = Hashes(guessed).wait({path: stamp_of(path) for path in (guessed[0], index)})
     assert found == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (guessed[0], index)}
-    with pytest.raises(UserError, match="changed or went away while it was merged"):
-        Hashes(guessed).wait([tmp_path / "none"])
+    with pytest.raises(UserError, match="none: cannot be read any more"):
+        Hashes(guessed).wait({tmp_path / "none": stamp_of(index)})
 
 
 KILLED = """

@@ -1,6 +1,7 @@
 """Several processes that share every batch end where one process ends, and all with the same bits."""
 
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from image_trees import image_folder
 from test_methods import CASES, FLAGS, build, one_task
 
 from fastmerge.checkpoint import load_tensors
+from fastmerge.errors import UserError
 from fastmerge.evaluate import accuracies, zero_shot
 from fastmerge.merging import RULES
 from fastmerge.methods import METHODS
@@ -83,6 +85,19 @@ class Member(Ranks):
 
     def agree(self, number):
         return self._exchange(number)[0]
+
+
+def test_what_fails_in_the_first_process_is_tried_in_the_others():
+    """All find out that data is missing; nobody waits for one that has left."""
+    found = []
+
+    def work(ranks):
+        with pytest.raises(UserError), ranks.first():
+            found.append(ranks.rank)
+            raise UserError("no data")
+
+    Threads(2).run(work)
+    assert found == [0, 1]
 
 
 @pytest.mark.parametrize("size", [2, 9])  # with 9, some of a batch of 8 images get none
@@ -229,6 +244,30 @@ def test_torchrun(methods, data, tmp_path):
         lines = [(tmp_path / r / name / "metrics.jsonl").read_text().count("\n") for r in ("one", "two")]
         assert lines[0] == lines[1] >= 2
     assert not apart, "\n".join(apart)
+
+
+def test_a_sweep_of_two_processes(data, tmp_path):
+    """Its two stages are runs of one command, in which the processes meet once. Rank 0 alone writes and prints."""
+    flags = [
+        *QUICK,
+        "--data-root",
+        data,
+        "--method",
+        "finetune",
+        "--sweep",
+        "lr=1e-4,1e-3",
+        "--run-dir",
+        tmp_path / "run",
+    ]
+    process = torchrun(2, *flags)
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    assert text.count("held-out acc") == 1 and "Traceback" not in text
+    chosen = [row["chosen"] for row in csv.DictReader((tmp_path / "run" / "sweep.csv").open())]
+    assert sorted(chosen) == ["", "best"]
+    names = sorted(str(path.relative_to(tmp_path).parent) for path in tmp_path.rglob("result.json"))
+    best = f"finetune(lr={['1e-4', '1e-3'][chosen.index('best')]})-seed0"
+    assert names == [f"run/{best}", *(f"run/validation/finetune(lr={lr})-seed0" for lr in ("1e-3", "1e-4"))]
 
 
 @pytest.mark.slow

@@ -3,13 +3,16 @@
 import csv
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from image_trees import image_folder
 
 from fastmerge.__main__ import main
 from fastmerge.commands import reproduce
+from fastmerge.errors import Busy, UserError
 from fastmerge.flags import parse
+from fastmerge.methods import METHODS
 from fastmerge.plan import read_method
 from fastmerge.reproduce import TARGETS
 from fastmerge.reproduce.compare import Cell, index, markdown, midranks, outcome, paired, rank_correlation, save
@@ -246,6 +249,65 @@ def test_the_list_and_the_plan(capsys):
     assert "pam:table7 · CIFAR-100, 10 tasks: 1 run" in text and "in all 3 runs" in text
 
 
+@pytest.fixture
+def broken(table, monkeypatch, tmp_path):
+    """The words of a command whose first column of two fails in its second row, with the error that `raised` holds."""
+    raised, begin = [ZeroDivisionError("in a step\nand more")], METHODS["average"].begin
+
+    def fails(self, task):
+        if "broken" in self.learner.config.run.run_dir:
+            raise raised[0]
+        return begin(self, task)
+
+    monkeypatch.setattr(METHODS["average"], "begin", fails)
+    monkeypatch.chdir(tmp_path)
+    columns = (Column("broken", TRAIN, "broken"), table.columns[0])
+    rows = {"Ours": "finetune", "Merged": "average"}
+    monkeypatch.setitem(TARGETS, "trm:table1", dataclasses.replace(table, columns=columns, rows=rows, needs={}))
+    data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
+    words = ["reproduce", "trm:table1", "--data-root", str(data), "--seeds", "0", "--runs", "runs", "--out", "out"]
+    return [*words, "--protocol", "strict"], raised
+
+
+def why_not():
+    return {(r["column"], r["row"]): (r["seeds"], r["why_not"]) for r in csv.DictReader(open("out/trm-table1.csv"))}
+
+
+def test_a_column_that_fails(broken, capsys):
+    words, raised = broken
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "not run: ZeroDivisionError: in a step\nby itself: python -m fastmerge" in error and "Traceback" in error
+    good = {("broken", "Ours"): ("1", ""), ("here", "Ours"): ("1", ""), ("here", "Merged"): ("1", "")}
+    assert why_not() == good | {("broken", "Merged"): ("0", "ZeroDivisionError: in a step")}
+    assert "| Merged | not run |" in open("out/trm-table1.md").read()
+    assert "Not run: ZeroDivisionError: in a step\n" in open("out/trm-table1.md").read()
+
+    raised[0] = UserError("loss became nan")
+    assert main(words) == 2
+    assert why_not() == good | {("broken", "Merged"): ("0", "loss became nan")}
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_column_that_fails_in_another_process(broken, capsys, monkeypatch):
+    words, raised = broken
+    with monkeypatch.context() as inside:
+        inside.setenv("FASTMERGE_REPRODUCE_WORKER", "1")
+        assert main([*words, "--processes", "2"]) == 1  # what that process does
+    assert len(list(Path("runs").rglob("result.json"))) == 3 and not Path("out").exists()
+    raised[0] = Busy("the other process works on it")  # when this one comes there first
+
+    class Other:
+        def wait(self):
+            raised[0] = ZeroDivisionError("in a step")
+            return -9
+
+    monkeypatch.setattr(reproduce.Job, "start_others", lambda self: [Other()])
+    assert main([*words, "--processes", "2"]) == 137
+    assert "process 2 of 2 ended with code -9" in capsys.readouterr().err
+    assert why_not()["broken", "Merged"] == ("0", "ZeroDivisionError: in a step")
+
+
 @pytest.mark.slow
 def test_two_processes_make_a_small_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -274,7 +336,8 @@ def test_a_figure_is_drawn_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TARGETS, "trm:figure2", nowhere)
     capsys.readouterr()
     assert main([*command, "--data-root", str(tmp_path / "none")]) == 0
-    assert "not drawn; with the data: python -m fastmerge analyse interpolate" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not drawn: data set 'folder'" in error and "with the data: python -m fastmerge analyse interpolate" in error
 
 
 def test_a_stopped_command_stops_its_other_processes(table, tmp_path, monkeypatch):

@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 FINISHED = ("bars", "accuracy", "sweep")  # they read finished runs, and train nothing
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one analysis; returns the exit code (2: bad input)."""
+def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, default=Path("figures"), help="folder for the CSV, PNG and PDF (figures)")
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog="fastmerge analyse",
         description=analysis.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    kinds = parser.add_subparsers(dest="what", required=True)
+    kinds = made.add_subparsers(dest="what", required=True)
 
     def kind(name: str, text: str) -> argparse.ArgumentParser:
         more = None if name in FINISHED else "All settings of the trainer apply too: python -m fastmerge --help-all."
@@ -64,10 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--x", required=True, metavar="SETTING", help="the setting, such as trm.replace_ratio or lr")
     one.add_argument("--lines", metavar="SETTING", help="a second setting: one line for each of its values")
     one.add_argument("--metric", default="final_accuracy", help="such as aaa or forgetting (final_accuracy)")
-    words = sys.argv[1:] if argv is None else argv
-    own, rest = parser.parse_known_args(words)
+    return made
+
+
+def analyse(words: Sequence[str]) -> list[Path]:
+    """Run the analysis of a command line; returns the paths that it wrote.
+
+    Raises:
+        UserError: see `fastmerge analyse`; `Unprepared` if data or weights are missing.
+    """
+    own, rest = parser().parse_known_args(words)
+    return run(own, rest, shlex.join(["python", "-m", "fastmerge", "analyse", *words]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one analysis; returns the exit code (2: bad input)."""
     try:
-        paths = run(own, rest, shlex.join(["python", "-m", "fastmerge", "analyse", *words]))
+        paths = analyse(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

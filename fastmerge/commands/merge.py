@@ -93,6 +93,7 @@ def run(given: Any, argv: Sequence[str], hashes: Hashes | None) -> int:
     chosen = None
     if given.sweep is not None:
         options, chosen = best(options, plan, given, memory, shlex.join(["fastmerge", "merge", *argv]))
+        plan.check_unchanged()
         if not given.dry_run:
             plan = make_plan(options)
     if given.dry_run:

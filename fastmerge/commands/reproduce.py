@@ -10,7 +10,7 @@
 What is missing is trained; a stopped command continues when it is repeated, and targets share runs. Several commands may
 work in one --runs folder, and `torchrun ... -m fastmerge reproduce` shares every batch. All flags of the trainer that say
 how to run apply too (--device, --precision, --micro-batch, ...). Without its data a column is not run, and the command that
-would run it is printed.
+would run it is printed. A column that fails does not stop the others; the table says why, and the exit code is not 0.
 
 A difference is called reproduced if it is within two standard errors: of the mean of our seeds and of the published number,
 which counts as one run with our deviation where the paper gives none.
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmerge.errors import UserError, nearest
+from fastmerge.errors import Busy, Unprepared, UserError, first_line, nearest
 from fastmerge.reproduce import TARGETS
 from fastmerge.reproduce.target import Column, Target
 from fastmerge.wording import counted
@@ -39,7 +39,8 @@ EMBEDDED = {"glyphs": "characters", "glyphs-hard": "harder characters"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `fastmerge reproduce`; returns the exit code: 0 even where a data set is missing, 2 for bad input.
+    """Run `fastmerge reproduce`; returns the exit code: 0 even where a data set is missing, 2 for bad input, 1 or 2 where
+    a column failed.
 
     Raises:
         UserError: an unknown target, row or flag.
@@ -117,7 +118,9 @@ class Job:
 
     def __init__(self, own: argparse.Namespace, rest: list[str], targets: list[Target]):
         self.own, self.rest, self.targets = own, rest, targets
-        self.why: dict[str, str] = {}  # folder -> why it cannot be trained
+        self.why: dict[str, str] = {}  # folder -> why it is not trained
+        self.busy: set[str] = set()  # those of them that other processes train
+        self.code = 0  # of what failed
         for part in self.trainings():
             self.config(part)  # a wrong flag of the trainer is told first
 
@@ -190,14 +193,16 @@ class Job:
         try:
             code = self.train()
         finally:
-            for other in others:
+            for number, other in enumerate(others, 2):
                 if code:  # this process was stopped; the runs are saved
                     other.terminate()
-                other.wait()
+                if (its := other.wait()) and not code:
+                    print(f"process {number} of {self.own.processes} ended with code {its}", file=sys.stderr)
+                    self.code = self.code or (its if its > 0 else 128 - its)  # as a shell says it of a signal
         if others and not code:
             code = self.train()  # what another process had claimed is finished now
         if code or self.worker is not None or os.environ.get("RANK", "0") != "0":
-            return code
+            return code or self.code
         for target in self.targets:
             if target.rows and not self.rows(target):
                 continue  # --only names no row of it; what it wrote before stays
@@ -205,7 +210,7 @@ class Job:
                 print(path)
         save_text(self.own.out / "index.md", index(self.own.out, list(dict.fromkeys(TARGETS.values()))))
         print(self.own.out / "index.md")
-        return 0
+        return self.code
 
     @property
     def worker(self) -> int | None:
@@ -241,25 +246,48 @@ class Job:
         return [sys.executable, "-m", "fastmerge", "reproduce", *names, *words, "--quiet", *self.rest]
 
     def train(self) -> int:
-        """Run the trainer on every column; returns the code of a stopped one, else 0. What cannot be trained is noted."""
+        """Run the trainer on every column; returns the code of a stopped one, else 0. What is not trained is noted."""
         from fastmerge.__main__ import run
+        from fastmerge.ranks import end
 
+        for folder in self.busy:
+            del self.why[folder]  # it may be free now
+        self.busy.clear()
         todo = list(self.trainings())
         first = (self.worker or 0) * len(todo) // self.own.processes  # processes begin at different places
         for part in todo[first:] + todo[:first]:
             if part.column.folder in self.why:
                 continue
-            print(f"{part.target.name} · {part.column.name}", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{part.target.name} · {part.column.name}", flush=True)
             try:
                 code = run(self.config(part))
-            except UserError as error:
-                self.why[part.column.folder] = str(error)
+            except Exception as error:
+                if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, Unprepared):
+                    raise  # the other processes of torchrun may be elsewhere
+                end()
                 command = shlex.join(["python", "-m", "fastmerge", *self.words(part)])
-                print(f"not run: {error}\nwith the data: {command}", file=sys.stderr)
+                self.why[part.column.folder] = self.failed(error, "run", command, self.config(part))
+                if isinstance(error, Busy):
+                    self.busy.add(part.column.folder)
                 continue
             if code:
                 return code
         return 0
+
+    def failed(self, error: Exception, what: str, command: str, config: Any = None) -> str:
+        """Say that a column was not run or drawn; returns why, in words. Missing data and a busy folder are no failures."""
+        from fastmerge.__main__ import unexpected
+
+        if not isinstance(error, UserError):
+            self.code = self.code or unexpected(error, config)
+            why = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            self.code = self.code or (0 if isinstance(error, Unprepared | Busy) else 2)
+            why = str(error)
+        by_itself = "with the data" if isinstance(error, Unprepared) else "by itself"
+        print(f"not {what}: {why}\n{by_itself}: {command}", file=sys.stderr)
+        return why
 
     def results(self, part: Part) -> dict[str, dict[str, dict[str, Any]]]:
         """row -> seed -> result; the untrained model has seed 0."""
@@ -298,7 +326,10 @@ class Job:
             for part in self.parts(target, column):
                 results |= {row: list(seeds.values()) for row, seeds in self.results(part).items()}
                 if part.column.folder in self.why:
-                    why |= dict.fromkeys(part.rows, self.why[part.column.folder])
+                    seeds = len(self.seeds(target))
+                    wanted = {row: 1 if spec == UNTRAINED else seeds for row, spec in part.rows.items()}
+                    short = [row for row, count in wanted.items() if len(results.get(row, ())) < count]
+                    why |= dict.fromkeys(short, self.why[part.column.folder])
             found += cells(target, column, results, why, list(self.rows(target)))
             if self.own.small and not target.ours:
                 stand_in[column.name] = f"`{column.dataset}`, {EMBEDDED[column.dataset]}"
@@ -308,7 +339,7 @@ class Job:
 
     def draw(self, target: Target) -> list[Path]:
         """Draw the figure of every column; returns the folders. One that this command has drawn before is kept."""
-        from fastmerge.analysis.__main__ import main as analyse
+        from fastmerge.analysis.__main__ import analyse
 
         paths, columns = [], self.columns(target)
         for column in columns:
@@ -325,11 +356,14 @@ class Job:
             words += ["--out", str(out)]
             if "{flags}" in target.draw and drawn(out, words):
                 paths.append(out)
-            elif analyse(words) == 0:
+                continue
+            try:
+                for path in analyse(words):
+                    print(path)
                 paths.append(out)
-            else:
-                command = shlex.join(["python", "-m", "fastmerge", "analyse", *words])
-                print(f"{target.name} · {column.name}: not drawn; with the data: {command}", file=sys.stderr)
+            except Exception as error:
+                print(f"{target.name} · {column.name}", file=sys.stderr)
+                self.failed(error, "drawn", shlex.join(["python", "-m", "fastmerge", "analyse", *words]))
         return paths
 
     def save_results(self, target: Target, column: Column, out: Path) -> Path:

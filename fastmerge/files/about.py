@@ -68,7 +68,7 @@ def merged_about(
         return None, why
     if not single:
         return None, "it has several files; leave --shard away"
-    if missing := sorted(read_header(models[0].files[0])[0].keys() - set(names)):
+    if missing := sorted(read_header(next(iter(models[0].files)))[0].keys() - set(names)):
         return None, f"it has no {missing[0]}, which {models[0].label} has"
     candidates = sorted({c for recipe in recipes for c in recipe["candidates"]})
     about = max(recipes, key=lambda recipe: len(recipe["candidates"]))

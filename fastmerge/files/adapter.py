@@ -18,6 +18,7 @@ from torch import Tensor
 from fastmerge.errors import UserError
 from fastmerge.files.headers import Entry
 from fastmerge.files.inputs import ADAPTER, Input, shown
+from fastmerge.files.stamp import stamp_of
 
 PREFIX = "base_model.model."
 
@@ -48,6 +49,7 @@ def open_adapter(path: Path) -> Adapter:
     from fastmerge.files.inputs import _open_file
 
     try:
+        stamp = stamp_of(path / ADAPTER)
         config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -79,7 +81,8 @@ def open_adapter(path: Path) -> Adapter:
         rank, scale = both["A"].shape[0], _alpha(config, module)
         scale = scale / rank**0.5 if config.get("use_rslora") else scale / rank
         pairs[f"{module}.weight"] = (both["A"], both["B"], scale, bool(config.get("fan_in_fan_out")))
-    return Adapter(str(path), [path / ADAPTER, *files], whole, folder=path, notes=found.notes, pairs=pairs)
+    opened = {path / ADAPTER: stamp} | found.files
+    return Adapter(str(path), opened, whole, found.metadata, folder=path, notes=found.notes, pairs=pairs)
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

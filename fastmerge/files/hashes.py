@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import UserError
+from fastmerge.files.stamp import Stamp, check_stamp, gone, stamp_of
 
 BLOCK = 1 << 24  # bytes at a time: a thread waits for the interpreter after each
 MOST = 4  # threads
@@ -26,35 +26,46 @@ class Hashes:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(max(1, min(MOST, cores - 1)), thread_name_prefix="sha256")
         self.stopped = threading.Event()
-        self.futures: dict[Path, Future[str]] = {}
+        self.futures: dict[Path, Future[tuple[str, Stamp]]] = {}
         self.add(files)
 
     def add(self, files: Iterable[Path]) -> None:
         for file in files:
             if file not in self.futures:
-                self.futures[file] = self.pool.submit(sha256, file, self.stopped)
+                self.futures[file] = self.pool.submit(_stamped, file, self.stopped)
 
-    def wait(self, files: Iterable[Path] | None = None) -> dict[Path, str]:
-        """The hashes of `files` (default: of all), which end the work of the threads.
+    def wait(self, files: Mapping[Path, Stamp]) -> dict[Path, str]:
+        """The hashes of `files`, which end the work of the threads. The stamps are those of the files that were merged.
 
         Raises:
-            UserError: a file cannot be read any more.
+            UserError: a file was another one when it was hashed, or is now.
         """
-        wanted = list(self.futures if files is None else files)
-        self.add(wanted)
+        self.add(files)
         try:
-            return {file: self.futures[file].result() for file in wanted}
-        except OSError as error:
-            raise UserError(
-                f"an input changed or went away while it was merged ({error}); run the command again"
-            ) from None
+            return {file: self._hash(file, stamp) for file, stamp in files.items()}
         finally:
             self.close()
+
+    def _hash(self, file: Path, stamp: Stamp) -> str:
+        try:
+            digest, before = self.futures[file].result()
+        except OSError as error:
+            raise gone(file, error) from None
+        check_stamp(file, stamp)
+        if before != stamp:  # it changed between the beginning of its hash and the merge
+            digest, _ = _stamped(file)
+            check_stamp(file, stamp)
+        return digest
 
     def close(self) -> None:
         """Begin no more; a hash that is being computed is given up."""
         self.stopped.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stamped(path: Path, stopped: threading.Event | None = None) -> tuple[str, Stamp]:
+    before = stamp_of(path)
+    return sha256(path, stopped), before
 
 
 def sha256(path: Path, stopped: threading.Event | None = None) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
+from fastmerge.files.stamp import Stamp, check_stamp, stamp_of
 
 LARGEST = 100_000_000  # bytes of header, the limit of the reference implementation
 DTYPES = {
@@ -38,8 +39,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 @dataclass(frozen=True)
 class Entry:
     """One tensor of an input. part(start, stop): its entries start..stop as a 1-D tensor on the CPU, without a copy where the
-    file allows it; not to be written to. tie: entries of one input with the same `tie` share their memory. release(start,
-    stop): give back the memory behind these entries; they can be read again."""
+    file allows it; not to be written to; UserError if the file changed since it was opened. tie: entries of one input with
+    the same `tie` share their memory. release(start, stop): give back the memory behind these entries; they can be read
+    again."""
 
     name: str
     dtype: torch.dtype
@@ -60,14 +62,15 @@ class Entry:
         return self.part(0, self.numel)
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a file, in the order of its header, and its metadata; the data is mapped, not read.
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], Stamp]:
+    """The tensors of a file, in the order of its header, its metadata, and its stamp; the data is mapped, not read.
 
     Raises:
         UserError: the file cannot be read or breaks the format.
     """
     try:
         with open(path, "rb") as file:
+            stamp = stamp_of(file.fileno())
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
@@ -93,7 +96,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: its __metadata__ is not an object of strings; it is no safetensors file")
-    entries = {name: _entry(path, name, about, data, 8 + length) for name, about in header.items()}
+    entries = {name: _entry(path, stamp, name, about, data, 8 + length) for name, about in header.items()}
     end = 0
     for name, (begin, stop) in sorted(((n, header[n]["data_offsets"]) for n in header), key=lambda x: x[1]):
         if begin != end:
@@ -104,7 +107,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise UserError(
             f"{path}: its tensors take {end} bytes, but {size - 8 - length} follow the header; the file is cut off or damaged"
         )
-    return entries, metadata
+    return entries, metadata, stamp
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _entry(path: Path, name: str, about: Any, data: mmap.mmap, start: int) -> Entry:
+def _entry(path: Path, stamp: Stamp, name: str, about: Any, data: mmap.mmap, start: int) -> Entry:
     if not (isinstance(about, dict) and about.keys() >= {"dtype", "shape", "data_offsets"}):
         raise UserError(f"{path}: tensor {name} has no dtype, shape and data_offsets; it is no safetensors file")
     kind, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
@@ -135,6 +138,7 @@ def _entry(path: Path, name: str, about: Any, data: mmap.mmap, start: int) -> En
     def part(low: int, high: int) -> Tensor:
         if high == low:
             return torch.empty(0, dtype=dtype)
+        check_stamp(path, stamp)
         x = torch.frombuffer(data, dtype=torch.uint8, count=(high - low) * width, offset=first + low * width)
         return (x if x.data_ptr() % width == 0 else x.clone()).view(dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmerge.errors import UserError
 from fastmerge.files.headers import NAMES, Entry, read_header
+from fastmerge.files.stamp import Stamp, check_stamp, stamp_of
 
 SINGLE = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put the weights
@@ -25,11 +26,12 @@ ADAPTER = "adapter_config.json"
 
 @dataclass
 class Input:
-    """label: what messages call it. files: every file that holds its tensors. entries: by name. shards: name -> file name,
-    where there are several files. folder: where its config files are, if it is a folder. notes: what the plan says of it."""
+    """label: what messages call it. files: every file that holds its tensors, and its stamp when it was opened. entries: by
+    name. shards: name -> file name, where there are several files. folder: where its config files are, if it is a folder.
+    notes: what the plan says of it."""
 
     label: str
-    files: list[Path]
+    files: dict[Path, Stamp]
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
@@ -46,7 +48,7 @@ def open_input(source: Any) -> Input:
     if isinstance(source, Input):
         return source
     if isinstance(source, Mapping):
-        return of_tensors("state dict", [], source)
+        return of_tensors("state dict", {}, source)
     if not str(source):
         raise UserError("an empty name of a model; name a file or a folder")
     path = Path(source).expanduser()
@@ -66,13 +68,14 @@ def open_input(source: Any) -> Input:
 def _open_file(path: Path) -> Input:
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return _open_torch(path)
-    entries, metadata = read_header(path)
-    return Input(str(path), [path], entries, metadata)
+    entries, metadata, stamp = read_header(path)
+    return Input(str(path), {path: stamp}, entries, metadata)
 
 
 def _open_torch(path: Path) -> Input:
     """A file of torch.save: tensors only, no code is run; mapped, unless it has the format from before torch 1.6."""
     try:
+        stamp = stamp_of(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocol of a pickle: it is read, or refused in one line
             try:
@@ -91,10 +94,10 @@ def _open_torch(path: Path) -> Input:
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: no tensors by name in it; expected a state dict, or one under {', '.join(NESTED)}")
-    return of_tensors(str(path), [path], content)
+    return of_tensors(str(path), {path: stamp}, content)
 
 
-def of_tensors(label: str, files: list[Path], content: Mapping[str, Any]) -> Input:
+def of_tensors(label: str, files: dict[Path, Stamp], content: Mapping[str, Any]) -> Input:
     """An input of tensors in memory; what is no tensor is left out, and said."""
     entries, other = {}, []
     for name, value in content.items():
@@ -105,15 +108,17 @@ def of_tensors(label: str, files: list[Path], content: Mapping[str, Any]) -> Inp
             raise UserError(
                 f"{label}: tensor {name} is {value.dtype}; convert it to one of {', '.join(NAMES.values())}"
             )
-        entries[str(name)] = _of_tensor(str(name), value.detach())
+        entries[str(name)] = _of_tensor(str(name), value.detach(), files)
     found = Input(label, files, entries)
     if other:
         found.notes.append(f"{label}: left out what is no tensor: {shown(other)}")
     return found
 
 
-def _of_tensor(name: str, value: Tensor) -> Entry:
+def _of_tensor(name: str, value: Tensor, files: dict[Path, Stamp]) -> Entry:
     def part(low: int, high: int) -> Tensor:
+        for file, stamp in files.items():
+            check_stamp(file, stamp)
         return value.reshape(-1)[low:high].cpu()
 
     tie = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
@@ -157,12 +162,12 @@ def _open_shards(path: Path, index: Path) -> Input:
             raise ValueError("its weight_map must give file names of its own folder")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not an index of shards ({error})") from None
-    found = Input(str(path), [], {}, folder=path, shards=dict(places))
+    found = Input(str(path), {}, {}, folder=path, shards=dict(places))
     for name in sorted(set(places.values())):
         if not (path / name).is_file():
             raise UserError(f"{path / name}: no such file, but {index.name} names it; download it again")
         shard = _open_file(path / name)
-        found.files.append(path / name)
+        found.files |= shard.files
         found.notes += shard.notes
         found.metadata |= shard.metadata
         wrong = [key for key in shard.entries if places.get(key) != name]

@@ -105,7 +105,7 @@ def write(
     try:
         hashes.add(pending)
         found = stream.run(output)
-        known = hashes.wait(pending)
+        known = hashes.wait(plan.stamps)
     except UserError:
         output.delete()
         raise
@@ -129,7 +129,7 @@ def write_adapter(
     found = extracted(plan, stream)
 
     def metadata() -> dict[str, str]:
-        text, known = json.dumps(about), hashes.wait(pending)
+        text, known = json.dumps(about), hashes.wait(plan.stamps)
         for file, old in pending.items():
             text = text.replace(old, known[file])
         return {"format": "pt", KEY: text}

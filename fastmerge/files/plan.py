@@ -18,6 +18,7 @@ from fastmerge.files.inputs import Input, open_input, shown
 from fastmerge.files.layers import BETWEEN, places
 from fastmerge.files.rules import FileRule
 from fastmerge.files.settings import check_patterns, defaults, known_rule, read_override, read_values, read_weights
+from fastmerge.files.stamp import Stamp, check_stamp
 from fastmerge.files.statistics import Statistics
 from fastmerge.wording import counted
 
@@ -104,6 +105,16 @@ class Plan:
     @property
     def inputs(self) -> list[Input]:
         return [*self.models, *([self.base] if self.base is not None else []), *self.statistics]
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """Of every file that was opened."""
+        return {file: stamp for one in self.inputs for file, stamp in one.files.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file of the inputs changed since it was opened."""
+        for file, stamp in self.stamps.items():
+            check_stamp(file, stamp)
 
     def entry(self, item: Item) -> int:
         """Bytes per entry of a part: the mapped inputs, the buffers of the rule, the output."""

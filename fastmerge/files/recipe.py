@@ -15,7 +15,6 @@ import torch
 import fastmerge
 from fastmerge.errors import UserError
 from fastmerge.files.hashes import sha256
-from fastmerge.files.headers import read_header
 from fastmerge.files.inputs import open_input
 from fastmerge.files.plan import Options, Plan
 
@@ -48,9 +47,7 @@ def identity(plan: Plan) -> str:
     """What must be equal for an interrupted merge to go on: options, versions, and the files as they are."""
     about, _ = recipe(plan)
     about["inputs"] = [
-        [str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns]
-        for one in plan.inputs
-        for file in one.files
+        [str(file.absolute()), stamp.size, stamp.mtime_ns] for one in plan.inputs for file, stamp in one.files.items()
     ]
     return json.dumps(about, sort_keys=True)
 
@@ -61,9 +58,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it was not written by `fastmerge merge`.
     """
-    source = open_input(path)
-    file = next((file for file in source.files if file.suffix == ".safetensors"), source.files[0])
-    _, metadata = read_header(file)
+    metadata = open_input(path).metadata
     try:
         about = json.loads(metadata[KEY])
         if "state dict" in (*about["options"]["models"], about["options"]["base"]):

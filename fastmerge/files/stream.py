@@ -80,7 +80,7 @@ class Stream:
         """Write every tensor into the sink; returns what is known of each: action, nonfinite, and the measures.
 
         Raises:
-            UserError: a NaN or inf was written, and `finite` forbids it.
+            UserError: a NaN or inf was written, and `finite` forbids it, or an input changed.
         """
         found = dict(sink.done)
         todo = [item for item in self.plan.items if item.name not in found]
@@ -104,6 +104,7 @@ class Stream:
                 for item in undecided:
                     found[item.name]["undecided"] = False
                     sink.finished(item, found[item.name])
+        self.plan.check_unchanged()
         return found
 
     def _pass(self, items: list[Item], sink: Sink, zero: str | None = None) -> dict[str, dict[str, Any]]:

@@ -52,6 +52,7 @@ class Output:
         Raises:
             UserError: the target exists, cannot be written, or another process writes it.
         """
+        self.plan = plan
         self.target, self.work = target, target.with_name(target.name + ".part")
         self.files = self.work / "out"
         self.maps: dict[str, mmap.mmap] = {}
@@ -156,6 +157,7 @@ class Output:
         self.waiting.append({"name": item.name, **about})
         self.unsaved += item.nbytes
         if self.unsaved >= FLUSH:
+            self.plan.check_unchanged()  # what the journal names was made from the inputs as they were opened
             self._save_later()
 
     def _save_later(self) -> None:

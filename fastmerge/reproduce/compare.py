@@ -90,7 +90,7 @@ def cells(
     why: dict[str, str],
     rows: Sequence[str],
 ) -> list[Cell]:
-    """The cells of one column. found: row -> results of its seeds. why: row -> why it has none."""
+    """The cells of one column. found: row -> results of its seeds. why: row -> why it has not all of them."""
     item, place = target.beside or (target.name, column.name)
     paper, made = published().get(item, {}), []
     for metric in target.metrics:
@@ -191,7 +191,7 @@ def block(its: Sequence[Cell], small: bool) -> list[str]:
             said = {True: "yes", False: "**no**", None: "" if cell.difference is None else "one run"}[cell.reproduced]
             words += [plus_minus(cell.difference, cell.error, digits, "+"), said]
         lines.append(f"| {' | '.join(words)} |")
-    reasons = dict.fromkeys(cell.why for cell in its if cell.why and cell.mean is None)
+    reasons = dict.fromkeys(cell.why for cell in its if cell.why)
     return lines + [f"\nNot run: {why}" for why in reasons]
 
 
