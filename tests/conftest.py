@@ -112,6 +112,29 @@ LONG = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unrendered(request):
+    """Runs make their figures but render none, which would take most of a small run's time; `rendered` undoes it."""
+    if request.path.parent.name == "kernels":
+        yield
+        return
+    from fastmerge import page, plots
+
+    real = plots.draw, page.svg
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda *_: [])
+        patch.setattr(page, "svg", lambda figure: "")
+        yield real
+
+
+@pytest.fixture
+def rendered(unrendered, monkeypatch):
+    """For tests of the plots and of the report."""
+    draw, svg = unrendered
+    monkeypatch.setattr("fastmerge.plots.draw", draw)
+    monkeypatch.setattr("fastmerge.page.svg", svg)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         names = {item.path.name, f"{item.path.name}::{item.originalname}"}

@@ -25,12 +25,6 @@ def data(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("data"), classes=4, train=10, test=5)
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """Of the runs, since they take most of the time."""
-    monkeypatch.setattr("fastmerge.plots.draw", lambda *_: [])
-
-
 def read(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

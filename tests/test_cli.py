@@ -31,7 +31,7 @@ def run(*flags):
     return main([*QUICK, *map(str, flags)])
 
 
-def test_a_run_writes_everything(data, tmp_path, capsys):
+def test_a_run_writes_everything(data, tmp_path, capsys, rendered):
     flags = ["--dataset", "folder", "--data-root", data, "--tasks", 3, "--method", "trm", "finetune", "--seeds", 0, 1]
     before = {p: p.stat().st_mtime_ns for p in data.rglob("*")}
     assert run(*flags, "--nearest-mean", "--no-flip", "--run-dir", tmp_path / "r") == 0

@@ -189,9 +189,8 @@ def test_flags():
 @pytest.mark.parametrize(
     "methods", [("finetune", "lwf", "ewc", "joint"), pytest.param(tuple(METHODS), marks=pytest.mark.slow)]
 )
-def test_methods_on_data_sets_that_share_classes(methods, tmp_path, capsys, monkeypatch):
+def test_methods_on_data_sets_that_share_classes(methods, tmp_path, capsys):
     """They train, merge and are evaluated over the joined classes and over the classes of each data set."""
-    monkeypatch.setattr("fastmerge.plots.draw", lambda *_: [])  # takes most of the time
     image_folder(tmp_path / "a", classes=2, train=4, test=2)
     image_folder(tmp_path / "b", classes=4, train=4, test=2)
     places = [str(tmp_path / "a"), str(tmp_path / "b")]
@@ -221,9 +220,8 @@ def test_methods_on_data_sets_that_share_classes(methods, tmp_path, capsys, monk
     assert list(found["per_task"].values()) == pytest.approx(per_task)
 
 
-def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, monkeypatch, capsys):
+def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, capsys):
     """Oracle: one run over all three data sets."""
-    monkeypatch.setattr("fastmerge.plots.draw", lambda *_: [])
     for name, classes in (("a", 2), ("b", 3), ("c", 4)):
         image_folder(tmp_path / name, classes=classes, train=4, test=2)
     run = "--model tiny --method finetune --no-nearest-mean --epochs 1 --batch-size 8 --quiet --run-dir".split()

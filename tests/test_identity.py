@@ -105,13 +105,6 @@ def test_what_may_change():
     assert differences(older, determined("--lr", "1", "--clip", "2")) == ["training.clip: 1.0 -> 2.0"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_plots():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmerge.plots.draw", lambda *_: [])  # they take most of the time
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with data, weights, a class order, and a finished run of them."""

@@ -23,11 +23,9 @@ FLAGS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings():
-    """No plots, which take most of the time, and an unusual umask."""
+    """An unusual umask."""
     before = os.umask(0o027)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmerge.plots.draw", lambda *_: [])
-        yield
+    yield
     os.umask(before)
 
 

@@ -12,6 +12,7 @@ from fastmerge.flags import parse
 from fastmerge.page import page
 from fastmerge.report import below, comparison, results_rows
 
+pytestmark = pytest.mark.usefixtures("rendered")
 VOID = {"meta", "path", "use", "image", "rect", "br", "stop"}
 
 
