@@ -136,6 +136,14 @@ def test_real_images_are_found_under_the_data_root(tmp_path):
     assert not any(target.ours for target in _parsed(["--all"])[2])
 
 
+def test_targets_share_the_commands_of_a_folder():
+    job = reproduce.Job(*_parsed(["--all", "--small"]))
+    parts = job.together()
+    assert len(parts) == len({(part.column.folder, part.column.flags) for part in parts}) < len(job.trainings())
+    runs = {(part.column.folder, part.column.flags, spec) for part in parts for spec in part.specs}
+    assert runs == {(part.column.folder, part.column.flags, spec) for part in job.trainings() for spec in part.specs}
+
+
 @pytest.fixture
 def table(monkeypatch):
     """A table of three rows and two columns, the second without its data."""

@@ -184,6 +184,19 @@ class Job:
             for part in self.parts(target, column)
         ]
 
+    def together(self) -> list[Part]:
+        """The same trainings in as few commands as can be: each one loads its data and draws the folder's plots."""
+        made = dict[tuple[str, str, tuple[int, ...]], Part]()
+        for part in self.trainings():
+            key = part.column.folder, part.column.flags, tuple(self.seeds(part.target))
+            own = dict.fromkeys(part.specs)
+            made[key] = part._replace(rows=(made[key].rows if key in made else {}) | {spec: spec for spec in own})
+        return list(made.values())
+
+    def complete(self, part: Part) -> bool:
+        found = self.results(part)
+        return all(len(found.get(spec, ())) == len(self.seeds(part.target)) for spec in part.specs)
+
     def run(self) -> int:
         """Train what is missing, then write every table and figure, and an index of all that the folder has."""
         from fastmerge.checkpoint import save_text
@@ -200,7 +213,7 @@ class Job:
                     print(f"process {number} of {self.own.processes} ended with code {its}", file=sys.stderr)
                     self.code = self.code or (its if its > 0 else 128 - its)  # as a shell says it of a signal
         if others and not code:
-            code = self.train()  # what another process had claimed is finished now
+            code = self.train(again=True)  # what another process had claimed is finished now
         if code or self.worker is not None or os.environ.get("RANK", "0") != "0":
             return code or self.code
         for target in self.targets:
@@ -245,21 +258,22 @@ class Job:
         names = [target.name for target in self.targets]
         return [sys.executable, "-m", "fastmerge", "reproduce", *names, *words, "--quiet", *self.rest]
 
-    def train(self) -> int:
-        """Run the trainer on every column; returns the code of a stopped one, else 0. What is not trained is noted."""
+    def train(self, again: bool = False) -> int:
+        """Run the trainer on every column; returns the code of a stopped one, else 0. What is not trained is noted. again:
+        only where a result is missing."""
         from fastmerge.__main__ import run
         from fastmerge.ranks import end
 
         for folder in self.busy:
             del self.why[folder]  # it may be free now
         self.busy.clear()
-        todo = list(self.trainings())
+        todo = [part for part in self.together() if not again or not self.complete(part)]
         first = (self.worker or 0) * len(todo) // self.own.processes  # processes begin at different places
         for part in todo[first:] + todo[:first]:
             if part.column.folder in self.why:
                 continue
             if os.environ.get("RANK", "0") == "0":
-                print(f"{part.target.name} · {part.column.name}", flush=True)
+                print(f"{part.column.folder}: {', '.join(part.specs)}", flush=True)
             try:
                 code = run(self.config(part))
             except Exception as error:
