@@ -65,10 +65,10 @@ def save_text(path: Path, text: str) -> int:
 
 
 def save_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-    """A table with six digits of every float, and nothing for None."""
+    """A table with six digits of every float, and nothing for None. Names of files that are no UTF-8 keep their bytes."""
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows([[f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows])

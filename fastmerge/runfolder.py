@@ -15,7 +15,6 @@ runs/<name>/<method>-seed<seed>/metrics.jsonl      one line per step and per tas
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
 import json
 import math
@@ -34,10 +33,10 @@ from fastmerge.checkpoint import (
     json_text,
     load_tensors,
     replace,
+    save_csv,
     save_json,
     save_tensors,
     text_writer,
-    write_atomically,
 )
 from fastmerge.config import Config, to_dict
 from fastmerge.errors import UserError
@@ -426,7 +425,9 @@ class Record:
         result["bytes_written"] += save_tensors(self.folder / "model.safetensors", model, recipe)
         if kept:
             result["bytes_written"] += save_tensors(self.folder / STATE, kept, {"run": self.fingerprint})
-        write_atomically(self.folder / "accuracy.csv", lambda path: _csv(path, result["accuracy_matrix"], names))
+        rows = zip(names, result["accuracy_matrix"], strict=True)
+        cells = [[name, *("" if r is None else f"{r:.4f}" for r in row)] for name, row in rows]
+        save_csv(self.folder / "accuracy.csv", ["after task", *names], cells)
         save_json(self.folder / "result.json", result)
         for path in (self.checkpoint, self.before):
             path.unlink(missing_ok=True)
@@ -435,11 +436,3 @@ class Record:
 def _whole_lines(read: bytes, expected: int) -> int:
     """How many of the bytes `read` to keep: all that are expected, or those up to the last end of a line."""
     return expected if len(read) == expected and read[-1:] in (b"", b"\n") else read.rfind(b"\n") + 1
-
-
-def _csv(path: Path, matrix: list[list[float | None]], names: list[str]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["after task", *names])
-        for name, row in zip(names, matrix, strict=True):
-            writer.writerow([name, *("" if r is None else f"{r:.4f}" for r in row)])

@@ -10,16 +10,15 @@ classes, `confusion.png`.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastmerge.checkpoint import write_atomically
+from fastmerge.checkpoint import save_csv, write_atomically
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.joined import load_datasets
 from fastmerge.errors import UserError, nearest
@@ -163,19 +162,11 @@ def write(out: Path, found: dict[str, Any], names: list[str]) -> list[str]:
         "confusion.csv": [("class", *names), *((name, *row) for name, row in zip(names, confusion, strict=True))],
     }
     for file, rows in tables.items():
-        write_atomically(out / file, writer(rows))
+        save_csv(out / file, rows[0], rows[1:])
     if len(names) <= MOST_CLASSES:
         write_atomically(out / "confusion.png", lambda path: draw(path, confusion, names))
         return [str(out / file) for file in (*tables, "confusion.png")]
     return [str(out / file) for file in tables]
-
-
-def writer(rows: list[tuple]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(rows)
-
-    return write
 
 
 def draw(path: Path, confusion: np.ndarray, names: list[str]) -> None:

@@ -8,8 +8,6 @@ treats embeddings differently, and a file does not say what is one: names with `
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -21,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmerge.checkpoint import save_csv
 from fastmerge.errors import UserError
 from fastmerge.files.adapter import PREFIX
 from fastmerge.files.inputs import ADAPTER, shown
@@ -102,12 +101,6 @@ class Adapter(Memory):
             lines.append(f"left out: {shown([row[0] for row in left])}, with {100 * lost:.1f} % of the norm")
         return lines
 
-    def table(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([COLUMNS, *((n, s, f"{norm:.6g}", f"{kept:.6f}", why) for n, s, norm, kept, why in self.rows)])
-        return text.getvalue()
-
     def settings(self) -> dict[str, Any]:
         """The content of adapter_config.json."""
         return {
@@ -153,7 +146,8 @@ def save(found: Adapter, out: Path, metadata: Callable[[], dict[str, str]]) -> N
     try:
         work.mkdir(parents=True)
         (work / ADAPTER).write_text(json.dumps(found.settings(), indent=2) + "\n", encoding="utf-8")
-        (work / TABLE).write_text(found.table(), encoding="utf-8")
+        rows = [(name, shape, norm, f"{kept:.6f}", why) for name, shape, norm, kept, why in found.rows]
+        save_csv(work / TABLE, COLUMNS, rows)
         save_file(found.factors, work / WEIGHTS, metadata=metadata())
         os.rename(work, out)
     except OSError as error:

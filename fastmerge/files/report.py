@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
-from fastmerge.checkpoint import replace, text_writer
+from fastmerge.checkpoint import replace, save_csv
 from fastmerge.files.plan import Plan
 from fastmerge.wording import counted
 
@@ -18,22 +16,16 @@ def save_report(path: Path, plan: Plan, found: dict[str, dict[str, Any]]) -> Non
     Raises:
         UserError: they cannot be written.
     """
-    count = len(plan.models)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    cosines = [f"cosine_{k + 1}" for k in range(count)]
-    table.writerow(["tensor", "shape", "action", "nonfinite", "norm", "conflicts", "changed", *cosines])
+    cosines = [f"cosine_{k + 1}" for k in range(len(plan.models))]
+    columns, rows = ("tensor", "shape", "action", "nonfinite", "norm", "conflicts", "changed", *cosines), []
     for item in plan.items:
         about = found[item.name]
         row = [item.name, "x".join(map(str, item.shape)), about["action"], about["nonfinite"]]
         if "norm" in about:
-            row += [f"{about[name]:.6g}" for name in ("norm", "conflicts", "changed")] + [
-                f"{c:.4f}" for c in about["cosines"]
-            ]
-        else:
-            row += [""] * (3 + count)
-        table.writerow(row)
-    replace(path, text_writer(text.getvalue()))
+            row += [about[name] for name in ("norm", "conflicts", "changed")]
+            row += [f"{c:.4f}" for c in about["cosines"]]
+        rows.append(row + [None] * (len(columns) - len(row)))
+    save_csv(path, columns, rows)
     measured = [(item.name, found[item.name]) for item in plan.items if "norm" in found[item.name]]
     if measured:
         replace(path.with_suffix(".png"), lambda temporary: _draw(temporary, plan, measured))

@@ -109,15 +109,16 @@ class TwoStages(Train):
 
     @torch.no_grad()
     def project(self, before: Tensor) -> None:
-        """Leave of the last step what is free. before: theta before it."""
-        flat, theta = self.learner.flat, self.learner.theta
-        change = theta - before
-        theta.copy_(before)
-        for name, new, own in zip(flat.names, flat.views(change), flat.views(theta), strict=True):
-            if name in self.spaces:
-                by_input = self.axes[name][1] == 1
-                free = free_part(new if by_input else new.mT, *self.spaces[name])
-                own.add_(free if by_input else free.mT)
+        """Leave of the last step what is free. before: theta before it, the only copy of the model that a step makes."""
+        flat = self.learner.flat
+        for name, old, own in zip(flat.names, flat.views(before), flat.views(flat.theta), strict=True):
+            if name not in self.spaces:
+                own.copy_(old)
+                continue
+            change = own.sub_(old)
+            by_input = self.axes[name][1] == 1
+            free = free_part(change if by_input else change.mT, *self.spaces[name])
+            own.copy_(old).add_(free if by_input else free.mT)
 
 
 def free_part(change: Tensor, basis: Tensor, retain: bool) -> Tensor:
