@@ -348,6 +348,28 @@ def test_a_figure_is_drawn_once(tmp_path, monkeypatch, capsys):
     assert "not drawn: data set 'folder'" in error and "with the data: python -m fastmerge analyse interpolate" in error
 
 
+def test_processes_share_the_figures_that_train(tmp_path, monkeypatch):
+    """Each draws its own ones, by the same words, so that the first process finds them drawn."""
+    told = {}
+    monkeypatch.setattr("fastmerge.analysis.__main__.analyse", lambda words: told[worker].append(words) or [])
+    monkeypatch.setattr(reproduce.Job, "train", lambda self, again=False: 0)
+    job = reproduce.Job(*_parsed(["--all", "--small", "--processes", "2", "--out", str(tmp_path / "out")]))
+    for worker in (0, 1):
+        told[worker] = []
+        monkeypatch.setenv("FASTMERGE_REPRODUCE_WORKER", str(worker))
+        other = job if worker == 0 else reproduce.Job(*_parsed(job.command_of_worker()[4:]))
+        assert other.draw_share() == 0
+    whole = [target.name for target in job.targets if "{flags}" in target.draw]
+    assert len(whole) == len(told[0]) + len(told[1]) and abs(len(told[0]) - len(told[1])) < 2
+    alone = reproduce.Job(*_parsed(["--all", "--small", "--out", str(tmp_path / "out")]))
+    assert alone.draw_share() == 0 and len(told[1]) < len(whole)
+    told[worker := 2] = []
+    for target in alone.targets:
+        if "{flags}" in target.draw:
+            alone.draw(target)
+    assert sorted(told[2]) == sorted(told[0] + told[1])
+
+
 def test_a_stopped_command_stops_its_other_processes(table, tmp_path, monkeypatch):
     told = []
 

@@ -204,7 +204,7 @@ class Job:
 
         others, code = self.start_others(), 1
         try:
-            code = self.train()
+            code = self.train() or self.draw_share()
         finally:
             for number, other in enumerate(others, 2):
                 if code:  # this process was stopped; the runs are saved
@@ -232,7 +232,8 @@ class Job:
         return None if number is None else int(number)
 
     def start_others(self) -> list[subprocess.Popen]:
-        """Start the other processes of `--processes`, each with its share of the threads; they only train."""
+        """Start the other processes of `--processes`, each with its share of the threads; they train, and draw the
+        figures that train models of their own."""
         if self.own.processes == 1 or self.worker is not None:
             return []
         import torch
@@ -251,7 +252,8 @@ class Job:
 
     def command_of_worker(self) -> list[str]:
         own = self.own
-        words = ["--processes", str(own.processes), "--runs", str(own.runs), *(["--small"] if own.small else [])]
+        words = ["--processes", str(own.processes), "--runs", str(own.runs), "--out", str(own.out)]
+        words += ["--small"] if own.small else []
         words += ["--seeds", *map(str, own.seeds)] if own.seeds else []
         words += ["--only", *own.only] if own.only else []
         words += ["--data-root", own.data_root] if own.data_root else []
@@ -351,6 +353,14 @@ class Job:
         paths = save(target, found, stand_in, self.command(target), self.own.out) if target.rows else []
         return paths + (self.draw(target) if target.draw else [])
 
+    def draw_share(self) -> int:
+        """Of the figures that train models of their own, draw those of this process of several; returns 0."""
+        if self.own.processes > 1 and os.environ.get("RANK", "0") == "0":
+            figures = [target for target in self.targets if "{flags}" in target.draw]
+            for target in figures[self.worker or 0 :: self.own.processes]:
+                self.draw(target)
+        return 0
+
     def draw(self, target: Target) -> list[Path]:
         """Draw the figure of every column; returns the folders. One that this command has drawn before is kept."""
         from fastmerge.analysis.__main__ import analyse
@@ -360,7 +370,8 @@ class Job:
             if column.folder in self.why:
                 continue
             out = self.own.out / target.file / (column.folder if len(columns) > 1 else "")
-            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *self.rest, *self.place(column)]
+            rest = [word for word in self.rest if word != "--quiet"]  # the other processes have it
+            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *rest, *self.place(column)]
             words = []
             for word in shlex.split(self.own.small and target.draw_small or target.draw):
                 if word == "{results}":
