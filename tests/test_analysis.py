@@ -233,7 +233,13 @@ def test_a_setting_against_a_metric(data, tmp_path, capsys):
     for row, label in zip(rows, places.values(), strict=True):
         values = [results[label][seed]["final_accuracy"] for seed in "01"]
         assert float(row["mean"]) == pytest.approx(sum(values) / 2, rel=1e-5)
+    both = ["magmax-strict", "magmax-strict(scale=0.9)"]
+    some = ["--x", "magmax.scale", "--out", str(tmp_path / "some"), "--rows", *both]
+    assert main(["sweep", str(tmp_path / "r"), *some]) == 0
+    shown = {(row["line"], row["x"]): row["seeds"] for row in read(tmp_path / "some" / "sweep.csv")}
+    assert shown == {("magmax-strict", "0.5"): "2", ("magmax-strict", "0.9"): "2"}
     for x, message in (
+        ("magmax.scale --rows magmax-strikt", "Did you mean: magmax-strict"),
         ("magmax.skale", "Did you mean: magmax.scale"),
         ("batch-size", "all have 16; expected runs with different values"),
         ("trm.alpha", "no finished run has it"),

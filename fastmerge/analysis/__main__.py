@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("runs", type=Path, nargs="+", help="run folders")
     one.add_argument("--x", required=True, metavar="SETTING", help="the setting, such as trm.replace_ratio or lr")
     one.add_argument("--lines", metavar="SETTING", help="a second setting: one line for each of its values")
+    one.add_argument("--rows", nargs="+", metavar="LABEL", help="only these rows of the folders' tables (all)")
     one.add_argument("--metric", default="final_accuracy", help="such as aaa or forgetting (final_accuracy)")
     return made
 
@@ -119,7 +120,7 @@ def of_runs(own: argparse.Namespace, out: Output) -> list[Path]:
     if own.what == "sweep":
         from fastmerge.analysis.sweep import sweep
 
-        return sweep(own.runs, own.x, own.metric, out, own.lines)
+        return sweep(own.runs, own.x, own.metric, out, own.lines, own.rows)
     if own.what == "accuracy":
         from fastmerge.analysis.accuracy import accuracy
 

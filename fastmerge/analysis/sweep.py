@@ -30,17 +30,26 @@ from fastmerge.errors import UserError, nearest
 from fastmerge.results import METRICS, finished
 
 COLUMNS = ("line", "second", "x", "mean", "least", "largest", "seeds")
+FEW = 8  # values, each of which gets a tick
 WIDE = 50  # times the smallest value, as of rates and weights: then x is drawn in decades
 
 
-def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str | None = None) -> list[Path]:
-    """Write `sweep.csv` (COLUMNS, in the order of x) and its plot. x, lines: settings, as their flags.
+def sweep(
+    folders: Sequence[Path],
+    x: str,
+    metric: str,
+    out: Output,
+    lines: str | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Path]:
+    """Write `sweep.csv` (COLUMNS, in the order of x) and its plot. x, lines: settings, as their flags. only: labels of the
+    rows that count; None for all.
 
     COLUMNS: line: the label of its runs without both settings; second: the value of `lines`, empty without it.
 
     Raises:
-        UserError: a setting or the metric is unknown, a folder has no finished run with its model, or all runs have the
-            same value.
+        UserError: a setting, the metric or a row is unknown, a folder has no finished run with its model, or all runs
+            have the same value.
     """
     swept = {"--x": setting("--x", x)} | ({"--lines": setting("--lines", lines)} if lines else {})
     places = list(swept.values())
@@ -50,8 +59,15 @@ def sweep(folders: Sequence[Path], x: str, metric: str, out: Output, lines: str 
         raise UserError(f"--metric {metric}: expected one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
     # by folder and seed: a default and its value given in a row are the same run twice
     points: dict[tuple[str, Any], dict[Any, dict[tuple[Path, str], float]]] = {}
-    for folder in folders:
-        for label, seeds in finished(folder).items():
+    runs = {folder: finished(folder) for folder in folders}
+    known = sorted({label for labels in runs.values() for label in labels})
+    for label in only or ():
+        if label not in known:
+            raise UserError(f"--rows {label}: no such row.{nearest(label, known)} Expected one of: {', '.join(known)}")
+    for folder, labels in runs.items():
+        for label, seeds in labels.items():
+            if only is not None and label not in only:
+                continue
             for seed, result in seeds.items():
                 settings = settings_of(folder / f"{label}-seed{seed}")
                 if result[metric] is None or not all(uses(where, label, settings) for where in places):
@@ -166,8 +182,12 @@ def draw(figure, rows: list[tuple], titles: list[str], metric: str) -> None:
         axes.fill_between(at, [row[4] for row in mine], [row[5] for row in mine], color=f"C{k % 10}", alpha=0.15)
     if not numbers:
         axes.set_xticks(range(len(values)), [str(value) for value in values])
-    elif values[0] > 0 and values[-1] >= WIDE * values[0]:
-        axes.set_xscale("log")
+    else:
+        if values[0] > 0 and values[-1] >= WIDE * values[0]:
+            axes.set_xscale("log")
+        if len(values) <= FEW:
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.minorticks_off()
     axes.set(xlabel=titles[0], ylabel=f"{metric.replace('_', ' ')} (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)

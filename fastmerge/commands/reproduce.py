@@ -305,23 +305,31 @@ class Job:
         print(f"not {what}: {why}\n{by_itself}: {command}", file=sys.stderr)
         return why
 
-    def results(self, part: Part) -> dict[str, dict[str, dict[str, Any]]]:
-        """row -> seed -> result; the untrained model has seed 0."""
+    def labels(self, part: Part) -> dict[str, str]:
+        """spec -> label in the run folder."""
         from fastmerge.methods import METHODS
         from fastmerge.plan import label_of, read_method
+
+        config, found = self.config(part), dict[str, str]()
+        for spec in part.specs:
+            name, its = read_method(spec, config)
+            found[spec] = label_of(spec, METHODS[name].protocols(its)[0])
+        return found
+
+    def results(self, part: Part) -> dict[str, dict[str, dict[str, Any]]]:
+        """row -> seed -> result; the untrained model has seed 0."""
         from fastmerge.results import read_run
 
         folder = self.folder(part.column)
         if not any(folder.glob("*-seed*/result.json")):
             return {}
         methods, zero_shot = read_run(folder)
-        config, found = self.config(part), dict[str, dict[str, dict[str, Any]]]()
+        labels, found = self.labels(part), dict[str, dict[str, dict[str, Any]]]()
         for row, spec in part.rows.items():
             if spec == UNTRAINED:
                 found[row] = {"0": zero_shot} if zero_shot else {}
                 continue
-            name, its = read_method(spec, config)
-            seeds = methods.get(label_of(spec, METHODS[name].protocols(its)[0]), {})
+            seeds = methods.get(labels[spec], {})
             found[row] = {str(seed): seeds[str(seed)] for seed in self.seeds(part.target) if str(seed) in seeds}
         return found
 
@@ -372,12 +380,20 @@ class Job:
             out = self.own.out / target.file / (column.folder if len(columns) > 1 else "")
             rest = [word for word in self.rest if word != "--quiet"]  # the other processes have it
             flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *rest, *self.place(column)]
+            labels = [
+                self.labels(part)[part.rows[row]]
+                for part in self.parts(target, column)
+                for row, seeds in self.results(part).items()
+                if seeds and part.rows[row] != UNTRAINED
+            ]
             words = []
             for word in shlex.split(self.own.small and target.draw_small or target.draw):
                 if word == "{results}":
                     words.append(str(self.save_results(target, column, out)))
                 else:
-                    words += {"{runs}": [str(self.folder(column))], "{flags}": flags}.get(word, [word])
+                    words += {"{runs}": [str(self.folder(column))], "{flags}": flags, "{labels}": labels}.get(
+                        word, [word]
+                    )
             words += ["--out", str(out)]
             if "{flags}" in target.draw and drawn(out, words):
                 paths.append(out)

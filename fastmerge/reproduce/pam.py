@@ -131,7 +131,7 @@ TARGETS = (
         (hard_linear("ImageNet-A, 10 tasks"),),
         P0,
         MACRO,
-        draw="sweep {runs} --x pam.p0 --metric final_accuracy_macro",
+        draw="sweep {runs} --x pam.p0 --metric final_accuracy_macro --rows {labels}",
     ),
     Target(
         "pam:figure3-epsilon",
@@ -141,6 +141,6 @@ TARGETS = (
         (hard_linear("ImageNet-A, 10 tasks"),),
         EPSILON,
         MACRO,
-        draw="sweep {runs} --x pam.epsilon --metric final_accuracy_macro",
+        draw="sweep {runs} --x pam.epsilon --metric final_accuracy_macro --rows {labels}",
     ),
 )

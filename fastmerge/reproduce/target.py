@@ -61,11 +61,12 @@ class Target:
 
     where: section of the paper. rows: row -> `--method` of the trainer; 'zero-shot' is the untrained model. metrics: names
     in `results.METRICS`, or those of `compare.OTHERS`. draw: words of `fastmerge analyse`; {runs} stands for the run
-    folder, {results} for the results of the rows, and {flags} for the column's flags. draw_small: the same for --small, if
-    it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a file that the user must give. apart:
-    row -> flags of the data that it alone has. small: columns on the embedded sets. rows_small: row -> what runs with
-    --small instead. also: figures that are the same picture. against: the row to which others are compared where no paper
-    has numbers. beside: item and column of the published numbers, if they are not those of this name.
+    folder, {labels} for its rows of this target, {results} for their results, and {flags} for the column's flags.
+    draw_small: the same for --small, if it differs. seeds: of the paper's figure, if it says. needs: row -> the flag of a
+    file that the user must give. apart: row -> flags of the data that it alone has. small: columns on the embedded sets.
+    rows_small: row -> what runs with --small instead. also: figures that are the same picture. against: the row to which
+    others are compared where no paper has numbers. beside: item and column of the published numbers, if they are not those
+    of this name.
     """
 
     name: str

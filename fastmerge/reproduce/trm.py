@@ -113,7 +113,7 @@ TARGETS = (
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         RATIOS,
-        draw="sweep {runs} --x trm.replace_ratio",
+        draw="sweep {runs} --x trm.replace_ratio --rows {labels}",
         seeds=10,
     ),
     Target(
@@ -123,7 +123,7 @@ TARGETS = (
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         WEIGHTS,
-        draw="sweep {runs} --x trm.lambda1 --lines trm.lambda2",
+        draw="sweep {runs} --x trm.lambda1 --lines trm.lambda2 --rows {labels}",
         seeds=1,
     ),
     Target(
@@ -133,6 +133,6 @@ TARGETS = (
         (INR,),
         (easy("ImageNet-R, 10 tasks"),),
         SEARCHES,
-        draw="sweep {runs} --x merge_epochs",
+        draw="sweep {runs} --x merge_epochs --rows {labels}",
     ),
 )
