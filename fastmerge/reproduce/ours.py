@@ -135,8 +135,8 @@ TARGETS = (
     ),
     own(
         "trm",
-        "Readings of TRM and averaging on sets on which none was chosen",
-        (emoji("emoji in three styles, domain-incremental"), photographs("photographs, linear head")),
+        "Readings of TRM and averaging on a set on which none was chosen",
+        (emoji("emoji in three styles, domain-incremental"),),
         (
             "average",
             "trm",
