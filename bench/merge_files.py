@@ -1,13 +1,17 @@
-"""`fastmerge merge` beside mergekit's own command on the same files: time as a multiple of reading the inputs once,
-peak memory.
+"""`fastmerge merge` beside mergekit's own command on the same files: time, processor time, peak memory.
 
-    python bench/merge_files.py --models 8 --width 768 --folder DIR
+    python bench/merge_files.py --folder DIR                       # 5 minutes, or once through all rows; 2.6 GB of files in DIR
+    python bench/merge_files.py --folder DIR --models 8 --settings float32/1/warm --rules average --minutes 2
 
-Every command is a process of its own, from the start of Python to the end, with the files in the cache of the system.
-The floor is `cat` of the inputs to /dev/null. mergekit is `mergekit-pytorch` of 0.1.5 (n/a where it is not installed);
-it writes the same files. Commands take turns; the smallest of --repeats counts. Processor time is that of the process and
-its threads, user and system: it says more than seconds where other programs share the cores. `import torch` is the part of
-it that Python and torch take before any work. Peak memory is the largest resident set, which holds mapped files too.
+Every command is a process of its own, from the start of Python to the end. The floor is `cat` of the inputs to /dev/null.
+mergekit is `mergekit-pytorch` of 0.1.5 (n/a where it is not installed); it writes the same files. A setting is the type of
+the files, the number of cores (which the processes are bound to, with as many threads), and the cache: warm, with the
+inputs in the cache of the system, or cold, without (and without the libraries, where the system allows that).
+
+The three commands take turns, and all rows are repeated until --minutes have passed. Seconds and processor seconds (of the
+process and its threads, user and system) are the smallest of the repeats, and ours / theirs is the median of the ratios of
+commands that ran one after the other. `import torch` is the part that Python and torch take before any work. Peak memory is
+the largest resident set, which holds mapped files too.
 """
 
 from __future__ import annotations
@@ -17,13 +21,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
+from typing import NamedTuple
 
 RULES = {
     "average": ("linear", [], {"weight": 1.0}),
@@ -31,6 +34,24 @@ RULES = {
     "ties": ("ties", ["--set", "scope=tensor", "zero=positive"], {"weight": 1.0, "density": 0.2}),
     "stock": ("model_stock", [], {}),
 }
+SETTINGS = ("float32/1/warm", "bfloat16/1/warm", "float32/2/warm", "float32/1/cold")
+TITLES = "rule | type | cores | cache | runs | cat, s | ours, s | theirs, s | ours / theirs | ours / cat"
+TITLES += " | ours, processor s | theirs | ours / theirs | ours, peak MiB | theirs"
+
+
+class Run(NamedTuple):
+    """Of one process. cpu: seconds. peak: bytes."""
+
+    seconds: float
+    cpu: float
+    peak: int
+
+
+class Row(NamedTuple):
+    rule: str
+    dtype: str
+    cores: int
+    cache: str
 
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -44,8 +65,11 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def make(files: list[Path], width: int, dtype: torch.dtype) -> None:
+def make(files: list[Path], width: int, dtype: str) -> None:
     """A base and models; kept for the next call."""
+    import torch
+    from safetensors.torch import save_file
+
     files[0].parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes(width).items()}
@@ -53,73 +77,127 @@ def make(files: list[Path], width: int, dtype: torch.dtype) -> None:
     for k, file in enumerate(files):
         if not file.exists():
             step = {n: common[n] + 1e-3 * torch.randn(x.shape, generator=generator) for n, x in base.items()}
-            save_file({n: (x + step[n] if k else x).to(dtype) for n, x in base.items()}, file)
+            save_file({n: (x + step[n] if k else x).to(getattr(torch, dtype)) for n, x in base.items()}, file)
 
 
-def timed(words: list[str]) -> tuple[float, float, int]:
-    """(seconds, processor seconds, peak resident bytes) of a process."""
+def timed(words: list[str], cores: int) -> Run:
+    os.sched_setaffinity(0, sorted(CORES)[:cores])  # a process inherits it
+    threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     start = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, error = process.communicate() if process.stderr is None else (None, process.stderr.read())
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads)
+    assert process.stderr is not None
+    error = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    os.sched_setaffinity(0, CORES)
     if status:
         raise SystemExit(f"{' '.join(words)} failed:\n{error.decode()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+CORES = os.sched_getaffinity(0)
+
+
+def cold(files: list[Path]) -> str:
+    """Take the files out of the cache of the system; returns how."""
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("1\n")
+        return "all of the cache is dropped"
+    except OSError:
+        for file in files:
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return "the inputs alone are dropped from the cache"
+
+
+def warm(files: list[Path]) -> None:
+    for file in files:
+        with open(file, "rb", buffering=0) as opened:
+            while opened.read(1 << 24):
+                pass
+
+
+def commands(row: Row, files: list[Path], folder: Path, out: Path) -> dict[str, list[str]]:
+    """cat, ours, theirs."""
+    method, flags, parameters = RULES[row.rule]
+    every = [str(file) for file in files]
+    based = ["--base", every[0]] if row.rule != "average" else []
+    ours = [sys.executable, "-m", "fastmerge", "merge", row.rule, "--models", *every[1:], *based, *flags]
+    about = {"merge_method": method, "dtype": row.dtype}
+    about |= {"models": [{"model": name, "parameters": parameters} for name in every[1:]]}
+    about |= {"base_model": every[0]} if based else {}
+    config = folder / "config.yml"
+    config.write_text(json.dumps(about))  # JSON is YAML
+    found = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *(every if based else every[1:])]}
+    found["ours"] = [*ours, "--out", str(out / "merged")]
+    if peer := shutil.which("mergekit-pytorch"):
+        found["theirs"] = [peer, str(config), str(out / "theirs")]
+    return found
+
+
+def measure(row: Row, files: list[Path], folder: Path) -> dict[str, Run]:
+    """One run of each command."""
+    out, found = folder / "out", {}
+    for name, words in commands(row, files, folder, out).items():
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        cold(files) if row.cache == "cold" else warm(files)
+        found[name] = timed(words, row.cores)
+    shutil.rmtree(out)
+    return found
+
+
+def line(row: Row, runs: list[dict[str, Run]]) -> str:
+    least = {name: Run(*map(min, zip(*(run[name] for run in runs), strict=True))) for name in runs[0]}
+    ours, floor = least["ours"], least["cat"]
+    seconds = ratio = cpu = cpu_ratio = peak = "n/a"
+    if theirs := least.get("theirs"):
+        seconds, cpu, peak = f"{theirs.seconds:.1f}", f"{theirs.cpu:.1f}", f"{theirs.peak / 2**20:.0f}"
+        ratio = f"{statistics.median(run['ours'].seconds / run['theirs'].seconds for run in runs):.2f}"
+        cpu_ratio = f"{statistics.median(run['ours'].cpu / run['theirs'].cpu for run in runs):.2f}"
+    cells = [*map(str, row), str(len(runs)), f"{floor.seconds:.2f}", f"{ours.seconds:.1f}", seconds, ratio]
+    cells += [
+        f"{ours.seconds / floor.seconds:.1f}",
+        f"{ours.cpu:.1f}",
+        cpu,
+        cpu_ratio,
+        f"{ours.peak / 2**20:.0f}",
+        peak,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=int, default=8)
+    parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="TYPE/CORES/CACHE")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=5, help="no row begins after that; each runs once at least")
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args()
-    folder, dtype = given.folder / given.dtype, getattr(torch, given.dtype)
-    files = [folder / f"{name}.safetensors" for name in ["base", *(f"m{k}" for k in range(given.models))]]
-    # another process makes the files: a command's peak starts with the memory of the process that starts it
-    maker = multiprocessing.get_context("spawn").Process(target=make, args=(files, given.width, dtype))
-    maker.start()
-    maker.join()
-    base, *models = files
-    every, out = [str(file) for file in (base, *models)], given.folder / "out"
-    peer = shutil.which("mergekit-pytorch")
-    seconds, cpu, _ = map(
-        min, zip(*(timed([sys.executable, "-c", "import torch"]) for _ in range(given.repeats)), strict=True)
+    split = [setting.split("/") for setting in given.settings]
+    rows = [Row(rule, dtype, int(cores), cache) for dtype, cores, cache in split for rule in given.rules]
+    names = [f"{name}.safetensors" for name in ["base", *(f"m{k}" for k in range(given.models))]]
+    files = {row.dtype: [given.folder / f"{row.dtype}-{given.width}" / name for name in names] for row in rows}
+    for dtype, its in files.items():  # in another process: a command's peak starts with the memory of its parent
+        maker = multiprocessing.get_context("spawn").Process(target=make, args=(its, given.width, dtype))
+        maker.start()
+        maker.join()
+    os.sync()  # what is not yet on the disk stays in the cache
+    start = time.perf_counter()
+    torch = min(timed([sys.executable, "-c", "import torch"], 1) for _ in range(2))
+    runs: dict[Row, list[dict[str, Run]]] = {row: [] for row in rows}
+    while (passed := time.perf_counter() - start) < 60 * given.minutes or not all(runs.values()):
+        row = min(rows, key=lambda row: len(runs[row]))
+        runs[row].append(measure(row, files[row.dtype], given.folder))
+        print(f"{passed:4.0f} s: {' '.join(map(str, row))}", file=sys.stderr, flush=True)
+    print(
+        f"{given.models} models; import torch: {torch.seconds:.1f} s, {torch.cpu:.1f} s of processor time; load average"
     )
-    print(f"import torch: {seconds:.1f} s, {cpu:.1f} s of processor time; load average {os.getloadavg()[0]:.0f}\n")
-    names = "".join(f" {who}, s | x cat | processor, s | peak, MiB |" for who in ("fastmerge", "mergekit"))
-    print(f"| rule | cat, s | processor, s |{names}\n|---|{'--:|' * 10}")
-    for rule in given.rules:
-        method, flags, parameters = RULES[rule]
-        based = ["--base", every[0]] if rule != "average" else []
-        ours = [sys.executable, "-m", "fastmerge", "merge", rule, "--models", *every[1:], *based, *flags, "--out"]
-        about = {"merge_method": method, "dtype": given.dtype}
-        about |= {"models": [{"model": name, "parameters": parameters} for name in every[1:]]}
-        about |= {"base_model": every[0]} if based else {}
-        config = given.folder / "config.yml"
-        config.write_text(json.dumps(about))  # JSON is YAML
-        commands = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *(every if based else every[1:])]}
-        commands["ours"] = [*ours, str(out / "merged")]
-        if peer:
-            commands["mergekit"] = [peer, str(config), str(out / "theirs")]
-        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
-        for _ in range(given.repeats):
-            for name, words in commands.items():
-                shutil.rmtree(out, ignore_errors=True)
-                out.mkdir()
-                found[name].append(timed(words))
-        shutil.rmtree(out)
-        floor, reading, _ = map(min, zip(*found["cat"], strict=True))
-        cells = [f"{floor:.2f}", f"{reading:.2f}"]
-        for name in ("ours", "mergekit"):
-            if runs := found.get(name):
-                seconds, cpu, peak = map(min, zip(*runs, strict=True))
-                cells += [f"{seconds:.1f}", f"{seconds / floor:.1f}", f"{cpu:.1f}", f"{peak / 2**20:.0f}"]
-            else:
-                cells += ["n/a"] * 4
-        print(f"| {rule} | {' | '.join(cells)} |", flush=True)
+    print(f"{os.getloadavg()[0]:.1f}; cold: {cold(files[rows[0].dtype])}\n")
+    print(f"| {TITLES} |\n|{'---|' * 4}{'--:|' * 11}")
+    print("\n".join(line(row, runs[row]) for row in rows))
 
 
 if __name__ == "__main__":
