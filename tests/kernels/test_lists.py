@@ -82,7 +82,7 @@ def test_fisher_average(device, n, dtypes):
 
 @pytest.mark.parametrize("dtypes", TYPES)
 def test_dare(device, dtypes):
-    for n, offset in ((1, 0), (1300, 0), (N, 2**40 + 77)):
+    for n, offset in ((1, 0), (N, 2**40 + 77)) if INTERPRET else ((1, 0), (1300, 0), (N, 2**40 + 77)):
         initial, *models = near(n, dtypes, device)
         weights = [0.25, 0.5, 0.1, 1.0]
         merged = fk.dare_merge(
@@ -129,7 +129,7 @@ def rules(initial, models):
 @pytest.mark.parametrize("rule", range(8))
 def test_in_place_and_counted(device, rule):
     """`out` may be a model or `initial`; no other input changes; NaN and inf are counted."""
-    initial, *models = near(3000, device=device)
+    initial, *models = near(min(N, 3000), device=device)
     expected = rules(initial, models)[rule]()
     for k in (0, 2):
         inputs = [initial.clone(), *(m.clone() for m in models)]

@@ -19,7 +19,7 @@ KEY = {"seed": 2**60 + 9, "subsequence": 5}
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_mix(device, count, dtype):
-    for n, offset in ((1, 0), (1300, 0), (1111, 2**40 + 77)):
+    for n, offset in ((1, 0), (1111, 2**40 + 77)) if INTERPRET else ((1, 0), (1300, 0), (1111, 2**40 + 77)):
         models = vectors(count, n, dtype, device)
         mixed = fk.random_mix(models, offset=offset, **KEY)
         expected = reference.random_mix([m.cpu() for m in models], offset=offset, **KEY)

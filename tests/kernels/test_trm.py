@@ -157,9 +157,10 @@ def test_adversarial_values(device, replace, dtype):
 
 
 def test_both_zero_stays_zero(device):
-    previous, current, initial, gradient, _ = vectors(5, 2100, device=device)
+    n = 1100 if INTERPRET else 2100
+    previous, current, initial, gradient, _ = vectors(5, n, device=device)
     zero = (previous == 0) & (current == 0)
-    assert zero.sum() > 100
+    assert zero.sum() >= n // 20
     for replace in REPLACE:
         position = {**KEY, "replace": replace}
         direction = fk.trm_direction(previous, current, **position)
@@ -219,7 +220,7 @@ def test_shards_give_the_same_bits(device, replace):
     direction = fk.trm_direction(previous, current, offset=1000, **position)
     start = initial if replace == "literal" else None
     whole = fk.trm_merge(previous, current, 0.3, 2.0, direction, initial=start, offset=1000, **position)
-    cuts = sorted([0, 1, 130, 640, n // 3, n // 2 + 1, n])
+    cuts = [0, 1, 640, n] if INTERPRET else sorted([0, 1, 130, 640, n // 3, n // 2 + 1, n])
     merged, sums, gradients = [], torch.zeros(3, dtype=torch.float64, device=device), 0
     for a, b in itertools.pairwise(cuts):
         p, c, i, g = (x[a:b].clone() for x in (previous, current, initial, gradient))
