@@ -1,6 +1,6 @@
 """`fastmerge merge` beside mergekit's own command on the same files: time, processor time, peak memory.
 
-    python bench/merge_files.py --folder DIR                       # 5 minutes, or once through all rows; 2.6 GB of files in DIR
+    python bench/merge_files.py --folder DIR                       # 5 minutes; 2.6 GB of files in DIR
     python bench/merge_files.py --folder DIR --models 8 --settings float32/1/warm --rules average --minutes 2
 
 Every command is a process of its own, from the start of Python to the end. The floor is `cat` of the inputs to /dev/null.
@@ -8,7 +8,8 @@ mergekit is `mergekit-pytorch` of 0.1.5 (n/a where it is not installed); it writ
 the files, the number of cores (which the processes are bound to, with as many threads), and the cache: warm, with the
 inputs in the cache of the system, or cold, without (and without the libraries, where the system allows that).
 
-The three commands take turns, and all rows are repeated until --minutes have passed. Seconds and processor seconds (of the
+The three commands take turns, and all rows are repeated until --minutes have passed (or a signal ends it); then the table is
+printed. Seconds and processor seconds (of the
 process and its threads, user and system) are the smallest of the repeats, and ours / theirs is the median of the ratios of
 commands that ran one after the other. `import torch` is the part that Python and torch take before any work. Peak memory is
 the largest resident set, which holds mapped files too.
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,6 +39,8 @@ RULES = {
 SETTINGS = ("float32/1/warm", "bfloat16/1/warm", "float32/2/warm", "float32/1/cold")
 TITLES = "rule | type | cores | cache | runs | cat, s | ours, s | theirs, s | ours / theirs | ours / cat"
 TITLES += " | ours, processor s | theirs | ours / theirs | ours, peak MiB | theirs"
+CORES = os.sched_getaffinity(0)
+DROP = Path("/proc/sys/vm/drop_caches")
 
 
 class Run(NamedTuple):
@@ -86,7 +90,11 @@ def timed(words: list[str], cores: int) -> Run:
     start = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads)
     assert process.stderr is not None
-    error = process.stderr.read()
+    try:
+        error = process.stderr.read()
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     os.sched_setaffinity(0, CORES)
@@ -95,19 +103,14 @@ def timed(words: list[str], cores: int) -> Run:
     return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-CORES = os.sched_getaffinity(0)
-
-
-def cold(files: list[Path]) -> str:
-    """Take the files out of the cache of the system; returns how."""
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("1\n")
-        return "all of the cache is dropped"
-    except OSError:
-        for file in files:
-            with open(file, "rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return "the inputs alone are dropped from the cache"
+def cold(files: list[Path]) -> None:
+    """Take the files, or all that can be taken, out of the cache of the system."""
+    if os.access(DROP, os.W_OK):
+        DROP.write_text("1\n")
+        return
+    for file in files:
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def warm(files: list[Path]) -> None:
@@ -173,7 +176,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="TYPE/CORES/CACHE")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--minutes", type=float, default=5, help="no row begins after that; each runs once at least")
+    parser.add_argument("--minutes", type=float, default=5, help="no row begins after that")
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args()
     split = [setting.split("/") for setting in given.settings]
@@ -188,16 +191,20 @@ def main() -> None:
     start = time.perf_counter()
     torch = min(timed([sys.executable, "-c", "import torch"], 1) for _ in range(2))
     runs: dict[Row, list[dict[str, Run]]] = {row: [] for row in rows}
-    while (passed := time.perf_counter() - start) < 60 * given.minutes or not all(runs.values()):
-        row = min(rows, key=lambda row: len(runs[row]))
-        runs[row].append(measure(row, files[row.dtype], given.folder))
-        print(f"{passed:4.0f} s: {' '.join(map(str, row))}", file=sys.stderr, flush=True)
-    print(
-        f"{given.models} models; import torch: {torch.seconds:.1f} s, {torch.cpu:.1f} s of processor time; load average"
-    )
-    print(f"{os.getloadavg()[0]:.1f}; cold: {cold(files[rows[0].dtype])}\n")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while time.perf_counter() - start < 60 * given.minutes:
+            row = min(rows, key=lambda row: len(runs[row]))
+            runs[row].append(measure(row, files[row.dtype], given.folder))
+            seconds = ", ".join(f"{name} {run.seconds:.1f} s" for name, run in runs[row][-1].items())
+            print(f"{' '.join(map(str, row))}: {seconds}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        pass
+    without = "any cache" if os.access(DROP, os.W_OK) else "the inputs in the cache"
+    print(f"{given.models} models; import torch: {torch.seconds:.1f} s, {torch.cpu:.1f} s of processor time;")
+    print(f"load average {os.getloadavg()[0]:.1f}; cold: without {without}\n")
     print(f"| {TITLES} |\n|{'---|' * 4}{'--:|' * 11}")
-    print("\n".join(line(row, runs[row]) for row in rows))
+    print("\n".join(line(row, runs[row]) for row in rows if runs[row]))
 
 
 if __name__ == "__main__":
