@@ -87,7 +87,7 @@ TARGETS = (
         "protocols",
         "Merge rules under three storage protocols, class-incremental characters",
         tuple(easy(protocol, protocol=protocol) for protocol in PROTOCOLS),
-        (*ENDS, "trm", "lwf", "ewc", *RULES),
+        (*ENDS, "trm", "became", "lwf", "ewc", *RULES),
         metrics=(*QUALITY, "kept_mib"),
     ),
     own(
@@ -106,7 +106,7 @@ TARGETS = (
             emoji("emoji in three styles, domain-incremental"),
             photographs("photographs, linear head"),
         ),
-        (*ENDS, "trm", "cmm", "pam", "became", *FROZEN, "average", "magmax"),
+        (*ENDS, "trm", "cmm", "pam", *FROZEN, "average", "magmax"),
         metrics=(*QUALITY, *COST),
     ),
     own(
