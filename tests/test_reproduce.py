@@ -118,6 +118,11 @@ def test_a_table_of_our_own_by_hand(tmp_path):
     assert "| `trm` | 2 | 57.5 ± 9.2 | +2.50 ± 1.50 | 3.2 | +0.00 |" in text
     assert "| `lost` | not run |  |  |  |  |" in text and "\nNot run: lost needs --x\n" in text
     save(target, found, {}, "c", tmp_path)
+    assert "medians" not in text
+    slow = base._replace(metric="train_seconds", ours=(10.0, 11.0, 700.0))
+    timed = dataclasses.replace(target, metrics=("train_seconds",), against="")
+    text = markdown(timed, [slow], {}, "c")
+    assert "| `average` | 3 | 11 |" in text and "Seconds and peak memory are medians" in text
     row = next(r for r in csv.DictReader(open(tmp_path / "ours-x.csv")) if r["row"] == "trm")
     assert (row["data"], row["reproduced"], float(row["difference"]), float(row["error"])) == ("", "", 2.5, 1.5)
     assert outcome(tmp_path / "ours-x.csv") == "highest final accuracy: data: `one` 70.0"

@@ -53,7 +53,9 @@ class Cell(NamedTuple):
 
     @property
     def mean(self) -> float | None:
-        return statistics.fmean(self.ours) if self.ours else None
+        """Of ours; the median of seconds and memory, which a busy machine spoils."""
+        middle = statistics.median if self.metric in WHOLE else statistics.fmean
+        return middle(self.ours) if self.ours else None
 
     @property
     def spread(self) -> float | None:
@@ -154,7 +156,9 @@ def markdown(target: Target, found: Sequence[Cell], stand_in: dict[str, str], co
 
 def wide(target: Target, found: Sequence[Cell]) -> list[str]:
     """A line for every row: the mean of its seeds and their sample deviation."""
-    differences, lines = paired(target, found), []
+    differences, lines = paired(target, found), list[str]()
+    if any(metric in WHOLE for metric in target.metrics):
+        lines += ["Seconds and peak memory are medians over the seeds, on a machine with other work.", ""]
     if target.against:
         lines += [f"Differences to `{target.against}` are of the same seed, with the standard error of their mean.", ""]
     for column in dict.fromkeys(cell.column for cell in found):
