@@ -119,12 +119,17 @@ def midranks(values: Sequence[float]) -> list[float]:
     return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
 
 
+def compared(target: Target, metric: str) -> bool:
+    """Whether differences of this metric are given: of accuracies, not of costs."""
+    return bool(target.against) and metric in METRICS
+
+
 def paired(target: Target, found: Sequence[Cell]) -> dict[Cell, tuple[float, float | None]]:
     """cell -> its difference to the row `against`, and the standard error of it over paired seeds (None with one seed)."""
     reference = {(c.column, c.metric): c for c in found if c.row == target.against}
     made = dict[Cell, tuple[float, float | None]]()
     for cell in found:
-        other = reference.get((cell.column, cell.metric))
+        other = reference.get((cell.column, cell.metric)) if cell.metric in METRICS else None
         if other is None or other is cell or not cell.ours or len(cell.ours) != len(other.ours):
             continue
         each = [mine - its for mine, its in zip(cell.ours, other.ours, strict=True)]
@@ -165,7 +170,7 @@ def wide(target: Target, found: Sequence[Cell]) -> list[str]:
         its = [cell for cell in found if cell.column == column]
         titles = ["row", "seeds"]
         for metric in target.metrics:
-            titles += [HEADINGS[metric], f"minus `{target.against}`"] if target.against else [HEADINGS[metric]]
+            titles += [HEADINGS[metric], *([f"minus `{target.against}`"] if compared(target, metric) else [])]
         lines += [f"## {column}", "", f"| {' | '.join(titles)} |", f"|---|{'--:|' * (len(titles) - 1)}"]
         for row in dict.fromkeys(cell.row for cell in its):
             own = {cell.metric: cell for cell in its if cell.row == row}
@@ -174,7 +179,7 @@ def wide(target: Target, found: Sequence[Cell]) -> list[str]:
             for metric in target.metrics:
                 digits, spread = (0, None) if metric in WHOLE else (1, own[metric].spread)
                 words.append(plus_minus(own[metric].mean, None if metric == "kept_mib" else spread, digits))
-                if target.against:
+                if compared(target, metric):
                     apart, error = differences.get(own[metric], (None, None))
                     words.append(plus_minus(apart, error, 2, "+"))
             lines.append(f"| {' | '.join(words)} |")
