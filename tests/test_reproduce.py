@@ -138,6 +138,7 @@ def test_real_images_are_found_under_the_data_root(tmp_path):
     words = {part.column.name: job.words(part) for part in job.trainings()}
     assert str(tmp_path / "caltech101") in words["photographs, linear head"] and job.seeds(targets[0]) == [0, 1, 2]
     assert "--data-root" not in words["characters"]
+    assert job.command(targets[0]) == "fastmerge reproduce ours:frozen --small --data-root DIR"
     assert not any(target.ours for target in _parsed(["--all"])[2])
 
 

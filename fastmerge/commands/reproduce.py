@@ -334,11 +334,12 @@ class Job:
         return found
 
     def command(self, target: Target) -> str:
-        """What repeats this target."""
+        """What repeats this target, on any machine."""
+        data = ["--data-root", "DIR"] if any(map(self.place, self.columns(target))) else []
         small = ["--small"] if self.own.small else []
         seeds = ["--seeds", *map(str, self.own.seeds)] if self.own.seeds else []
         only = ["--only", *self.own.only] if self.own.only else []
-        return shlex.join(["fastmerge", "reproduce", target.name, *small, *seeds, *only, *self.rest])
+        return shlex.join(["fastmerge", "reproduce", target.name, *small, *data, *seeds, *only, *self.rest])
 
     def write(self, target: Target) -> list[Path]:
         """Write the table or figure; returns its files."""
