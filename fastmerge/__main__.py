@@ -318,6 +318,7 @@ def run(config: Any) -> int:
         return 128 + number
     finally:
         console.close()
+        folder.leave()  # a later run of this process may go on with them
         if not stopped:  # else one more Ctrl-C still ends the process at once, while Python cleans up
             StopRequest.signal = None
             for s, handler in previous.items():

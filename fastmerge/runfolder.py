@@ -157,6 +157,11 @@ class RunFolder:
                 (self.path / name / LOCK).unlink(missing_ok=True)
                 self._claims.pop(name).close()
 
+    def leave(self) -> None:
+        """End the claims of runs that are not finished, as the end of this process would."""
+        while self._claims:
+            self._claims.popitem()[1].close()
+
     def alone(self) -> bool:
         """Whether no other command works here."""
         return not any(held(path) for path in self.path.glob(f"*-seed*/{LOCK}") if path.parent.name not in self._claims)

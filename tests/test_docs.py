@@ -127,3 +127,18 @@ def test_kept_bytes_on_the_page(tmp_path, monkeypatch):
     assert said == {
         name: pytest.approx(found[name], rel=0.02 * (name in ("became", "inflora")), abs=0.006) for name in said
     }
+
+
+def test_every_number_of_the_results_is_in_a_table_that_its_section_links():
+    page = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    assert "\n|" not in page  # tables are files that `reproduce` writes
+    checked = 0
+    for section in page.split("\n## "):
+        linked = [ROOT / "docs" / name for name in re.findall(r"\]\((figures/[^)#]+)\)", section)]
+        tables = " ".join(path.read_text(encoding="utf-8") for path in linked if path.suffix in (".md", ".csv"))
+        known = set(re.findall(r"\d+\.\d+", tables))
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)|arXiv [\d.]+", " ", re.sub(r"```.*?```", " ", section, flags=re.S))
+        numbers = re.findall(r"\d+\.\d+", prose)
+        assert set(numbers) <= known, (section[:40], sorted(set(numbers) - known))
+        checked += len(numbers)
+    assert checked > 20

@@ -41,9 +41,11 @@ def test_every_row_and_column_is_a_command(name):
         assert column.dataset == config.data.dataset[0] and (column.inside or column.dataset) in TRAINING
         for spec in (*target.rows.values(), *target.rows_small.values()):
             assert spec == "zero-shot" or read_method(spec, config)
+    if target.beside:
+        item, place = target.beside
+        assert all((row, place, metric) in published()[item] for row in target.rows for metric in target.metrics)
     if target.ours:
         assert target.columns == target.small and (not target.against or target.against in target.rows)
-        assert not target.beside or published()[target.beside[0]]
         return
     for column in target.columns:
         paper = name.partition(":")[0]
@@ -107,12 +109,16 @@ def test_the_table_marks_what_is_not_reproduced(tmp_path):
 def test_a_table_of_our_own_by_hand(tmp_path):
     """A line for every row; differences to `against` are of the same seed."""
     target = Target("ours:x", "a title", "here", (), (), metrics=("final_accuracy", "kept_mib"), against="average")
-    base = Cell("data", "final_accuracy", "average", (50.0, 60.0), None, None)
-    found = [base, base._replace(row="trm", ours=(51.0, 64.0)), base._replace(row="one", ours=(70.0,))]
-    found += [base._replace(row="lost", ours=(), why="lost needs --x")]
-    found += [cell._replace(metric="kept_mib", ours=cell.ours and (3.25,)) for cell in found]
+    base = Cell("data", "final_accuracy", "average", (50.0, 60.0), None, None, seeds=("0", "1"))
+    found = [base, base._replace(row="trm", ours=(51.0, 64.0)), base._replace(row="one", ours=(70.0,), seeds=("2",))]
+    found += [base._replace(row="lost", ours=(), seeds=(), why="lost needs --x")]
+    found += [
+        cell._replace(metric="kept_mib", ours=cell.ours and (3.25,), seeds=cell.ours and ("0",)) for cell in found
+    ]
     # differences 1 and 4: mean 2.5, deviation 3 / sqrt(2), error 1.5
     assert paired(target, found)[found[1]] == pytest.approx((2.5, 1.5)) and found[2] not in paired(target, found)
+    other = found[1]._replace(seeds=("1", "5"))  # seed 1 alone is common: 51 - 60
+    assert paired(target, [base, other])[other] == (-9.0, None)
     text = markdown(target, found, {}, "fastmerge reproduce ours:x")
     assert "| row | seeds | final accuracy (%) | minus `average` | kept (MiB) |\n" in text
     assert "| `trm` | 2 | 57.5 ± 9.2 | +2.50 ± 1.50 | 3.2 |\n" in text
@@ -120,6 +126,9 @@ def test_a_table_of_our_own_by_hand(tmp_path):
     save(target, found, {}, "c", tmp_path)
     assert "medians" not in text
     slow = base._replace(metric="train_seconds", ours=(10.0, 11.0, 700.0))
+    beside = dataclasses.replace(target, beside=("trm:table3", "ImageNet-R, 10 tasks"), metrics=("final_accuracy",))
+    text = markdown(beside, [base._replace(paper=79.3)], {}, "c")
+    assert "| average | 55.0 ± 7.1 | 2 | 79.3 |\n" in text and "differ by what the data are" in text
     timed = dataclasses.replace(target, metrics=("train_seconds",), against="")
     text = markdown(timed, [slow], {}, "c")
     assert "| `average` | 3 | 11 |" in text and "Seconds and peak memory are medians" in text
@@ -276,7 +285,7 @@ def broken(table, monkeypatch, tmp_path):
     monkeypatch.setattr(METHODS["average"], "begin", fails)
     monkeypatch.chdir(tmp_path)
     columns = (Column("broken", TRAIN, "broken"), table.columns[0])
-    rows = {"Ours": "finetune", "Merged": "average"}
+    rows = {"Ours": "finetune", "Merged": "average", "Later": "magmax"}
     monkeypatch.setitem(TARGETS, "trm:table1", dataclasses.replace(table, columns=columns, rows=rows, needs={}))
     data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
     words = ["reproduce", "trm:table1", "--data-root", str(data), "--seeds", "0", "--runs", "runs", "--out", "out"]
@@ -292,7 +301,8 @@ def test_a_column_that_fails(broken, capsys):
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "not run: ZeroDivisionError: in a step\nby itself: python -m fastmerge" in error and "Traceback" in error
-    good = {("broken", "Ours"): ("1", ""), ("here", "Ours"): ("1", ""), ("here", "Merged"): ("1", "")}
+    whole = [("broken", "Ours"), ("broken", "Later"), *(("here", row) for row in ("Ours", "Merged", "Later"))]
+    good = dict.fromkeys(whole, ("1", ""))
     assert why_not() == good | {("broken", "Merged"): ("0", "ZeroDivisionError: in a step")}
     assert "| Merged | not run |" in open("out/trm-table1.md").read()
     assert "Not run: ZeroDivisionError: in a step\n" in open("out/trm-table1.md").read()
@@ -308,7 +318,7 @@ def test_a_column_that_fails_in_another_process(broken, capsys, monkeypatch):
     with monkeypatch.context() as inside:
         inside.setenv("FASTMERGE_REPRODUCE_WORKER", "1")
         assert main([*words, "--processes", "2"]) == 1  # what that process does
-    assert len(list(Path("runs").rglob("result.json"))) == 3 and not Path("out").exists()
+    assert len(list(Path("runs").rglob("result.json"))) == 5 and not Path("out").exists()
     raised[0] = Busy("the other process works on it")  # when this one comes there first
 
     class Other:
@@ -364,11 +374,12 @@ def test_processes_share_the_figures_that_train(tmp_path, monkeypatch):
         told[worker] = []
         monkeypatch.setenv("FASTMERGE_REPRODUCE_WORKER", str(worker))
         other = job if worker == 0 else reproduce.Job(*_parsed(job.command_of_worker()[4:]))
-        assert other.draw_share() == 0
+        other.draw_share()
     whole = [target.name for target in job.targets if "{flags}" in target.draw]
     assert len(whole) == len(told[0]) + len(told[1]) and abs(len(told[0]) - len(told[1])) < 2
     alone = reproduce.Job(*_parsed(["--all", "--small", "--out", str(tmp_path / "out")]))
-    assert alone.draw_share() == 0 and len(told[1]) < len(whole)
+    alone.draw_share()  # a single process draws all of them at the end
+    assert len(told[1]) < len(whole)
     told[worker := 2] = []
     for target in alone.targets:
         if "{flags}" in target.draw:

@@ -79,9 +79,9 @@ def sweep(
     for number, (flag, (_, name)) in enumerate(swept.items()):
         several = {value for its in points.values() for value in its} if number == 0 else {v for _, v in points}
         if len(several) < 2:
-            only = f"all have {several.pop()!r}" if several else "no finished run has it"
+            said = f"all have {several.pop()!r}" if several else "no finished run has it"
             raise UserError(
-                f"{flag} {lines if number else x}: {only}; expected runs with different values, such as "
+                f"{flag} {lines if number else x}: {said}; expected runs with different values, such as "
                 f"--method NAME:{name}=VALUE ..."
             )
     swept_labels = {label for (label, _), its in points.items() if len(its) > 1}

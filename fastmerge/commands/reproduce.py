@@ -5,7 +5,7 @@
     fastmerge reproduce trm:table1 --small                   # on the embedded data sets, in minutes
     fastmerge reproduce --all --small --processes 2
     fastmerge reproduce trm:table1 --dry-run                 # runs, images, hours and disk
-    fastmerge reproduce ours:protocols                       # a table of docs/RESULTS.md
+    fastmerge reproduce ours:protocols                       # a table of our own, for docs/RESULTS.md
 
 What is missing is trained; a stopped command continues when it is repeated, and targets share runs. Several commands may
 work in one --runs folder, and `torchrun ... -m fastmerge reproduce` shares every batch. All flags of the trainer that say
@@ -40,7 +40,7 @@ EMBEDDED = {"glyphs": "characters", "glyphs-hard": "harder characters"}
 
 def main(argv: Sequence[str]) -> int:
     """Run `fastmerge reproduce`; returns the exit code: 0 even where a data set is missing, 2 for bad input, 1 or 2 where
-    a column failed.
+    a column failed, 128 and the signal's number where it was stopped.
 
     Raises:
         UserError: an unknown target, row or flag.
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--small", action="store_true", help="on the embedded data sets")
     made.add_argument("--data-root", help="folder that contains the papers' data sets")
     made.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the tables")
-    made.add_argument("--seeds", nargs="+", type=int, help="seeds (0 1 2; 0 with --small; ten for trm:figure7)")
+    made.add_argument("--seeds", nargs="+", type=int, help="seeds (0 1 2; 0 with --small; others where a target says)")
     made.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes (1)")
     made.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     made.add_argument("--out", type=Path, default=Path("reproduced"), help="folder of the tables and figures")
@@ -113,13 +113,17 @@ class Part(NamedTuple):
         return list(dict.fromkeys(spec for spec in self.rows.values() if spec != UNTRAINED)) or ["nearest-mean"]
 
 
+Failed = tuple[str, str, str]  # folder and flags of a column, and the method: "" for all
+
+
 class Job:
     """The targets of one command. own: its flags; rest: those for the trainer."""
 
     def __init__(self, own: argparse.Namespace, rest: list[str], targets: list[Target]):
         self.own, self.rest, self.targets = own, rest, targets
-        self.why: dict[str, str] = {}  # folder -> why it is not trained
-        self.busy: set[str] = set()  # those of them that other processes train
+        self.why: dict[Failed, str] = {}
+        self.busy: set[Failed] = set()  # those of them that other processes train
+        self.not_drawn: set[tuple[str, str]] = set()  # target and folder of figures that failed
         self.code = 0  # of what failed
         for part in self.trainings():
             self.config(part)  # a wrong flag of the trainer is told first
@@ -204,7 +208,10 @@ class Job:
 
         others, code = self.start_others(), 1
         try:
-            code = self.train() or self.draw_share()
+            stopped = self.train()
+            if not stopped:
+                self.draw_share()
+            code = stopped
         finally:
             for number, other in enumerate(others, 2):
                 if code:  # this process was stopped; the runs are saved
@@ -263,33 +270,44 @@ class Job:
     def train(self, again: bool = False) -> int:
         """Run the trainer on every column; returns the code of a stopped one, else 0. What is not trained is noted. again:
         only where a result is missing."""
-        from fastmerge.__main__ import run
-        from fastmerge.ranks import end
-
-        for folder in self.busy:
-            del self.why[folder]  # it may be free now
+        for place in self.busy:
+            del self.why[place]  # it may be free now
         self.busy.clear()
         todo = [part for part in self.together() if not again or not self.complete(part)]
         first = (self.worker or 0) * len(todo) // self.own.processes  # processes begin at different places
         for part in todo[first:] + todo[:first]:
-            if part.column.folder in self.why:
-                continue
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{part.column.folder}: {', '.join(part.specs)}", flush=True)
-            try:
-                code = run(self.config(part))
-            except Exception as error:
-                if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, Unprepared):
-                    raise  # the other processes of torchrun may be elsewhere
-                end()
-                command = shlex.join(["python", "-m", "fastmerge", *self.words(part)])
-                self.why[part.column.folder] = self.failed(error, "run", command, self.config(part))
-                if isinstance(error, Busy):
-                    self.busy.add(part.column.folder)
-                continue
-            if code:
+            if not all(self.reason(part, spec) for spec in part.specs) and (code := self.train_part(part)):
                 return code
         return 0
+
+    def train_part(self, part: Part) -> int:
+        """One command of the trainer; where one of its methods fails, each by itself."""
+        from fastmerge.__main__ import run
+        from fastmerge.ranks import end
+
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{part.column.folder}: {', '.join(part.specs)}", flush=True)
+        try:
+            return run(self.config(part))
+        except Exception as error:
+            outside = isinstance(error, Unprepared | Busy)  # nothing that a method did
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(error, Unprepared):
+                raise  # the other processes of torchrun may be elsewhere
+            end()
+            if not outside and len(part.specs) > 1:
+                alone = (part._replace(rows={spec: spec}) for spec in part.specs)
+                return next((code for code in map(self.train_part, alone) if code), 0)
+            command = shlex.join(["python", "-m", "fastmerge", *self.words(part)])
+            place = part.column.folder, part.column.flags, "" if outside else part.specs[0]
+            self.why[place] = self.failed(error, "run", command, self.config(part))
+            if isinstance(error, Busy):
+                self.busy.add(place)
+            return 0
+
+    def reason(self, part: Part, spec: str) -> str:
+        """Why a method of a part is not trained; "" if nothing is known."""
+        place = part.column.folder, part.column.flags
+        return self.why.get((*place, ""), self.why.get((*place, spec), ""))
 
     def failed(self, error: Exception, what: str, command: str, config: Any = None) -> str:
         """Say that a column was not run or drawn; returns why, in words. Missing data and a busy folder are no failures."""
@@ -347,14 +365,14 @@ class Job:
 
         found, stand_in = [], {}
         for column in self.columns(target):
-            why, results = self.missing(target), dict[str, list[dict[str, Any]]]()
+            why, results = self.missing(target), dict[str, dict[str, dict[str, Any]]]()
             for part in self.parts(target, column):
-                results |= {row: list(seeds.values()) for row, seeds in self.results(part).items()}
-                if part.column.folder in self.why:
-                    seeds = len(self.seeds(target))
-                    wanted = {row: 1 if spec == UNTRAINED else seeds for row, spec in part.rows.items()}
-                    short = [row for row, count in wanted.items() if len(results.get(row, ())) < count]
-                    why |= dict.fromkeys(short, self.why[part.column.folder])
+                results |= self.results(part)
+                for row, spec in part.rows.items():
+                    wanted = 1 if spec == UNTRAINED else len(self.seeds(target))
+                    said = self.reason(part, part.specs[0] if spec == UNTRAINED else spec)
+                    if said and len(results.get(row, ())) < wanted:
+                        why[row] = said
             found += cells(target, column, results, why, list(self.rows(target)))
             if self.own.small and not target.ours:
                 stand_in[column.name] = f"`{column.dataset}`, {EMBEDDED[column.dataset]}"
@@ -362,13 +380,12 @@ class Job:
         paths = save(target, found, stand_in, self.command(target), self.own.out) if target.rows else []
         return paths + (self.draw(target) if target.draw else [])
 
-    def draw_share(self) -> int:
-        """Of the figures that train models of their own, draw those of this process of several; returns 0."""
+    def draw_share(self) -> None:
+        """Of the figures that train models of their own, draw those of this process of several."""
         if self.own.processes > 1 and os.environ.get("RANK", "0") == "0":
             figures = [target for target in self.targets if "{flags}" in target.draw]
             for target in figures[self.worker or 0 :: self.own.processes]:
                 self.draw(target)
-        return 0
 
     def draw(self, target: Target) -> list[Path]:
         """Draw the figure of every column; returns the folders. One that this command has drawn before is kept."""
@@ -376,7 +393,8 @@ class Job:
 
         paths, columns = [], self.columns(target)
         for column in columns:
-            if column.folder in self.why:
+            place = column.folder, column.flags, ""
+            if place in self.why or (target.name, column.folder) in self.not_drawn:
                 continue
             out = self.own.out / target.file / (column.folder if len(columns) > 1 else "")
             rest = [word for word in self.rest if word != "--quiet"]  # the other processes have it
@@ -387,6 +405,9 @@ class Job:
                 for row, seeds in self.results(part).items()
                 if seeds and part.rows[row] != UNTRAINED
             ]
+            if "{labels}" in target.draw and not labels:
+                print(f"{target.name} · {column.name}: not drawn, no row of it is finished", file=sys.stderr)
+                continue
             words = []
             for word in shlex.split(self.own.small and target.draw_small or target.draw):
                 if word == "{results}":
@@ -404,6 +425,7 @@ class Job:
                     print(path)
                 paths.append(out)
             except Exception as error:
+                self.not_drawn.add((target.name, column.folder))
                 print(f"{target.name} · {column.name}", file=sys.stderr)
                 self.failed(error, "drawn", shlex.join(["python", "-m", "fastmerge", "analyse", *words]))
         return paths

@@ -38,7 +38,7 @@ class Hashes:
         """The hashes of `files`, which end the work of the threads. The stamps are those of the files that were merged.
 
         Raises:
-            UserError: a file was another one when it was hashed, or is now.
+            UserError: a file is no longer the one that was merged.
         """
         self.add(files)
         try:

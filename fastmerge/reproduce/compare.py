@@ -41,7 +41,8 @@ WHOLE = ("train_seconds", "merge_seconds", "peak_mib")  # digits after the point
 
 
 class Cell(NamedTuple):
-    """One number. ours: of every seed. paper, deviation: published, or None. why: what stands in the way of ours."""
+    """One number. ours: of every seed, seeds: their names. paper, deviation: published, or None. why: what stands in the way
+    of ours."""
 
     column: str
     metric: str
@@ -50,10 +51,11 @@ class Cell(NamedTuple):
     paper: float | None
     deviation: float | None
     why: str = ""
+    seeds: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float | None:
-        """Of ours; the median of seconds and memory, which a busy machine spoils."""
+        """Of ours; the median for WHOLE, which a busy machine spoils."""
         middle = statistics.median if self.metric in WHOLE else statistics.fmean
         return middle(self.ours) if self.ours else None
 
@@ -88,19 +90,24 @@ def value(result: dict[str, Any], metric: str) -> float | None:
 def cells(
     target: Target,
     column: Column,
-    found: Mapping[str, Sequence[dict[str, Any]]],
+    found: Mapping[str, Mapping[str, dict[str, Any]]],
     why: dict[str, str],
     rows: Sequence[str],
 ) -> list[Cell]:
-    """The cells of one column. found: row -> results of its seeds. why: row -> why it has not all of them."""
+    """The cells of one column. found: row -> seed -> result. why: row -> why it has not all of them."""
     item, place = target.beside or (target.name, column.name)
     paper, made = published().get(item, {}), []
     for metric in target.metrics:
         for row in rows:
-            ours = [value(result, metric) for result in found.get(row, ()) if metric in METRICS or "seconds" in result]
+            every = {
+                seed: value(result, metric)
+                for seed, result in found.get(row, {}).items()
+                if metric in METRICS or "seconds" in result
+            }
+            ours = {seed: x for seed, x in every.items() if x is not None}
             number, deviation = paper.get((row, place, metric), (None, None))
-            kept = tuple(x for x in ours if x is not None)
-            made.append(Cell(column.name, metric, row, kept, number, deviation, why.get(row, "")))
+            about = number, deviation, why.get(row, ""), tuple(ours)
+            made.append(Cell(column.name, metric, row, tuple(ours.values()), *about))
     return made
 
 
@@ -125,14 +132,17 @@ def compared(target: Target, metric: str) -> bool:
 
 
 def paired(target: Target, found: Sequence[Cell]) -> dict[Cell, tuple[float, float | None]]:
-    """cell -> its difference to the row `against`, and the standard error of it over paired seeds (None with one seed)."""
-    reference = {(c.column, c.metric): c for c in found if c.row == target.against}
+    """cell -> its difference to the row `against` over the seeds that both have, and its standard error (None for one)."""
+    reference = {(c.column, c.metric): c for c in found if c.row == target.against and compared(target, c.metric)}
     made = dict[Cell, tuple[float, float | None]]()
     for cell in found:
-        other = reference.get((cell.column, cell.metric)) if cell.metric in METRICS else None
-        if other is None or other is cell or not cell.ours or len(cell.ours) != len(other.ours):
+        other = reference.get((cell.column, cell.metric))
+        if other is None or other is cell:
             continue
-        each = [mine - its for mine, its in zip(cell.ours, other.ours, strict=True)]
+        mine, its = (dict(zip(c.seeds, c.ours, strict=True)) for c in (cell, other))
+        each = [mine[seed] - its[seed] for seed in mine if seed in its]
+        if not each:
+            continue
         error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
         made[cell] = statistics.fmean(each), error
     return made
@@ -143,7 +153,8 @@ def markdown(target: Target, found: Sequence[Cell], stand_in: dict[str, str], co
     lines = [f"# {target.name}: {target.title}", "", f"```bash\n{command}\n```", ""]
     if target.ours and not target.beside:
         return "\n".join(lines + wide(target, found))
-    if stand_in:
+    elsewhere = bool(stand_in) or target.ours
+    if elsewhere:
         lines += [
             "On embedded data sets, so ours and the paper's numbers differ by what the data are; their order may agree.",
             "",
@@ -152,7 +163,7 @@ def markdown(target: Target, found: Sequence[Cell], stand_in: dict[str, str], co
         lines += [f"## {column}" + (f" (here: {stand_in[column]})" if column in stand_in else ""), ""]
         for metric in target.metrics:
             its = [cell for cell in found if (cell.column, cell.metric) == (column, metric)]
-            lines += [HEADINGS[metric] + ":", "", *block(its, bool(stand_in)), ""]
+            lines += [HEADINGS[metric] + ":", "", *block(its, elsewhere), ""]
             rho = rank_correlation(its)
             if rho is not None:
                 lines += [f"Order of the rows: Spearman's rho between ours and the paper's is {rho:.2f}.", ""]
@@ -163,7 +174,7 @@ def wide(target: Target, found: Sequence[Cell]) -> list[str]:
     """A line for every row: the mean of its seeds and their sample deviation."""
     differences, lines = paired(target, found), list[str]()
     if any(metric in WHOLE for metric in target.metrics):
-        lines += ["Seconds and peak memory are medians over the seeds, on a machine with other work.", ""]
+        lines += ["Seconds and peak memory are medians over the seeds.", ""]
     if target.against:
         lines += [f"Differences to `{target.against}` are of the same seed, with the standard error of their mean.", ""]
     for column in dict.fromkeys(cell.column for cell in found):
@@ -183,8 +194,7 @@ def wide(target: Target, found: Sequence[Cell]) -> list[str]:
                     apart, error = differences.get(own[metric], (None, None))
                     words.append(plus_minus(apart, error, 2, "+"))
             lines.append(f"| {' | '.join(words)} |")
-        reasons = dict.fromkeys(cell.why for cell in its if cell.why and cell.mean is None)
-        lines += [*(f"\nNot run: {why}" for why in reasons), ""]
+        lines += [*reasons(its), ""]
     return lines
 
 
@@ -200,8 +210,13 @@ def block(its: Sequence[Cell], small: bool) -> list[str]:
             said = {True: "yes", False: "**no**", None: "" if cell.difference is None else "one run"}[cell.reproduced]
             words += [plus_minus(cell.difference, cell.error, digits, "+"), said]
         lines.append(f"| {' | '.join(words)} |")
-    reasons = dict.fromkeys(cell.why for cell in its if cell.why)
-    return lines + [f"\nNot run: {why}" for why in reasons]
+    return lines + reasons(its)
+
+
+def reasons(its: Sequence[Cell]) -> list[str]:
+    """Why rows have no number, or not of every seed."""
+    said = dict.fromkeys((cell.why, bool(cell.ours)) for cell in its if cell.why)
+    return [f"\n{'Not all seeds' if some else 'Not run'}: {why}" for why, some in said]
 
 
 def plus_minus(mean: float | None, spread: float | None, digits: int, sign: str = "") -> str:
@@ -218,7 +233,7 @@ def save(target: Target, found: Sequence[Cell], stand_in: dict[str, str], comman
     rows = []
     for c in found:
         data = stand_in.get(c.column, "" if target.ours else "the paper's")
-        apart = differences.get(c, (c.difference, c.error))
+        apart = differences.get(c, (None, None) if target.ours else (c.difference, c.error))
         numbers = (c.mean, c.spread, len(c.ours), c.paper, c.deviation, *apart)
         judged = None if stand_in or target.ours else c.reproduced
         rows.append((c.column, data, c.metric, c.row, *numbers, judged, c.why))
@@ -267,7 +282,7 @@ def outcome(table: Path) -> str:
         return f"order of the rows: Spearman's rho {', '.join(found)}"
     leads = dict[str, tuple[float, str]]()
     for row in rows:
-        if row["metric"] == "final_accuracy" and row["ours"]:
+        if row["metric"] == "final_accuracy" and row["ours"] and row["row"] != "joint":  # joint is an upper bound
             leads[row["column"]] = max(leads.get(row["column"], (0.0, "")), (float(row["ours"]), row["row"]))
     said = ", ".join(f"{column}: `{name}` {best:.1f}" for column, (best, name) in leads.items())
     return f"highest final accuracy: {said}" if said else "nothing to compare"

@@ -1,6 +1,6 @@
 """Tables of our own, the evidence of docs/RESULTS.md: `fastmerge reproduce ours:protocols --data-root DIR`.
 
-The embedded sets stand in the folders of `--small`, so runs are shared with the papers' tables there. Two columns need real
+Runs on embedded sets use the run folders of `--small`, so the papers' tables there share them. Two columns need real
 images, as folders of DIR: `caltech101`, photographs of 101 classes (up to 30 training and 10 test images each, `train/` and
 `test/`), and `emoji-styles`, 200 emoji in three styles (`colour/`, `flat/`, `mono/`, with `train/` and `test/` of different
 vendors in each). docs/DATA.md has the layouts.
