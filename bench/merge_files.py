@@ -1,6 +1,6 @@
 """`fastmerge merge` beside mergekit's own command on the same files: time, processor time, peak memory.
 
-    python bench/merge_files.py --folder DIR                       # 5 minutes; 2.6 GB of files in DIR
+    python bench/merge_files.py --folder DIR                       # 12 minutes; 2.6 GB of files in DIR
     python bench/merge_files.py --folder DIR --models 8 --settings float32/1/warm --rules average --minutes 2
 
 Every command is a process of its own, from the start of Python to the end. The floor is `cat` of the inputs to /dev/null.
@@ -9,10 +9,9 @@ the files, the number of cores (which the processes are bound to, with as many t
 inputs in the cache of the system, or cold, without (and without the libraries, where the system allows that).
 
 The three commands take turns, and all rows are repeated until --minutes have passed (or a signal ends it); then the table is
-printed. Seconds and processor seconds (of the
-process and its threads, user and system) are the smallest of the repeats, and ours / theirs is the median of the ratios of
-commands that ran one after the other. `import torch` is the part that Python and torch take before any work. Peak memory is
-the largest resident set, which holds mapped files too.
+printed. Seconds and processor seconds (of the process and its threads, user and system) are the smallest of the repeats, and
+ours / theirs is the median of the ratios of commands that ran one after the other. `import torch` is the part that Python
+and torch take before any work. Peak memory is the largest resident set of all repeats, which holds mapped files too.
 """
 
 from __future__ import annotations
@@ -75,13 +74,16 @@ def make(files: list[Path], width: int, dtype: str) -> None:
     from safetensors.torch import save_file
 
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # a model's numbers do not depend on which files are there
     base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes(width).items()}
     common = {name: 1e-3 * torch.randn(x.shape, generator=generator) for name, x in base.items()}
     for k, file in enumerate(files):
         if not file.exists():
+            generator.manual_seed(1 + k)
             step = {n: common[n] + 1e-3 * torch.randn(x.shape, generator=generator) for n, x in base.items()}
-            save_file({n: (x + step[n] if k else x).to(getattr(torch, dtype)) for n, x in base.items()}, file)
+            partial = file.with_suffix(".part")
+            save_file({n: (x + step[n] if k else x).to(getattr(torch, dtype)) for n, x in base.items()}, partial)
+            partial.rename(file)
 
 
 def timed(words: list[str], cores: int) -> Run:
@@ -94,6 +96,7 @@ def timed(words: list[str], cores: int) -> Run:
         error = process.stderr.read()
     except KeyboardInterrupt:
         process.kill()
+        process.wait()
         raise
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
@@ -142,27 +145,32 @@ def measure(row: Row, files: list[Path], folder: Path) -> dict[str, Run]:
     """One run of each command."""
     out, found = folder / "out", {}
     for name, words in commands(row, files, folder, out).items():
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)  # of a killed command
         out.mkdir()
         cold(files) if row.cache == "cold" else warm(files)
-        found[name] = timed(words, row.cores)
-    shutil.rmtree(out)
+        try:
+            found[name] = timed(words, row.cores)
+        finally:
+            shutil.rmtree(out)
     return found
 
 
 def line(row: Row, runs: list[dict[str, Run]]) -> str:
-    least = {name: Run(*map(min, zip(*(run[name] for run in runs), strict=True))) for name in runs[0]}
+    least = {}
+    for name in runs[0]:
+        seconds, cpu, peaks = zip(*(run[name] for run in runs), strict=True)
+        least[name] = Run(min(seconds), min(cpu), max(peaks))
     ours, floor = least["ours"], least["cat"]
-    seconds = ratio = cpu = cpu_ratio = peak = "n/a"
+    its_seconds = ratio = its_cpu = cpu_ratio = peak = "n/a"
     if theirs := least.get("theirs"):
-        seconds, cpu, peak = f"{theirs.seconds:.1f}", f"{theirs.cpu:.1f}", f"{theirs.peak / 2**20:.0f}"
+        its_seconds, its_cpu, peak = f"{theirs.seconds:.1f}", f"{theirs.cpu:.1f}", f"{theirs.peak / 2**20:.0f}"
         ratio = f"{statistics.median(run['ours'].seconds / run['theirs'].seconds for run in runs):.2f}"
         cpu_ratio = f"{statistics.median(run['ours'].cpu / run['theirs'].cpu for run in runs):.2f}"
-    cells = [*map(str, row), str(len(runs)), f"{floor.seconds:.2f}", f"{ours.seconds:.1f}", seconds, ratio]
+    cells = [*map(str, row), str(len(runs)), f"{floor.seconds:.2f}", f"{ours.seconds:.1f}", its_seconds, ratio]
     cells += [
         f"{ours.seconds / floor.seconds:.1f}",
         f"{ours.cpu:.1f}",
-        cpu,
+        its_cpu,
         cpu_ratio,
         f"{ours.peak / 2**20:.0f}",
         peak,
@@ -176,7 +184,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="TYPE/CORES/CACHE")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
-    parser.add_argument("--minutes", type=float, default=5, help="no row begins after that")
+    parser.add_argument("--minutes", type=float, default=12, help="no row begins after that")
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args()
     split = [setting.split("/") for setting in given.settings]

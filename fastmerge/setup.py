@@ -90,21 +90,22 @@ class Setup:
     progress(done, prompts) is called while a text head is computed. Raises Unprepared if something is missing.
     """
 
-    @preparing()
     def __init__(self, config: Config, progress: Callable[[int, int], None] | None = None):
         # a user of this program cannot act on the warnings of libraries
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|open_clip)\b")
         self.progress = progress
         self.device = choose_device(config.run.device)
         given = config.scenario.tasks
-        self.config, self.scenario, self.earlier = prepared(config)
+        with preparing():
+            self.config, self.scenario, self.earlier = prepared(config)
         config, self.dataset, tasks = self.config, self.scenario.dataset, self.config.scenario.tasks
         self.fewer_tasks = given is None and tasks is not None and tasks < DEFAULT_TASKS
         training = dataclasses.replace(config.training, precision=choose(config.training.precision, self.device))
         if training.compile is None:
             training.compile = self.device.type == "cuda" and not training.checkpoint_gradients
         self.config = config = dataclasses.replace(config, training=training)
-        unseen = load_retained(config)
+        with preparing():
+            unseen = load_retained(config)
         self._prepare(config.training.seeds[0])
         self.retained = self._retained(unseen) if unseen is not None else None
         room = None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)
@@ -123,9 +124,10 @@ class Setup:
         torch.manual_seed(seed)  # --pretrained none draws weights
         model = self.config.model
         given = Normalisation(model.mean, model.std, "--mean and --std") if model.mean and model.std else None
-        self.backbone, encoder = load_backbone(
-            model.model, model.pretrained, download=self.config.data.download, normalisation=given
-        )
+        with preparing():
+            self.backbone, encoder = load_backbone(
+                model.model, model.pretrained, download=self.config.data.download, normalisation=given
+            )
         self._encoder = encoder
         self.head = self._head(model.head or ("text" if encoder else "prototype"), encoder)
         if self.earlier and self.head.kind == "text" and (before := self.earlier.text_head()) is not None:
