@@ -14,6 +14,7 @@ import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.data import load_dataset
 from fastmerge.errors import UserError
+from fastmerge.merging import RULES
 from fastmerge.methods import METHODS
 from fastmerge.models import load_backbone
 
@@ -63,9 +64,9 @@ CASES = {  # which methods, with which flags
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, pytest.param("protocols", marks=pytest.mark.slow)])
 def test_the_loaded_model_scores_what_the_table_says(case, data, tmp_path):
-    methods, flags = CASES[case]
+    methods, flags = CASES[case] if case in CASES else (list(RULES), [*PROTOCOLS, "--model", "tiny", "--head", "text"])
     results = run(tmp_path / "r", data, "--method", *methods, *flags)
     check_all(tmp_path / "r", results, data)
 
