@@ -313,6 +313,18 @@ def test_a_column_that_fails(broken, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_an_untrained_model_needs_a_text_head(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TARGETS, "trm:table1", dataclasses.replace(table, columns=table.columns[:1]))
+    data = image_folder(tmp_path / "data", classes=4, train=3, test=5)
+    words = ["reproduce", "trm:table1", "--data-root", str(data), "--seeds", "0", "--runs", "runs", "--out", "out"]
+    assert main([*words, "--only", "Zero-shot", "Ours", "--head", "prototype"]) == 0
+    assert why_not() == {
+        ("here", "Zero-shot"): ("0", "an untrained model has an accuracy with a text head alone"),
+        ("here", "Ours"): ("1", ""),
+    }
+
+
 def test_a_column_that_fails_in_another_process(broken, capsys, monkeypatch):
     words, raised = broken
     with monkeypatch.context() as inside:

@@ -373,6 +373,8 @@ class Job:
                     said = self.reason(part, part.specs[0] if spec == UNTRAINED else spec)
                     if said and len(results.get(row, ())) < wanted:
                         why[row] = said
+                    elif spec == UNTRAINED and not results.get(row) and any(results.values()):
+                        why[row] = "an untrained model has an accuracy with a text head alone"
             found += cells(target, column, results, why, list(self.rows(target)))
             if self.own.small and not target.ours:
                 stand_in[column.name] = f"`{column.dataset}`, {EMBEDDED[column.dataset]}"
