@@ -60,6 +60,7 @@ CASES = {
         ["--head", "linear", "--protocol", "running", "--no-nearest-mean", "--ranpac.projection", "40"],
     ),
     "prototype": (["trm"], ["--head", "prototype"]),
+    "input spaces": (["became", "inflora"], ["--head", "text"]),
 }
 
 

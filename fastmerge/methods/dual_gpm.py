@@ -49,15 +49,20 @@ def grown(memory: Memory | None, moment: Tensor, threshold: float) -> Memory:
         return halved(torch.cat([basis, left[:, :count]], 1)[:, : len(basis)], False)
     count = min(int((outside[:-1] >= 1 - threshold).sum()), basis.shape[1])
     rest = basis - left[:, :count] @ (left[:, :count].mT @ basis)
-    return Memory(left_vectors(rest)[0][:, : basis.shape[1] - count].float(), True)
+    return stored(left_vectors(rest)[0][:, : basis.shape[1] - count], True)
 
 
 def halved(basis: Tensor, retain: bool) -> Memory:
     """The basis, or its complement where that is smaller."""
     rows, columns = basis.shape
     if columns <= rows / 2:
-        return Memory(basis.float(), retain)
-    return Memory(left_vectors(basis)[0][:, columns:].float(), not retain)
+        return stored(basis, retain)
+    return stored(left_vectors(basis)[0][:, columns:], not retain)
+
+
+def stored(basis: Tensor, retain: bool) -> Memory:
+    """In the layout of a loaded one, since products in another layout differ in their last bits."""
+    return Memory(basis.float().contiguous(), retain)
 
 
 def tensors_of(memory: dict[str, Memory]) -> dict[str, Tensor]:
