@@ -129,7 +129,7 @@ def test_kept_bytes_on_the_page(tmp_path, monkeypatch):
     }
 
 
-def test_every_number_of_the_results_is_in_a_table_that_its_section_links():
+def test_every_decimal_of_the_results_is_in_a_table_that_its_section_links():
     page = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
     assert "\n|" not in page  # tables are files that `reproduce` writes
     checked = 0

@@ -5,7 +5,7 @@
     fastmerge reproduce trm:table1 --small                   # on the embedded data sets, in minutes
     fastmerge reproduce --all --small --processes 2
     fastmerge reproduce trm:table1 --dry-run                 # runs, images, hours and disk
-    fastmerge reproduce ours:protocols                       # a table of our own, for docs/RESULTS.md
+    fastmerge reproduce ours:frozen --data-root DIR          # a table of our own; docs/RESULTS.md says what they show
 
 What is missing is trained; a stopped command continues when it is repeated, and targets share runs. Several commands may
 work in one --runs folder, and `torchrun ... -m fastmerge reproduce` shares every batch. All flags of the trainer that say
@@ -159,8 +159,8 @@ class Job:
     def folder(self, column: Column) -> Path:
         return self.own.runs / column.folder
 
-    def place(self, column: Column) -> list[str]:
-        """The flag that says where the column's data are."""
+    def data_flags(self, column: Column) -> list[str]:
+        """--data-root of the column, if it needs one."""
         root = self.own.data_root
         if not root or column.dataset in EMBEDDED:
             return []
@@ -169,7 +169,7 @@ class Job:
     def words(self, part: Part) -> list[str]:
         """The trainer's command line."""
         seeds = map(str, self.seeds(part.target))
-        place = self.place(part.column)
+        place = self.data_flags(part.column)
         words = [*part.column.words, "--method", *part.specs, "--seeds", *seeds, *place, *self.rest]
         return [*words, "--run-dir", str(self.folder(part.column))]
 
@@ -353,7 +353,7 @@ class Job:
 
     def command(self, target: Target) -> str:
         """What repeats this target, on any machine."""
-        data = ["--data-root", "DIR"] if any(map(self.place, self.columns(target))) else []
+        data = ["--data-root", "DIR"] if any(map(self.data_flags, self.columns(target))) else []
         small = ["--small"] if self.own.small else []
         seeds = ["--seeds", *map(str, self.own.seeds)] if self.own.seeds else []
         only = ["--only", *self.own.only] if self.own.only else []
@@ -400,7 +400,7 @@ class Job:
                 continue
             out = self.own.out / target.file / (column.folder if len(columns) > 1 else "")
             rest = [word for word in self.rest if word != "--quiet"]  # the other processes have it
-            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *rest, *self.place(column)]
+            flags = [*column.words, "--seeds", *map(str, self.seeds(target)), *rest, *self.data_flags(column)]
             labels = [
                 self.labels(part)[part.rows[row]]
                 for part in self.parts(target, column)

@@ -1,4 +1,4 @@
-"""Tables of our own, the evidence of docs/RESULTS.md: `fastmerge reproduce ours:protocols --data-root DIR`.
+"""Tables of our own; docs/RESULTS.md says what those that were run show: `fastmerge reproduce ours:frozen --data-root DIR`.
 
 Runs on embedded sets use the run folders of `--small`, so the papers' tables there share them. Two columns need real
 images, as folders of DIR: `caltech101`, photographs of 101 classes (up to 30 training and 10 test images each, `train/` and
@@ -9,7 +9,9 @@ vendors in each). docs/DATA.md has the layouts.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from fastmerge.reproduce import cmm, pam
 from fastmerge.reproduce.small import domains, easy, easy_linear, hard
 from fastmerge.reproduce.target import Column, Target
 from fastmerge.reproduce.trm import TERMS
@@ -43,16 +45,6 @@ READINGS = (  # of TRM, where the paper is open
     "trm:replace=none",
 )
 CONSTANT = "trm:lambda0=0,lambda1=0,lambda2=0,replace=none,alpha="
-LORA = {
-    "LoRA": "finetune:lora_rank=10",
-    "averaging": "average:lora_rank=10",
-    "DARE": "dare:lora_rank=10",
-    "CoMA": "coma:lora_rank=10",
-    "CoFiMA": "cofima:lora_rank=10",
-    "P&M without perturbation": "pam:perturb=none",
-    "P&M with Gaussian noise": "pam:perturb=gauss",
-    "P&M": "pam",
-}
 QUALITY = ("final_accuracy", "aaa", "forgetting", "plasticity")
 COST = ("train_seconds", "merge_seconds", "peak_mib", "kept_mib")
 
@@ -76,10 +68,10 @@ def with_flags(column: Column, name: str, more: str) -> Column:
 
 
 def own(
-    name: str, title: str, columns: tuple[Column, ...], rows: dict[str, str] | tuple[str, ...], **more: object
+    name: str, title: str, columns: tuple[Column, ...], rows: dict[str, str] | tuple[str, ...], **more: Any
 ) -> Target:
     rows = rows if isinstance(rows, dict) else {row: row for row in rows}
-    return Target(f"ours:{name}", title, "docs/RESULTS.md", columns, columns, rows, **{"metrics": QUALITY, **more})  # type: ignore[arg-type]
+    return Target(f"ours:{name}", title, "our own", columns, columns, rows, **{"metrics": QUALITY, **more})
 
 
 TARGETS = (
@@ -179,20 +171,14 @@ TARGETS = (
             with_flags(easy_linear(""), "characters, rate 1e-2", "--lr 1e-2 --pam.lr 1e-2"),
             with_flags(photographs(""), "photographs, rate 1e-2", "--lr 1e-2 --pam.lr 1e-2"),
         ),
-        LORA,
+        pam.MERGES | pam.PARTS,
     ),
     own(
         "stages",
         "What each part of CMM adds, characters in three families of typefaces",
         (domains("characters", protocol="full"),),
-        {
-            "zero-shot": "zero-shot",
-            "fine-tuning": "finetune",
-            "and the merge": "cmm:tangent=false,align_epochs=0",
-            "and the tangent space": "cmm:align_epochs=0",
-            "and the alignment": "cmm",
-        },
+        cmm.PARTS,
         metrics=(*QUALITY, "kept_mib"),
-        against="fine-tuning",
+        against="FT",
     ),
 )

@@ -34,6 +34,20 @@ LEARNERS = {
     "LoRA-P&M": "pam",
 }
 WITHOUT_HIDE = {row: method for row, method in LEARNERS.items() if row != "HiDe-Prompt"}
+MERGES = {  # Table 3
+    "LoRA": f"finetune:{LORA}",
+    "w/ Model Averaging": f"average:{LORA}",
+    "w/ DARE": f"dare:{LORA}",
+    "w/ CoMA": f"coma:{LORA}",
+    "w/ CoFIMA": f"cofima:{LORA}",
+    "w/ P&M": "pam",
+}
+PARTS = {  # Table 4
+    "LoRA": f"finetune:{LORA}",
+    "LoRA-M": "pam:perturb=none",
+    "LoRA-M w/ gauss noise": "pam:perturb=gauss",
+    "LoRA-P&M": "pam",
+}
 P0 = {f"p0 = {p:g}": f"pam:p0={p:g}" for p in (0, 0.2, 0.33, 0.5, 0.8)}
 EPSILON = {f"epsilon = {e:g}": f"pam:epsilon={e:g}" for e in (0.1, 0.3, 0.5, 0.7, 0.9)}
 
@@ -53,14 +67,7 @@ TARGETS = (
         "4.2",
         SIX,
         (hard_linear("ImageNet-R, 10 tasks"), easy_linear("CIFAR-100, 10 tasks")),
-        {
-            "LoRA": f"finetune:{LORA}",
-            "w/ Model Averaging": f"average:{LORA}",
-            "w/ DARE": f"dare:{LORA}",
-            "w/ CoMA": f"coma:{LORA}",
-            "w/ CoFIMA": f"cofima:{LORA}",
-            "w/ P&M": "pam",
-        },
+        MERGES,
         MACRO,
     ),
     Target(
@@ -69,12 +76,7 @@ TARGETS = (
         "4.3",
         SIX,
         (hard_linear("ImageNet-R, 10 tasks"), easy_linear("CIFAR-100, 10 tasks")),
-        {
-            "LoRA": f"finetune:{LORA}",
-            "LoRA-M": "pam:perturb=none",
-            "LoRA-M w/ gauss noise": "pam:perturb=gauss",
-            "LoRA-P&M": "pam",
-        },
+        PARTS,
         MACRO,
     ),
     Target(
