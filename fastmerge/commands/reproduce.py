@@ -193,8 +193,8 @@ class Job:
         made = dict[tuple[str, str, tuple[int, ...]], Part]()
         for part in self.trainings():
             key = part.column.folder, part.column.flags, tuple(self.seeds(part.target))
-            own = dict.fromkeys(part.specs)
-            made[key] = part._replace(rows=(made[key].rows if key in made else {}) | {spec: spec for spec in own})
+            before = made[key].specs if key in made else []
+            made[key] = part._replace(rows={spec: spec for spec in (*before, *part.specs)})
         return list(made.values())
 
     def complete(self, part: Part) -> bool:

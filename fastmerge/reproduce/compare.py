@@ -252,6 +252,7 @@ def index(out: Path, targets: Sequence[Target]) -> str:
 
 
 def listed(out: Path, targets: Sequence[Target]) -> list[str]:
+    """The heading of the table of `index`, and a line for each of `targets` that is there."""
     lines = ["| item | what | outcome |", "|---|---|---|"]
     for target in targets:
         table, folder = out / f"{target.file}.csv", out / target.file
