@@ -22,6 +22,8 @@ HEADINGS = {
     "aaa_macro": "AAA (%)",
     "forgetting": "forgetting (%)",
     "plasticity": "plasticity (%)",
+    "forward_transfer": "forward transfer (points)",
+    "retention": "retention (points)",
     "peak_memory_gb": "peak memory (GB)",
     "hours": "hours",
     "train_seconds": "train (s)",

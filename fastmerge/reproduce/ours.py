@@ -42,9 +42,23 @@ READINGS = (  # of TRM, where the paper is open
     "trm:energy=bounded",
     "trm:space=span",
     "trm:space=span,scale=relative",
+    "trm:per=block",
     "trm:replace=none",
 )
 CONSTANT = "trm:lambda0=0,lambda1=0,lambda2=0,replace=none,alpha="
+# Task arithmetic under `strict` sums two task vectors, so this is theta_init + 2 scale (average - theta_init).
+SHRUNK = {
+    f"average, {2 * scale:g} of its task vector": f"task-arithmetic:scale={scale:g}" for scale in (0.45, 0.4, 0.35)
+}
+STARTS = ("zero-shot", "last", "average", "ema")  # TIME: where training starts, and what is deployed
+DEPLOYED = ("last", "average", "ema", "ties", "magmax")
+AXES = {
+    f"{deploy} from {start}": (
+        f"average:init_rule={start},deploy_rule=last" if deploy == "last" else f"{deploy}:init_rule={start}"
+    )
+    for start in STARTS
+    for deploy in DEPLOYED
+}
 QUALITY = ("final_accuracy", "aaa", "forgetting", "plasticity")
 COST = ("train_seconds", "merge_seconds", "peak_mib", "kept_mib")
 
@@ -61,16 +75,33 @@ def photographs(name: str) -> Column:
     return Column(name, f"--dataset folder {flags}", "photographs-5-linear", inside="caltech101")
 
 
+def emoji_classes(name: str) -> Column:
+    """Class-incremental: the same emoji, 40 a task in all styles at once, with a linear head."""
+    flags = "--model tiny --tasks 5 --head linear --epochs 2 --protocol strict"
+    return Column(name, f"--dataset folder {flags}", "emoji-5-linear", inside="emoji-styles")
+
+
+def budget(name: str, epochs: int) -> Column:
+    """Class-incremental characters with a budget of training; retention is measured on the harder ones."""
+    flags = f"--dataset glyphs --tasks 5 --protocol full --epochs {epochs} --no-nearest-mean --retain glyphs-hard"
+    return Column(name, flags, f"glyphs-5-epochs-{epochs}")
+
+
 def with_flags(column: Column, name: str, more: str) -> Column:
     """`column` with flags of its own, in a folder of its own."""
     words = "-".join(word.strip("-").replace(".", "") for word in more.split())
     return replace(column, name=name, flags=f"{column.flags} {more}", folder=f"{column.folder}-{words}")
 
 
+def named(*rows: str) -> dict[str, str]:
+    """Rows whose name is what they run."""
+    return {row: row for row in rows}
+
+
 def own(
     name: str, title: str, columns: tuple[Column, ...], rows: dict[str, str] | tuple[str, ...], **more: Any
 ) -> Target:
-    rows = rows if isinstance(rows, dict) else {row: row for row in rows}
+    rows = rows if isinstance(rows, dict) else named(*rows)
     return Target(f"ours:{name}", title, "our own", columns, columns, rows, **{"metrics": QUALITY, **more})
 
 
@@ -118,18 +149,22 @@ TARGETS = (
                 easy("characters"),
                 hard("harder characters"),
                 domains("characters, three families of typefaces"),
+                photographs("photographs, linear head"),
             )
         ),
-        ("average", "trm", *READINGS, f"{CONSTANT}0.35", f"{CONSTANT}0.65"),
+        named("average", "trm", *READINGS, f"{CONSTANT}0.35", f"{CONSTANT}0.65") | SHRUNK,
         metrics=("final_accuracy", "aaa"),
         seeds=1,
         against="average",
     ),
     own(
         "trm",
-        "Readings of TRM and averaging on a set on which none was chosen",
-        (emoji("emoji in three styles, domain-incremental"),),
+        "Readings of TRM and averaging on images on which none was chosen",
         (
+            emoji("emoji in three styles, domain-incremental"),
+            emoji_classes("emoji, class-incremental, linear head"),
+        ),
+        named(
             "average",
             "trm",
             "trm:teacher=current",
@@ -137,7 +172,8 @@ TARGETS = (
             "trm:energy=bounded",
             "trm:space=span,scale=relative",
             f"{CONSTANT}0.65",
-        ),
+        )
+        | SHRUNK,
         metrics=("final_accuracy", "aaa"),
         seeds=8,
         against="average",
@@ -162,6 +198,13 @@ TARGETS = (
         metrics=("final_accuracy",),
         seeds=1,
         beside=("trm:table3", "ImageNet-R, 10 tasks"),
+    ),
+    own(
+        "time",
+        "Where training starts and what is deployed (TIME), at two budgets",
+        (budget("one epoch a task", 1), budget("four epochs a task", 4)),
+        AXES,
+        metrics=("final_accuracy", "aaa", "forgetting", "forward_transfer", "retention"),
     ),
     own(
         "lora",
