@@ -77,7 +77,9 @@ def help_all() -> str:
         rows = []
         for name, (declaration, default) in settings.items():
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            known = "" if shown is None and not declaration.late else f" (default: {declaration.default_text(shown)})"
+            known = (
+                "" if shown in (None, "") and not declaration.late else f" (default: {declaration.default_text(shown)})"
+            )
             rows.append((_usage(group, name), declaration.help_text() + known))
         lines += _section(f"{group.replace('_', '-')}:", rows)
     return "\n".join(lines)

@@ -117,6 +117,8 @@ def test_targets_and_models_without_attention():
         find_blocks(flat.names, flat.shapes, flat.offsets, ("key", "value"))
     with pytest.raises(UserError, match="ewc does not read it"):
         read_method("ewc", toy.parse(["--lora-rank", "4"]))
+    with pytest.raises(UserError, match="pam does not read it; give --pam.rank"):
+        PAM.check(toy.parse(["--lora-rank", "4"]), Backbone())
 
 
 @pytest.mark.parametrize("perturb", ["task", "gauss", "none"])

@@ -2,7 +2,7 @@
 
     python -m fastmerge analyse interpolate           # models between those of two tasks (CMM, Figures 1, 2, 4)
     python -m fastmerge analyse embeddings            # features before and after alignment (CMM, Figures 5-7)
-    python -m fastmerge analyse landscape --after 4 7 --both --head linear   # around P&M's merges (P&M, Figure 2)
+    python -m fastmerge analyse landscape --tasks 10 --after 4 7 --both --head linear   # around P&M's merges (P&M, Figure 2)
     python -m fastmerge analyse trajectory            # the loss at every merge of two models (TRM, Figure 2)
     python -m fastmerge analyse drift                 # the class token of every layer at every merge (TRM, Figure 3)
     python -m fastmerge analyse gradients             # how the next task's gradient turns (TRM, Figure 4)

@@ -1,7 +1,7 @@
 """The loss over the plane through theta_init, theta_{t-1} and theta_t*, with P&M's coefficient in it (P&M, Figure 2).
 
-    python -m fastmerge analyse landscape --head linear                        # after the last task
-    python -m fastmerge analyse landscape --head linear --after 4 7 --both     # the paper's: P&M and M after tasks 4 and 7
+    python -m fastmerge analyse landscape --head linear                                   # after the last task
+    python -m fastmerge analyse landscape --head linear --tasks 10 --after 4 7 --both     # the paper's: P&M and M
 
 P&M learns t tasks. The last merge combines theta_{t-1}, the merged model of the earlier tasks, and theta_t*, the newly
 trained model. The weights theta_init + beta (theta_{t-1} - theta_init) + alpha (theta_t* - theta_init) are evaluated on

@@ -172,17 +172,26 @@ def parsed(argv: Sequence[str]) -> Any:
         "take=base or take=2 (copy from the base or a model), weights=1/0.5; 0.2..0.8 goes along the layers",
     )
     add("--out", type=Path, help="folder, or .safetensors file, to write")
-    add("--missing", default="error", help="tensors that not all inputs have: error, base, average or skip")
-    add("--mismatch", default="error", help="tensors of different shapes: error, or base, the base's tensor")
+    add(
+        "--missing",
+        default="error",
+        help="tensors that not all inputs have: error, base, average or skip (default: error)",
+    )
+    add(
+        "--mismatch",
+        default="error",
+        help="tensors of different shapes: error, or base, the base's tensor (default: error)",
+    )
     add("--dtype", help="fp32, bf16 or fp16 for all floats (default: as in the base, or in the first model)")
     add(
         "--like",
         metavar="PATH",
-        help="the model whose names, types and files the output has: base (default), or another",
+        help="the output has exactly the tensors, names, types and files of this model: base, or another (default: every "
+        "tensor of the inputs, with types and files of the base)",
     )
     add("--shard", metavar="SIZE", help="largest size of a file, such as 2GB (default: files like those of the base)")
     add("--extract-lora", type=int, metavar="RANK", help="write the difference to the base as a LoRA adapter of peft")
-    add("--seed", type=int, default=0, help="of random rules")
+    add("--seed", type=int, default=0, help="of random rules (default: 0)")
     add("--max-memory", metavar="SIZE", help="bound of the parts that are merged at a time (default: 256MB)")
     add("--report", type=Path, metavar="CSV", help="write norm, cosines, sign conflicts per tensor, and a picture")
     add("--allow-nonfinite", action="store_true", help="NaN and inf in the output are no error")
@@ -201,7 +210,11 @@ def parsed(argv: Sequence[str]) -> Any:
         "0: the test images",
     )
     add_data_flags(made)
-    add("--device", default="cpu", help="where tensors are merged, and a sweep is evaluated: cpu, cuda, cuda:N or auto")
+    add(
+        "--device",
+        default="cpu",
+        help="where tensors are merged, and a sweep is evaluated: cpu, cuda, cuda:N or auto (default: cpu)",
+    )
     add("--dry-run", action="store_true", help="compare the inputs, print the plan, write nothing")
     add("--mergekit", type=Path, metavar="YAML", help="rule, models and settings from a config of mergekit")
     add("--recipe", type=Path, metavar="MERGED", help="repeat a merge from its recorded recipe and compare")

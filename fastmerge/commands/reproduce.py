@@ -60,15 +60,17 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("fastmerge reproduce", description=__doc__, allow_abbrev=False)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("targets", nargs="*", metavar="PAPER:ITEM", help="such as trm:table1 (see --list)")
-    made.add_argument("--all", action="store_true", help="all tables and figures of the papers")
+    made.add_argument("--all", action="store_true", help="all tables and figures of the papers, not our own")
     made.add_argument("--list", action="store_true", help="print what there is")
     made.add_argument("--small", action="store_true", help="on the embedded data sets")
     made.add_argument("--data-root", help="folder that contains the papers' data sets")
     made.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the tables")
     made.add_argument("--seeds", nargs="+", type=int, help="seeds (0 1 2; 0 with --small; others where a target says)")
     made.add_argument("--processes", type=int, default=1, metavar="N", help="train with N processes (1)")
-    made.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
-    made.add_argument("--out", type=Path, default=Path("reproduced"), help="folder of the tables and figures")
+    made.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs (runs/reproduce)")
+    made.add_argument(
+        "--out", type=Path, default=Path("reproduced"), help="folder of the tables and figures (reproduced)"
+    )
     made.add_argument("--dry-run", action="store_true", help="say what would run")
     return made
 

@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face library `datasets` on disk: a folder of `save_to_disk`, or parquet files as on the hub.
 
-    python -m fastmerge --dataset huggingface --data-root DIR        # pip install "fastmerge[huggingface]"
+    python -m fastmerge --dataset huggingface --data-root DIR        # pip install -e ".[huggingface]"
 
 DIR holds `dataset_dict.json` and a folder per split (`DatasetDict.save_to_disk`), or parquet files named after their split,
 `train-00000-of-00001.parquet`, in DIR, `DIR/data` or another folder in it. Parquet is converted once into the cache of
@@ -45,7 +45,7 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
         import datasets
     except ImportError:
         raise UserError(
-            "data set 'huggingface' needs the package datasets: pip install \"fastmerge[huggingface]\""
+            "data set 'huggingface' needs the package datasets: pip install -e \".[huggingface]\" in its folder"
         ) from None
     try:
         parts, files = _read(datasets, root)

@@ -61,6 +61,8 @@ class PAM(Method):
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
+        if config.training.lora_rank:
+            raise UserError("--lora-rank: pam does not read it; give --pam.rank, or remove pam from --method")
         if config.pam.rank and config.training.prompt_length:
             raise UserError(
                 f"--pam.rank {config.pam.rank}: with --prompt-length prefixes are trained; give --pam.rank 0"
