@@ -78,11 +78,13 @@ class FisherPass(Phase):
                 gradient.add_(found, alpha=share)
                 loss += share * value
             learner.ranks.add_(gradient, loss)
+            learner.parts.changes()
             fk.fisher_accumulate_(self.fisher, gradient, len(rows) / self.total)
         else:
             for part, share in learner.parts.of(len(images), "fisher"):
                 loss += share * self.per_image(images[part], targets[part], gradient)
             learner.ranks.add_(gradient, loss)
+            learner.parts.changes()
             self.fisher.add_(gradient, alpha=1 / self.total)
         return {"loss": loss}
 

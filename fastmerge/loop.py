@@ -139,9 +139,11 @@ def learn(
                         try:
                             # several processes cannot repeat a step, whose sums the others have taken part in
                             terms = learner.parts.attempt(partial(phase.step, i), again=learner.ranks.size == 1)
-                        except OutOfMemory:
-                            if learner.ranks.size == 1:  # the others cannot save with this one
-                                save(phase.tensors())  # step i is the next one
+                        except OutOfMemory as error:
+                            # Step i is the next one. Before the first, a phase has no tensors that it could begin with.
+                            # Of several processes the others cannot save with this one.
+                            if i and not error.changed and learner.ranks.size == 1:
+                                save(phase.tensors())
                             raise
                         record.log({"task": task.index, "phase": name, "step": i}, terms)
                         console.step(task, name, i, phase, terms)

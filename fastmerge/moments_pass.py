@@ -58,6 +58,7 @@ class MomentsPass(Phase):
             with InputMoments(named, new):
                 learner.backbone(learner.plain(pixels[part]))
         learner.ranks.add_(*new.values())
+        learner.parts.changes()
         for name, total in self.totals.items():
             total.add_(new[name], alpha=1 / len(self.images))
         return {}

@@ -33,7 +33,12 @@ T = TypeVar("T")
 
 
 class OutOfMemory(UserError):
-    """A step does not fit the device's memory, in half-size parts either."""
+    """A step does not fit the device's memory, in half-size parts either. changed: whether the step had begun to change what
+    a checkpoint holds, so that only the last checkpoint is valid."""
+
+    def __init__(self, message: str, changed: bool = False):
+        super().__init__(message)
+        self.changed = changed
 
 
 class Parts:
@@ -60,6 +65,7 @@ class Parts:
         self.say: Callable[[str], None] = print
         self._halved: set[str] = set()
         self._last = ("", 0)  # kind of step and images at once
+        self._changes = False  # whether the present step has begun to change something
 
     def of(self, n: int, kind: str) -> list[tuple[slice, float]]:
         """Cut this process's part of a batch of n images: slices, and the share of each in the batch. A mean over the batch
@@ -94,24 +100,36 @@ class Parts:
             size = math.ceil(size / 2)
         return size
 
+    def changes(self) -> None:
+        """A step calls this before it changes weights, an optimiser or a sum: from here on it cannot be repeated."""
+        self._changes = True
+
     def attempt(self, work: Callable[[], T], again: bool = True) -> T:
         """Do `work`. After an out-of-memory error, do it again with half as many images at once, once for every kind of step.
-        again: whether `work` can be repeated.
+        again: whether `work` can be repeated, until it calls `changes`.
 
         Raises:
             OutOfMemory: it cannot, half as many do not fit either, or they are one image.
         """
+        outer, self._changes = self._changes, False  # work may itself attempt a part of its work
+        try:
+            return self._attempt(work, again)
+        finally:
+            self._changes = outer
+
+    def _attempt(self, work: Callable[[], T], again: bool) -> T:
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
                 why = first_line(error)
             kind, size = self._last  # read here, where the traceback is gone and with it the tensors of its frames
-            if not again or kind in self._halved or size <= 1:
+            if not again or self._changes or kind in self._halved or size <= 1:
                 raise OutOfMemory(
                     f"out of memory ({kind}, {counted(size, 'image')} at once): {why}. Free memory on the device or take "
                     "a smaller --cache-gb, and the same command continues; or give a smaller --micro-batch or --model with "
-                    "another --run-dir"
+                    "another --run-dir",
+                    self._changes,
                 )
             self._halved.add(kind)
             self.sizes[kind] = math.ceil(size / 2)

@@ -44,6 +44,7 @@ class StatisticsPass(Phase):
     def step(self, i: int) -> dict[str, Tensor]:
         pixels, labels = self.images.batch(self.batches.rows(i))
         features = self.learner.without_gradient(self.learner.backbone, pixels)
+        self.learner.parts.changes()
         with tf32(False):
             self.sums.add(features, labels, i)
         return {}

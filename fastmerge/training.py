@@ -56,7 +56,8 @@ class Phase(ABC):
 
     @abstractmethod
     def step(self, i: int) -> dict[str, Tensor]:
-        """Do step i; return 0-d tensors by name for the log."""
+        """Do step i; return 0-d tensors by name for the log. It calls `Parts.changes` before it changes weights, optimiser or
+        sums, because after an out-of-memory error it is done again in smaller parts."""
 
     def finish(self) -> None:
         """Called after the last step, also if there are no steps."""
@@ -306,6 +307,7 @@ class Train(Phase):
             norm = self.gradient.norm()
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(group["peak"], i)
+        learner.parts.changes()
         self.optimiser.step()
         return {"loss": loss, "gradient_norm": norm.detach()}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import fastmerge_kernels as fk
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch.utils.weak import WeakIdRef
 
 from fastmerge.__main__ import main
 from fastmerge.flat import FlatModel
+from fastmerge.methods.cmm import MergeAndAlign
+from fastmerge.methods.trm import Search
 from fastmerge.models import load_backbone
 from fastmerge.models.attention import differentiable_attention
 from fastmerge.models.backbone import Backbone
@@ -22,6 +25,7 @@ from fastmerge.models.linearised import Linearised
 from fastmerge.models.per_image import SquaredGradients
 from fastmerge.models.trainable import AllWeights
 from fastmerge.parts import FACTOR, MODELS, SHARE, OutOfMemory, Parts, saved_bytes
+from fastmerge.training import Train
 
 MIB = 1 << 20
 
@@ -85,6 +89,28 @@ def test_attempts():
     one = parts(0)
     with pytest.raises(OutOfMemory, match="train, 1 image at once"):
         one.attempt(lambda: [one.of(1, "train"), (_ for _ in ()).throw(torch.OutOfMemoryError("full"))][1].__next__())
+
+
+def test_a_step_that_has_begun_to_change_something_is_not_repeated():
+    its, calls = parts(None), []
+    its.say = print
+
+    def work(inner):
+        calls.append(inner)
+        its.of(100, "train")
+        if inner == "before":
+            its.attempt(lambda: its.changes())
+        else:
+            its.changes()
+            its.attempt(lambda: None)
+        if len(calls) < 3:
+            raise torch.OutOfMemoryError("full")
+        return "done"
+
+    with pytest.raises(OutOfMemory) as caught:
+        its.attempt(lambda: work("after"))
+    assert calls == ["after"] and caught.value.changed
+    assert its.attempt(lambda: work("before")) == "done" and len(calls) == 3  # a part of a step that was finished
 
 
 class LiveBytes(TorchDispatchMode):
@@ -153,39 +179,81 @@ def test_the_factors_are_the_peaks_of_live_tensors(kind):
     assert 0.75 * FACTOR[kind] < per_image / saved_bytes(flat, 32) < 1.1 * FACTOR[kind]
 
 
-def flags(root, run):
+def flags(root, run, merge_epochs=1):
     return [
-        *"--dataset folder --model tiny --pretrained none --tasks 2 --epochs 2 --merge-epochs 1 --batch-size 8".split(),
+        *"--dataset folder --model tiny --pretrained none --tasks 2 --epochs 2 --batch-size 8".split(),
         *"--method trm --head prototype --device cpu --quiet --no-nearest-mean --save-every 1000 --lr 1e-3".split(),
-        f"--data-root={root}", f"--run-dir={run}",
+        f"--data-root={root}", f"--run-dir={run}", f"--merge-epochs={merge_epochs}",
     ]  # fmt: skip
 
 
 def test_a_run_that_is_short_of_memory_is_saved(tmp_path, monkeypatch, capfd):
     """The command halves once and says so, then it stops; the same command continues to the result of another run."""
     image_folder(tmp_path / "images")
-    assert main(flags(tmp_path / "images", tmp_path / "whole")) == 0
+    assert main(flags(tmp_path / "images", tmp_path / "whole", 3)) == 0
     capfd.readouterr()
     forward, limit, calls = Backbone.class_tokens, [100], [0]
 
     def refuse(self, images):
         calls[0] += 1
-        if len(images) > limit[0] or calls[0] == 6 and limit[0] < 100:
+        if len(images) > limit[0] or limit[0] < 100 and calls[0] > 24:
             raise torch.OutOfMemoryError("the GPU is full")
         return forward(self, images)
 
     monkeypatch.setattr(Backbone, "class_tokens", refuse)  # of the teacher and the search
     limit[0] = 4
-    assert main([f for f in flags(tmp_path / "images", tmp_path / "short") if f != "--quiet"]) == 2
+    assert main([f for f in flags(tmp_path / "images", tmp_path / "short", 3) if f != "--quiet"]) == 2
     out, err = capfd.readouterr()
     assert "out of memory (evaluate, 8 images at once): from now on 4 at once" in out
     assert "error: out of memory (" in err and "the GPU is full. Free memory" in err
     assert list((tmp_path / "short" / "trm-seed0").glob("checkpoint*"))
     limit[0] = 100
-    assert main(flags(tmp_path / "images", tmp_path / "short")) == 0
+    assert main(flags(tmp_path / "images", tmp_path / "short", 3)) == 0
     found, want = (load_file(tmp_path / run / "trm-seed0" / "model.safetensors") for run in ("short", "whole"))
     for name in want:
         torch.testing.assert_close(found[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+ONCE = {  # the step that fails, and how
+    "trm, teacher": ("--method trm", Backbone, "class_tokens", 8),  # at theta_{t-1}
+    "trm, first step": ("--method trm", Backbone, "class_tokens", 14),
+    "trm, report": ("--method trm", Search, "report", 1),
+    "cmm, first step": ("--method cmm --cmm.align-epochs 1 --cmm.no-tangent", MergeAndAlign, "features", 2),
+    "cmm, average": ("--method cmm --cmm.align-epochs 1 --cmm.merge average", MergeAndAlign, "features", 1),
+    "pam": ("--method pam --pam.rank 0", fk, "lerp", 2),
+    "became": ("--method became", fk, "lerp", 1),
+    "first training step": ("--method average --protocol running --init-rule last", Train, "loss", None),
+}
+
+
+@pytest.mark.parametrize("case", ONCE)
+def test_a_step_without_memory_leaves_what_the_same_command_continues(case, tmp_path, monkeypatch):
+    """Wherever memory runs out, also twice in a row, the result is that of a run that had it."""
+    words, owner, name, at = ONCE[case]
+    image_folder(tmp_path / "images")
+
+    def command(run):
+        return [*flags(tmp_path / "images", tmp_path / run), *words.split(), "--micro-batch=4"]
+
+    before, calls, failing = getattr(owner, name), [0], [None]
+
+    def refuse(*args, **kwargs):
+        calls[0] += 1
+        if failing[0] is not None and failing[0] <= calls[0] < failing[0] + 2:
+            raise torch.OutOfMemoryError("the GPU is full")
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, refuse)
+    assert main(command("whole")) == 0
+    steps = calls[0]
+    calls[0], failing[0] = 0, at or steps // 2 + 1  # the second task
+    assert main(command("short")) == 2
+    failing[0] = None
+    assert main(command("short")) == 0
+    (found,), (want,) = ((tmp_path / run).glob("*-seed0/model.safetensors") for run in ("short", "whole"))
+    found, want = load_file(found), load_file(want)
+    for key in want:
+        torch.testing.assert_close(found[key], want[key], rtol=1e-4, atol=1e-5)
 
 
 def test_the_sizes_are_in_a_checkpoint():

@@ -179,6 +179,7 @@ class LearnConcepts(StatisticsPass):
     def update(self, loss: Tensor) -> dict[str, Tensor]:
         self.optimiser.zero_grad()
         loss.backward()
+        self.learner.parts.changes()
         self.optimiser.step()
         return {"loss": loss.detach()}
 

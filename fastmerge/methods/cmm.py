@@ -179,6 +179,7 @@ class MergeAndAlign(Phase):
         self.learner.ranks.add_(loss, *gradients(list(self.projection.values())))
         if clip := self.learner.config.training.clip:
             torch.nn.utils.clip_grad_norm_(self.projection.values(), clip)
+        self.learner.parts.changes()
         self.optimiser.step()
         return {"loss": loss}
 

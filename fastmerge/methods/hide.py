@@ -184,6 +184,7 @@ class Align(StatisticsPass):
             return self.align(i - self.batches.steps)
         pixels, labels = self.images.batch(self.batches.rows(i))
         features = self.learner.without_gradient(self.both, pixels)
+        self.learner.parts.changes()
         with torch.no_grad(), tf32(False):
             self.sums.add(features, labels, i)
         if i == self.batches.steps - 1:
@@ -205,6 +206,7 @@ class Align(StatisticsPass):
         sum(losses, losses[0].new_zeros(())).backward()
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.align_lr * 0.5 * (1 + math.cos(math.pi * epoch / self.settings.align_epochs))
+        self.learner.parts.changes()
         self.optimiser.step()
         return {"identity_loss": losses[0].detach(), "loss": losses[1].detach()}
 

@@ -141,6 +141,7 @@ class Coefficient(FisherPass):
         if i < self.steps - 1:
             return super().step(i)
         method, previous, trained = self.method, self.during["previous"], self.during["trained"]
+        method.learner.parts.changes()
         merged, clamped, alpha = merged_by_fisher(
             method.total, method.moment, self.result(), previous, trained, method.initial, self.task
         )

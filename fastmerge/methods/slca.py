@@ -131,6 +131,7 @@ class Align(StatisticsPass):
         for group in self.optimiser.param_groups:
             cosine = 0.5 * (1 + math.cos(math.pi * epoch / self.settings.align_epochs))
             group["lr"] = self.learner.config.training.head_lr * cosine
+        self.learner.parts.changes()
         self.optimiser.step()
         return {"loss": loss.detach()}
 

@@ -218,6 +218,7 @@ class Search(Phase):
         if i == self.steps - 1:
             terms |= self.parts_of(slopes, images, labels, teacher)
         self.coefficients.grad = slopes.to(self.coefficients.dtype)
+        self.learner.parts.changes()
         self.optimiser.step()
         return terms | (self.report() if i == self.steps - 1 else {})
 
