@@ -11,12 +11,14 @@ import timm
 import torch
 from image_trees import image_folder, truncate, write_tree
 from PIL import Image
+from toy import CONCEPTS
 
 import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.commands import COMMANDS
 from fastmerge.models import tiny
 
+FEW = ["--clg-cbm.concepts", str(CONCEPTS), "--attriclip.bank", "5", "--attriclip.top", "2"]
 TRAIN = "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean".split()
 
 
@@ -166,9 +168,35 @@ def test_export_to_transformers(family, runs, vit, tmp_path, capsys):
         torch.testing.assert_close(features, model.features(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def more_than_weights(data, tmp_path_factory):
+    """What the function has besides the weights, in a word -> the run. Their towers have the starting weights."""
+    folder, heads = tmp_path_factory.mktemp("more") / "r", {"attributes": "attriclip", "fusion": "proof"}
+    methods = {"prefix": "finetune:prompt_length=2", **heads, "concepts": "clg-cbm"}
+    train(folder, data, "--tasks", 2, "--model", "tiny", "--head", "text", *FEW, "--method", *methods.values())
+    return {kind: next(folder.glob(f"{name.partition(':')[0]}*")) for kind, name in methods.items()}
+
+
+@pytest.mark.parametrize("kind", ["prefix", "attributes", "fusion", "concepts"])
+def test_a_model_that_is_more_than_its_weights(kind, more_than_weights, tmp_path, capsys):
+    """No file of another library holds it, its weights are not its own to start from, and only prefixes have statistics."""
+    run = more_than_weights[kind]
+    capsys.readouterr()
+    assert main(["export", str(run), "--format", "open_clip", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"computes {kind!r} besides the weights" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    start = ["--pretrained", str(run), "--model", "tiny", "--dry-run", "--run-dir", str(tmp_path / "r")]
+    assert main(["train", *TRAIN, *start]) == 2
+    assert f"adds {kind!r}, which cannot start another run" in capsys.readouterr().err
+    if kind != "prefix":
+        assert main(["statistics", "fisher", str(run), "--out", str(tmp_path / "f.safetensors")]) == 2
+        assert f"computes {kind!r} besides the weights" in capsys.readouterr().err
+
+
 def test_what_cannot_be_exported(runs, vit, tmp_path, capsys):
     cases = [
-        (runs / "cmm-seed0", "open_clip", "its features are 'linearised'"),
+        (runs / "cmm-seed0", "open_clip", "computes 'linearised' besides the weights"),
         (runs / "finetune-seed0", "timm", "use --format open_clip"),
         (vit, "open_clip", "use --format timm"),
         (tmp_path, "hf", "no model.safetensors there"),

@@ -8,8 +8,8 @@ timm: `model.safetensors` with the classifier of a linear head, and `config.json
   checkpoint_path=FILE, num_classes=N) loads it.
 hf: a folder for transformers: CLIPVisionModelWithProjection (open_clip ViT) or ViTModel (timm ViT).from_pretrained(DIR).
 
-`head.safetensors` holds the head and `classes.json` the class names and the normalisation. The command prints how to load
-the files. Names of tensors follow open_clip 3, timm 1 and transformers 5.
+`head.safetensors` holds the head (of CoOp: with the class rows that it learned) and `classes.json` the class names and the
+normalisation. The command prints how to load the files. Names of tensors follow open_clip 3, timm 1 and transformers 5.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastmerge.checkpoint import save_json, write_atomically
 from fastmerge.errors import UserError
 from fastmerge.models import load_backbone
-from fastmerge.models.saved import Model, load
+from fastmerge.models.saved import Model, beside_weights, built, read
 
 FORMATS = ("open_clip", "timm", "hf")
 INTERPOLATION = "bicubic"
@@ -45,12 +45,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; created if missing")
     parser.add_argument("--download", action="store_true", help="allow the download of the starting model's text tower")
     given = parser.parse_args(argv)
-    model = load(given.model)
-    if (kind := model.recipe["features"]) != "backbone":
+    own, recipe = read(given.model)
+    if added := beside_weights(own, recipe):
         raise UserError(
-            f"{given.model}: its features are {kind!r}, which no other library computes. "
-            "Use it with fastmerge.load, or train without them (CMM: --cmm.inference plain)"
+            f"{given.model}: {recipe['method']} computes {added!r} besides the weights, which no other library does. "
+            "Use it with fastmerge.load, or train without (CMM: --cmm.inference plain)"
         )
+    model = built(own, recipe, given.model)
     tensors, files, hint = {"open_clip": open_clip_files, "timm": timm_files, "hf": hf_files}[given.format](
         model, given.out, given.download
     )

@@ -25,7 +25,7 @@ from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
 from fastmerge.flags import as_flags, read_flags, resolve
 from fastmerge.loop import Images
-from fastmerge.models.saved import read
+from fastmerge.models.saved import beside_weights, read
 from fastmerge.moments_pass import MomentsPass
 from fastmerge.setup import Setup
 from fastmerge.wording import counted
@@ -68,9 +68,12 @@ def main(argv: Sequence[str]) -> int:
 def computed(given: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any], int, str]:
     """(tensors by their names in the model file, what they are, number of images, name of the task)."""
     tensors, recipe = read(given.model)
-    if recipe["features"] != "backbone" or "learner.theta" in tensors:
+    if "learner.theta" in tensors:
+        raise UserError(f"{given.model}: a file of --keep-trajectory; statistics need the model of a run")
+    if (added := beside_weights(tensors, recipe)) not in ("", "prefix"):
         raise UserError(
-            f"{given.model}: its features are {recipe['features']!r}; statistics are of a model whose backbone is trained"
+            f"{given.model}: {recipe['method']} computes {added!r} besides the weights; statistics are of a model whose "
+            "weights are all that it trains"
         )
     setup = Setup(settings(given, recipe["config"]))
     count, last = len(setup.scenario.tasks), len(recipe["tasks"])

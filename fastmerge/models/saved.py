@@ -32,7 +32,7 @@ from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.concepts import ConceptHead
 from fastmerge.models.features import Features, restore
 from fastmerge.models.fusion import FusionHead
-from fastmerge.models.heads import AttributeHead, Head, LinearHead, PrototypeHead, TextHead
+from fastmerge.models.heads import KINDS, AttributeHead, Head, LinearHead, PrototypeHead, TextHead
 from fastmerge.models.normalisation import Normalisation
 
 if TYPE_CHECKING:
@@ -214,6 +214,25 @@ def is_run_model(pretrained: str) -> bool:
         return False
 
 
+def head_of(parts: dict[str, Tensor], kind: str) -> str:
+    """The head of a model file by its tensors `parts`; kind: its `head.kind`, which two heads share with the text head."""
+    return "attributes" if "table" in parts else "fusion" if "contexts" in parts else kind
+
+
+def beside_weights(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
+    """What the function of a model file has besides the backbone's weights and a text, linear or prototype head, in a word;
+    "" if nothing."""
+    flat = "learner.theta" in tensors  # a file of --keep-trajectory
+    if any(name.startswith("backbone.prefix.") for name in tensors) or (
+        flat and about["config"]["training"].get("prompt_length")
+    ):
+        return "prefix"
+    if about["features"] != "backbone":
+        return about["features"]
+    head = head_of(select(tensors, "learner.head" if flat else "head"), about["head"])
+    return "" if head in KINDS else head
+
+
 def starting_model(
     path: str, name: str, download: bool, normalisation: Normalisation | None
 ) -> tuple[Backbone, TextEncoder | None]:
@@ -222,7 +241,7 @@ def starting_model(
     A linearised model starts as the plain network with its weights.
 
     Raises:
-        UserError: the run trained another model than `name`, or its method keeps the backbone and trains an adapter.
+        UserError: the run trained another model than `name`, or its method keeps the backbone and trains something else.
     """
     tensors, about = read(path)
     settings = about["config"]["model"]
@@ -230,8 +249,8 @@ def starting_model(
         raise UserError(
             f"--pretrained {path} is a run of model {settings['model']}, not of {name}: pass --model {settings['model']}"
         )
-    added = "prefix" if about["config"]["training"].get("prompt_length") else about["features"]
-    if added not in ("backbone", "linearised"):
+    added = beside_weights(tensors, about)
+    if added not in ("", "linearised"):
         raise UserError(
             f"--pretrained {path}: {about['method']} leaves the backbone as it was and adds {added!r}, which "
             f"cannot start another run; use its own start, --pretrained {settings['pretrained']}"
@@ -281,16 +300,17 @@ def built(tensors: dict[str, Tensor], about: dict[str, Any], path: str) -> Model
     backbone.weights = f"file {path}"
     parts = select(tensors, "learner.head" if "learner.theta" in tensors else "head")
     classes = len(about["class_names"])
-    if "table" in parts:
+    kind = head_of(parts, about["head"])
+    if kind == "attributes":
         head: Head = AttributeHead.of(parts)
-    elif about["head"] == "concepts":
+    elif kind == "fusion":
+        head = FusionHead.of(parts)
+    elif kind == "text":
+        head = TextHead(parts["weight"], float(parts["scale"]))
+    elif kind == "concepts":
         head = ConceptHead(backbone.feature_dim)
         head.load_state_dict(parts)
-    elif "contexts" in parts:
-        head = FusionHead.of(parts)
-    elif about["head"] == "text":
-        head = TextHead(parts["weight"], float(parts["scale"]))
     else:
-        head = {"linear": LinearHead, "prototype": PrototypeHead}[about["head"]](backbone.feature_dim, classes)
+        head = {"linear": LinearHead, "prototype": PrototypeHead}[kind](backbone.feature_dim, classes)
         head.load_state_dict(parts)
     return Model(backbone, head, select(tensors, "features"), about)
