@@ -207,6 +207,24 @@ def test_what_cannot_be_exported(runs, vit, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["timm", "hf", "open_clip"])
+def test_export_replaces_nothing(kind, runs, vit, tmp_path, capsys):
+    """Neither the files of a run nor those of an earlier export; nothing is written then."""
+    source, out = {
+        "timm": (vit, vit),  # has a model.safetensors
+        "hf": (vit, vit.parent),  # has a config.json
+        "open_clip": (runs / "finetune-seed0", tmp_path),
+    }[kind]
+    folder = tmp_path if kind == "open_clip" else vit.parent
+    if kind == "open_clip":
+        exported(capsys, source, kind, out)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["export", str(source), "--format", kind, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "exists already; choose another folder" in error and len(error.splitlines()) == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_commands_are_listed_and_named(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

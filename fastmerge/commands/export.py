@@ -36,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
     """Run `fastmerge export`; returns the exit code.
 
     Raises:
-        UserError: the model cannot be expressed in this format, or the folder cannot be written.
+        UserError: the model cannot be expressed in this format, a file to write exists, or the folder cannot be written.
     """
     parser = argparse.ArgumentParser("fastmerge export", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="folder of a finished run (runs/NAME/METHOD-seed0), or its model.safetensors")
     parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; created if missing")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; no file in it is replaced")
     parser.add_argument("--download", action="store_true", help="allow the download of the starting model's text tower")
     given = parser.parse_args(argv)
     own, recipe = read(given.model)
@@ -55,6 +55,10 @@ def main(argv: Sequence[str]) -> int:
     tensors, files, hint = {"open_clip": open_clip_files, "timm": timm_files, "hf": hf_files}[given.format](
         model, given.out, given.download
     )
+    names = [*tensors, "head.safetensors", *files, "classes.json"]
+    for path in (given.out / name for name in names):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"--out {given.out}: {path} exists already; choose another folder, or delete it")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     about = {name: model.recipe[name] for name in ("class_names", "candidates", "head", "templates", "input", "method")}
     for name, values in {**files, "classes.json": about}.items():
         save_json(given.out / name, values)
-    print(f"{given.out}: {', '.join([*tensors, 'head.safetensors', *files, 'classes.json'])}")
+    print(f"{given.out}: {', '.join(names)}")
     print(f"load it with\n  {hint}")
     return 0
 
