@@ -237,7 +237,7 @@ def run(config: Any) -> int:
         finished(folder.path)  # a damaged result of another run is told now, not after hours
         console.start(runs, [n for n, result in enumerate(results) if result is not None])
         if setup.head.kind == "text":  # a text head knows every class, so the untrained model can be evaluated
-            learner = setup.learner(seeds[0])
+            learner = setup.learner(seeds[0], frozen=True)  # without the prefix or LoRA that a method would add
             learner.parts.say = console.line
             rows = [candidates(scenario, config, task.index) for task in scenario.tasks]
             tests = Images(scenario, cache).tests(len(scenario.tasks) - 1)

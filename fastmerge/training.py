@@ -79,7 +79,7 @@ class Learner:
             `flat.theta` without autograd, `[n]` fp32.
         text: the class names and the text tower, for methods with `needs_text`; else None.
         test_images: those of a task, by its index, for a method that is asked to choose on them; set by the loop.
-        initial: `[n]` copy of the starting weights if the head needs it (prototypes) and not frozen; else None.
+        initial: `[n]` copy of the starting weights if the head needs it (prototypes) and they are trained; else None.
 
     frozen: the method never changes the backbone, whose weights need no autograd and no gradient buffer then.
     """
@@ -120,7 +120,8 @@ class Learner:
             self.backbone.compile_with(self.parts.usual, lambda text: self.parts.say(text))
         self.text: ClassPrompts | None = None  # set for methods that need it
         self.test_images: Callable[[int], TaskImages] | None = None
-        self.initial = self.theta.clone() if head.needs_initial_features and not frozen else None
+        trained = not frozen and not config.training.prompt_length
+        self.initial = self.theta.clone() if head.needs_initial_features and trained else None
 
     @property
     def theta(self) -> Tensor:
@@ -183,9 +184,10 @@ class Learner:
         current = self.theta.clone() if self.initial is not None else None
         if self.initial is not None:
             self.theta.copy_(self.initial)
+        start = self.backbone.without_prefix if self.config.training.prompt_length else self.backbone
         for rows in torch.arange(len(images)).split(self.config.training.batch_size):
             pixels, labels = images.batch(rows)
-            self.head.observe(self.without_gradient(self.backbone, pixels), labels)
+            self.head.observe(self.without_gradient(start, pixels), labels)
         if current is not None:
             self.theta.copy_(current)
 

@@ -10,6 +10,7 @@ from fastmerge.fisher_pass import FisherPass
 from fastmerge.loop import kept_bytes
 from fastmerge.methods import METHODS
 from fastmerge.methods.finetune import Finetune
+from fastmerge.models.heads import PrototypeHead
 from fastmerge.models.prompts import Prompt
 from fastmerge.plan import read_method
 from fastmerge.training import Train, learning_rate, positions
@@ -97,6 +98,18 @@ def test_the_start_depends_on_the_seed_alone():
     other = toy.learner(*FLAGS, method="l2p", seed=1)
     assert not torch.equal(other.theta, first.theta)
     assert 0.01 < first.theta[: 4 * 32].std() < 0.03
+
+
+def test_prototypes_are_of_the_start_without_a_prefix():
+    """Neither the random prefix nor the trained one changes them."""
+    made, plain = learner(), toy.learner(method="l2p")
+    made.head, plain.head = (PrototypeHead(5, toy.CLASSES) for _ in range(2))
+    for task, images in toy.tasks():
+        for each in (made, plain):
+            each.grow_head(task, images)
+        made.theta.add_(1.0)
+    assert plain.head.sum.any() and torch.equal(made.head.sum, plain.head.sum)
+    assert "initial" not in made.state_dict()  # the weights stay as they are
 
 
 def test_checkpointed_blocks_have_the_same_gradient(tmp_path):

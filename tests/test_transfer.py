@@ -63,6 +63,15 @@ def run(tmp_path_factory):
     return folder, parse(flags)
 
 
+@pytest.mark.parametrize("flags", [("--prompt-length", "4"), ("--lora-rank", "2")], ids=str)
+def test_the_starting_model_has_nothing_that_is_trained(flags, run, tmp_path):
+    """No random prefix and no adapter: zero-shot accuracy, and with it both metrics, are those of the plain command."""
+    words = [*FAST, "--retain", "test_transfer:hard", "--method", "finetune", "--no-nearest-mean", *flags]
+    assert main([*words, "--run-dir", str(tmp_path / "r")]) == 0
+    expected = json.loads((run[0] / "results.json").read_text())["zero_shot"]
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["zero_shot"] == expected
+
+
 def accuracy(model, pixels, labels, rows, classes):
     """Percent right among `classes`; rows: text embeddings of them."""
     with torch.no_grad():

@@ -72,6 +72,10 @@ class Backbone(nn.Module):
             Prompt({i: (own[0][None], own[1][None]) for i, own in enumerate(self.prefix)}) if len(self.prefix) else None
         )
 
+    def without_prefix(self, images: Tensor) -> Tensor:
+        """The features of the weights alone."""
+        return self._run("features", images)
+
     def prompted(self, images: Tensor, prompt: Prompt) -> Tensor:
         """The features with prompts in the transformer, see models/prompts.py. Inserted tokens run uncompiled."""
         return self._run("features", images, prompt)
