@@ -226,7 +226,7 @@ def run(config: Any) -> int:
     }
     stopped, StopRequest.signal = False, None
     try:
-        records = [folder.record(run.label, run.seed, config.run.save_every) for run in runs]
+        records = [folder.record(run.folder, config.run.save_every) for run in runs]
         results = [record.finished() for record in records]
         for record, result in zip(records, results, strict=True):
             if result is not None and not (record.folder / "model.safetensors").exists():
@@ -278,6 +278,7 @@ def run(config: Any) -> int:
                         setup.retained,
                     )
                 result = metrics(state.matrix, state.test_counts) | {
+                    "label": run.label,
                     "accuracy_matrix": state.matrix,
                     "test_counts": state.test_counts,
                     "also": {

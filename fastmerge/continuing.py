@@ -162,8 +162,7 @@ class Earlier:
         Raises:
             UserError: the run's files are missing, damaged, or lack something.
         """
-        name = f"{run.label}-seed{run.seed}"
-        folder = self.path / name
+        name, folder = run.folder, self.path / run.folder
         model, kept = self._read(name)
         result = read_result(folder / "result.json")
         check(result, NEEDED, folder / "result.json")

@@ -56,7 +56,7 @@ def determinants(setup: Setup, runs: Sequence[Run], manifest: dict[str, Any]) ->
     own = {}
     for run in runs:
         groups = to_dict(run.config)
-        name = f"{run.label}-seed{run.seed}"
+        name = run.folder
         own[name] = {
             f"{group}.{setting}": value
             for group in METHODS[run.method].groups_read(run.config)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.config import declarations, flag_of
 from fastmerge.plots import figures
+from fastmerge.results import folder_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def page(
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     title = f"{', '.join(config['data']['dataset'])}, {config['scenario']['scenario']}, {config['model']['model']}"
     load = "import fastmerge\n" + "".join(
-        f"\nmodel = fastmerge.load({str(folder / f'{method}-seed{seed}')!r})"
+        f"\nmodel = fastmerge.load({str(folder / folder_name(method, seed))!r})"
         for method, seeds in methods.items()
         for seed in seeds
     )

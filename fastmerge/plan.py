@@ -14,6 +14,7 @@ from fastmerge.flags import changed
 from fastmerge.methods import METHODS
 from fastmerge.methods.posthoc import AXES, ZERO_SHOT
 from fastmerge.report import BASELINE
+from fastmerge.results import folder_name
 from fastmerge.training import PHASES
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Run:
     tasks seen, in every task.
     """
 
-    label: str  # names the run in tables, and its folder
+    label: str  # names the run in tables
     method: str  # name in METHODS
     protocol: str | None
     seed: int
@@ -40,6 +41,11 @@ class Run:
     trajectory: str | None
     variant: str = ""
     beside: tuple[int, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return folder_name(self.label, self.seed)
 
 
 def read_method(spec: str, config: Config) -> tuple[str, Config]:
@@ -90,7 +96,7 @@ def _pairs(rest: str) -> list[str]:
 
 
 def label_of(spec: str, protocol: str | None) -> str:
-    """What names a run in tables, and its folder: NAME-PROTOCOL(SETTING=VALUE,...)."""
+    """What names a run in tables: NAME-PROTOCOL(SETTING=VALUE,...)."""
     name, _, rest = spec.partition(":")
     pairs = _pairs(rest)
     return "-".join(filter(None, (name, protocol))) + (f"({','.join(pairs)})" if pairs else "")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.analysis.figure import line_style, with_legend
 from fastmerge.checkpoint import write_atomically
 from fastmerge.evaluate import micro
+from fastmerge.results import folder_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ def figures(methods: dict[str, dict[str, Any]], zero_shot: dict[str, Any] | None
             axes.set_xticks(ticks, [str(t + 1) for t in ticks])
             axes.set_yticks(ticks, [str(t + 1) for t in ticks])
             figure.colorbar(image, ax=axes)
-            yield f"matrix-{method}-seed{seed}", figure
+            yield f"matrix-{folder_name(method, seed)}", figure
 
     lines = curves(methods, zero_shot)
     figure = Figure(figsize=with_legend(len(lines)), layout="constrained")

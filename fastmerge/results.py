@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,9 @@ SHAPE: dict[str, Any] = {  # of a result.json, as far as tables and plots need i
     "seconds": {"train": NUMBER, "merge": NUMBER, "evaluate": NUMBER},
 }
 ZERO_SHOT = {name: SHAPE[name] for name in (*METRICS, "accuracy_matrix", "test_counts")}
+
+UNSAFE = r'[/\\:*?"<>|%\x00-\x1f\x7f]'  # in names of files, on some system
+LONGEST = 200  # bytes; systems take 255 with what is added
 
 Methods = dict[str, dict[str, dict[str, Any]]]  # label -> seed -> result
 
@@ -82,8 +87,24 @@ def _fits(value: Any, shape: Any) -> bool:
     return number or (value is None and shape == OPTIONAL)
 
 
+def safe(name: str) -> str:
+    """`name` as a part of a file's name, another one for every name: what cannot be in it is written as %HH, and the end of a
+    long one becomes a hash."""
+    made = re.sub(UNSAFE, lambda found: f"%{ord(found[0]):02X}", name)
+    if len(os.fsencode(made)) <= LONGEST:
+        return made
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f"{os.fsencode(made)[: LONGEST - 17].decode(errors='ignore')}~{digest}"
+
+
+def folder_name(label: str, seed: int | str) -> str:
+    """The name of the folder of a run."""
+    return f"{safe(label)}-seed{seed}"
+
+
 def finished(folder: Path, first: Sequence[str] = ()) -> Methods:
-    """The results of all finished runs in a run folder: the labels `first`, then the others by name; seeds by number.
+    """The results of all finished runs in a run folder: the labels `first`, then the others by name; seeds by number. The
+    label of a run is that of its folder, or the one whose folder it is.
 
     Raises:
         UserError: a result.json is damaged.
@@ -91,7 +112,10 @@ def finished(folder: Path, first: Sequence[str] = ()) -> Methods:
     found: Methods = {}
     for path in folder.glob("*-seed*/result.json"):
         if name := re.fullmatch(r"(.+)-seed(\d+)", path.parent.name):
-            found.setdefault(name[1], {})[name[2]] = read_result(path)
+            result = read_result(path)
+            label = str(result.get("label", ""))
+            its = folder_name(label, name[2]) == path.parent.name
+            found.setdefault(label if its else name[1], {})[name[2]] = result
     place = {label: number for number, label in enumerate(first)}
     order = sorted(found, key=lambda label: (place.get(label, len(place)), label))
     return {label: dict(sorted(found[label].items(), key=lambda item: int(item[0]))) for label in order}

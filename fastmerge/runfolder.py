@@ -166,8 +166,7 @@ class RunFolder:
         """Whether no other command works here."""
         return not any(held(path) for path in self.path.glob(f"*-seed*/{LOCK}") if path.parent.name not in self._claims)
 
-    def record(self, method: str, seed: int, save_every: float) -> Record:
-        name = f"{method}-seed{seed}"
+    def record(self, name: str, save_every: float) -> Record:
         return Record(self.path / name, save_every, fingerprint(self.determined, name), self.warn)
 
 

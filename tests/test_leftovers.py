@@ -9,10 +9,11 @@ import pytest
 import torch
 from image_trees import image_folder
 from safetensors.torch import load_file, save_file
+from toy import CONCEPTS
 
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
-from fastmerge.results import finished, read_run
+from fastmerge.results import finished, folder_name, read_run
 from fastmerge.runfolder import Record, StopRequest
 
 FLAGS = (
@@ -210,6 +211,33 @@ def test_results_cover_the_folder(data, whole, tmp_path, capsys):
     with pytest.raises(UserError, match=r"average-strict-seed1.result\.json: expected an object"):
         finished(run_dir)
     assert go(data, run_dir) == 2  # told before anything is trained, also where this command does not name the run
+
+
+def test_any_label_names_a_folder():
+    """Names are different, are possible everywhere, and give the label back."""
+    labels = ["trm", "a/b", "a%2Fb", "a\\b", "a:b*", "a\nb", "e" * 400, "e" * 401, "\u00e9" * 300, "x/" * 300, "\udcff"]
+    names = [folder_name(label, 3) for label in labels]
+    assert names[0] == "trm-seed3" and len(set(names)) == len(names)
+    for name in names:
+        assert not set(name) & set('/\\:*?"<>|\n') and len(os.fsencode(name)) < 230
+
+
+def test_a_setting_with_slashes(data, tmp_path, capsys):
+    """Its value is in the tables as it is, also in those of later commands, and the folder has none."""
+    (tmp_path / "texts").mkdir()
+    concepts = tmp_path / "texts" / "c.json"
+    concepts.write_bytes(CONCEPTS.read_bytes())
+    flags = [word for word in FLAGS if word not in ("--head", "prototype")]
+    spec = f"clg-cbm:concepts={concepts}"
+    words = [*flags, "--data-root", str(data), "--run-dir", str(tmp_path / "run"), "--method", spec]
+    label = f"clg-cbm(concepts={concepts})"
+    assert main(words) == 0 and "already finished" not in capsys.readouterr().out
+    assert main(words) == 0 and "already finished" in capsys.readouterr().out
+    assert list(read_run(tmp_path / "run")[0]) == [label]
+    assert [p.name for p in (tmp_path / "run").glob("clg-cbm*")] == [folder_name(label, 0)]
+    assert main(["evaluate", str(tmp_path / "run" / folder_name(label, 0))]) == 0
+    assert main([*words, "--method", "finetune", "--continue-from", str(tmp_path / "run"), "--dry-run"]) == 2
+    assert f"no finished run finetune-seed0 there; there are: {folder_name(label, 0)}" in capsys.readouterr().err
 
 
 def test_files_have_the_mode_of_the_umask(whole, stopped):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from fastmerge.analysis.figure import Output, line_style, save, with_legend
 from fastmerge.config import PLAIN_GROUPS, Config, declarations, flag_of
 from fastmerge.errors import UserError, nearest
-from fastmerge.results import METRICS, finished
+from fastmerge.results import METRICS, finished, folder_name
 
 COLUMNS = ("line", "second", "x", "mean", "least", "largest", "seeds")
 FEW = 8  # values, each of which gets a tick
@@ -69,7 +69,7 @@ def sweep(
             if only is not None and label not in only:
                 continue
             for seed, result in seeds.items():
-                settings = settings_of(folder / f"{label}-seed{seed}")
+                settings = settings_of(folder / folder_name(label, seed))
                 if result[metric] is None or not all(uses(where, label, settings) for where in places):
                     continue
                 values = [plain(settings[group][name]) for group, name in places]

@@ -25,6 +25,7 @@ from fastmerge.errors import UserError, nearest
 from fastmerge.flags import add_data_flags, as_flags, read_flags, resolve
 from fastmerge.machine import choose_device
 from fastmerge.models.saved import Model, load, model_file
+from fastmerge.results import safe
 from fastmerge.setup import prepared
 from fastmerge.wording import counted
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     model = load(given.model).to(choose_device(given.device))
     dataset = data_set(given, model.recipe["config"])
     found = evaluate(model, dataset, given.batch_size or model.recipe["config"]["training"]["batch_size"])
-    out = given.out or model_file(given.model).parent / f"evaluate-{dataset.name}"
+    out = given.out or model_file(given.model).parent / f"evaluate-{safe(dataset.name)}"
     files = write(out, found, model.class_names)
     summary = found["summary"] | {"model": str(given.model), "dataset": dataset.name, "files": files}
     print(json.dumps(summary, indent=2) if given.json else text(summary))
