@@ -73,14 +73,19 @@ class Earlier:
     def has_none_of(self, config: Config) -> None:
         """Raise UserError if a data set that is to be a new task is one of this run or of those before it, from the same
         folder."""
-        here = _places(self.config.data)
-        if again := [name for name, root in _places(config.data) if (name, root) in here]:
+        known = self.data_sets()
+        if again := [(name, known[name, root]) for name, root in places(config.data) if (name, root) in known]:
+            names, path = [name for name, _ in again], again[0][1]
             raise UserError(
-                f"--dataset: {', '.join(again)} {'is a task' if len(again) == 1 else 'are tasks'} of {self.path}, which "
+                f"--dataset: {', '.join(names)} {'is a task' if len(names) == 1 else 'are tasks'} of {path}, which "
                 "--continue-from keeps; name the new data sets only"
             )
-        if self.config.run.continue_from:
-            Earlier(self.config.run.continue_from).has_none_of(config)
+
+    def data_sets(self) -> dict[tuple[str, str], Path]:
+        """The data sets of this run and of those before it, as `places` names them, and the run of each."""
+        before = self.config.run.continue_from
+        earlier = Earlier(before).data_sets() if before else {}
+        return earlier | dict.fromkeys(places(self.config.data), self.path)
 
     def follow(self, own: Scenario, new: Scenario) -> Scenario:
         """The tasks of this run, then those of `new`. own: what its settings make of its data now.
@@ -190,7 +195,7 @@ class Earlier:
         )
 
 
-def _places(data: DataSettings) -> list[tuple[str, str]]:
+def places(data: DataSettings) -> list[tuple[str, str]]:
     """The data sets by name and folder."""
     roots = [os.path.realpath(os.path.expanduser(root)) for root in data.data_root or ("",)]
     return list(zip(data.dataset, roots * len(data.dataset) if len(roots) == 1 else roots, strict=False))

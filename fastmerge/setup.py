@@ -105,7 +105,7 @@ class Setup:
             training.compile = self.device.type == "cuda" and not training.checkpoint_gradients
         self.config = config = dataclasses.replace(config, training=training)
         with preparing():
-            unseen = load_retained(config)
+            unseen = load_retained(config, self.earlier)
         self._prepare(config.training.seeds[0])
         self.retained = self._retained(unseen) if unseen is not None else None
         room = None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)

@@ -18,14 +18,14 @@ for methods that learn prompts of the text tower: these belong to the class name
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fastmerge.config import Config
+from fastmerge.config import Config, DataSettings
+from fastmerge.continuing import Earlier, places
 from fastmerge.data.cache import ImageCache
 from fastmerge.data.dataset import Dataset
 from fastmerge.data.joined import load_datasets
@@ -38,8 +38,9 @@ from fastmerge.models.heads import Head
 from fastmerge.training import Learner
 
 
-def load_retained(config: Config) -> Dataset | None:
+def load_retained(config: Config, earlier: Earlier | None = None) -> Dataset | None:
     """The data set of `--retain`, with `--validation` the held-out part of its training images; None without the flag.
+    earlier: the run that this one continues.
 
     Raises:
         UserError: it cannot be loaded, or tasks train on it.
@@ -47,14 +48,11 @@ def load_retained(config: Config) -> Dataset | None:
     if config.data.retain is None:
         return None
     name, *root = config.data.retain
-    roots = config.data.data_root or ("",)
-    places = zip(config.data.dataset, roots * len(config.data.dataset) if len(roots) == 1 else roots, strict=False)
-
-    def real(path: str) -> str:
-        return os.path.realpath(os.path.expanduser(path)) if path else ""
-
-    if (name, real("".join(root))) in [(trained, real(place)) for trained, place in places]:
-        raise UserError(f"--retain {name}: tasks train on this data set; expected one that they do not see")
+    trained = dict.fromkeys(places(config.data), "") | (earlier.data_sets() if earlier else {})
+    place = places(DataSettings(dataset=(name,), data_root=tuple(root) or None))[0]
+    if place in trained:
+        which = f"tasks of {trained[place]}" if trained[place] else "tasks"
+        raise UserError(f"--retain {name}: {which} train on this data set; expected one that they do not see")
     try:
         dataset = load_datasets(
             [name], root, download=config.data.download, skip_bad_images=config.data.skip_bad_images

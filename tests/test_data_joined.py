@@ -235,6 +235,12 @@ def test_a_data_set_is_added_to_a_finished_sequence(tmp_path, capsys):
     first = ["--continue-from", str(tmp_path / "then"), "--dataset", "folder", "--data-root", str(tmp_path / "a")]
     assert main([*first, "--no-nearest-mean", "--run-dir", str(tmp_path / "again")]) == 2  # of the run before the last
     assert f"folder is a task of {tmp_path / 'two'}" in capsys.readouterr().err
+    image_folder(tmp_path / "d", classes=2, train=2, test=1)
+    for name, which in (("a", "two"), ("c", "then"), ("d", "")):  # all that the chain trained on, and what it will
+        new = ["--continue-from", str(tmp_path / "then"), "--dataset", "folder", "--data-root", str(tmp_path / "d")]
+        assert main([*new, "--retain", "folder", str(tmp_path / name), "--run-dir", str(tmp_path / "again")]) == 2
+        tasks = f"tasks of {tmp_path / which}" if which else "tasks"
+        assert f"--retain folder: {tasks} train on this data set" in capsys.readouterr().err
     assert main([*command, *run, str(tmp_path / "three")]) == 0
     then, three = (
         json.loads((tmp_path / name / "finetune-seed0" / "result.json").read_text()) for name in ("then", "three")
