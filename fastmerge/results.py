@@ -74,7 +74,7 @@ def check(value: Any, shape: dict[str, Any], path: Path) -> None:
             f"{path}: expected an object with {', '.join(list(shape)[:3])}, ...; got {type(value).__name__}"
         )
     for name, wanted in shape.items():
-        if not _fits(value.get(name, {}), wanted):
+        if name not in value or not _fits(value[name], wanted):
             raise UserError(f"{path}: {name} is missing or has another form than fastmerge writes")
 
 

@@ -68,6 +68,8 @@ def test_names_tell_folders_apart(tmp_path):
     [
         ("[]", "expected an object"),
         ("{", "cannot be read"),
+        ("{}", "methods is missing"),
+        ('{"methods": {"trm": {"0": null}}}', "expected an object with"),
         ('{"methods": {}}', "contains no finished run"),
         ('{"methods": {"trm": []}}', "trm is not an object of seeds"),
         ('{"methods": {"trm": {"0": {}}}}', "final_accuracy is missing"),
