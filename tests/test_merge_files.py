@@ -73,6 +73,17 @@ def test_a_rule_is_the_same_on_files(name, files, tmp_path):
         torch.testing.assert_close(flat(found), of_rule(name, given), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ties", "dare-ties", "knots"])
+def test_the_sum_of_the_elected_sign(name, files, tmp_path):
+    for how in ("sum", "mean"):
+        assert run(name, files, tmp_path / f"{how}.safetensors", "--set", f"merge={how}") == 0
+    found, mean = (flat(load_file(tmp_path / f"{how}.safetensors")) for how in ("sum", "mean"))
+    config = Config()
+    config.ties.merge = "sum"
+    torch.testing.assert_close(found, of_rule(name, files, config), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found, mean, atol=1e-3)
+
+
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("zero", ["majority", "positive"])
 def test_ties_of_whole_numbers(scope, zero, tmp_path):

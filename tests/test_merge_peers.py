@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
-from fastmerge.files.mergekit import read_config
+from fastmerge.files.mergekit import DEFAULTS, METHODS, NORMALIZE, read_config
+from fastmerge.merging.karcher import STEPS
 
 SHAPES = {"b.weight": (40, 30), "a.bias": (17,), "c.scale": (), "b.bias": (513,), "tail": (1, 3, 5), "none": (0, 4)}
 TIGHT = {"rtol": 0, "atol": 2e-6}
@@ -82,6 +83,13 @@ def test_equals_mergekit(files, mergekit, weights):
     for density in (0.2, 0.5, 1.0):
         ties = mergekit("ties", models, base, weights, density=density)
         close(merge("ties", weights=weights, out=f"ties{density}.safetensors", density=density, **BY_TENSOR), ties)
+    for normalize, how in ((True, "mean"), (False, "sum")):
+        ties = mergekit("ties", models, base, weights, density=0.5, normalize=normalize)
+        found = merge("ties", weights=weights, out=f"ties-{how}.safetensors", density=0.5, merge=how, **BY_TENSOR)
+        close(found, ties)
+        every = {"weights": weights, "p": 0, "density": 1, "merge": how} | BY_TENSOR
+        found = merge("dare-ties", out=f"dare-ties-{how}.safetensors", **every)
+        close(found, mergekit("dare_ties", models, base, weights, normalize=normalize))
     if len(set(weights)) == 1:
         close(merge("stock", out="stock.safetensors"), mergekit("model_stock", models, base, filter_wise=False))
         two = mergekit("slerp", models[1:2], models[0], t=0.5)
@@ -225,6 +233,8 @@ ALONG = {
     "slerp": [{}, {"t": SPLIT}],
     "nuslerp": [{"weight": [1, 0.2]}, {"weight": 3.0}],
     "breadcrumbs": [{"weight": 0.5, "density": [0.3, 0.7], "gamma": 0.2}, {"density": [0.3, 0.7], "gamma": 0.2}],
+    "dare_linear": [{"weight": 0.5}, {"weight": 2.0}],  # of density 1: nothing is random
+    "dare_ties": [{"weight": 0.5}, {"weight": [2.0, 1.0]}],
     "sce": [{"select_topk": [0.4, 1.0]}] * 2,
     "model_stock": [{}, {}],
     "karcher": [{}, {}],
@@ -258,13 +268,21 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ALONG)
-def test_configs_equal_mergekit(method, folder):
+CONFIGS = [(method, {}) for method in ALONG] + [
+    (method, {"normalize": normalize})
+    for method in ("ties", "dare_linear", "dare_ties", "task_arithmetic", "breadcrumbs")
+    for normalize in (True, False)
+    if (method, normalize) != ("task_arithmetic", True)  # its weights have another sum in every layer
+]
+
+
+@pytest.mark.parametrize(("method", "shared"), CONFIGS, ids=lambda x: str(x).replace(" ", ""))
+def test_configs_equal_mergekit(method, shared, folder):
     """Its own resolution of filters and gradients (config.py), with the places of its planner, tensor by tensor."""
     methods = pytest.importorskip("mergekit.merge_methods")
     from mergekit.config import ConditionalParameter, evaluate_setting
 
-    about = config(folder, method, ALONG[method])
+    about = config(folder, method, ALONG[method], **({"parameters": shared} if shared else {}))
     assert main(["merge", "--mergekit", str(folder / "config.yml"), "--out", str(folder / "o.safetensors")]) == 0
     ours = load_file(folder / "o.safetensors")
     given = {one["model"]: its for one, its in zip(about["models"], ALONG[method], strict=True)}
@@ -279,15 +297,30 @@ def test_configs_equal_mergekit(method, folder):
 
     for name in LAYERS:
         models = {path: {name: tensors[path][name]} for path in dict.fromkeys((*given, *start.values()))}
-        if "parameters" in about:
-            parameters = {key: value(setting, name) for key, setting in about["parameters"].items()}
-        else:
-            keys = {key for values in given.values() for key in values}
-            parameters = {key: {p: value(values.get(key, 1.0), name) for p, values in given.items()} for key in keys}
+        parameters = {k: x if isinstance(x, bool) else value(x, name) for k, x in about.get("parameters", {}).items()}
+        keys = {key for values in given.values() for key in values} - parameters.keys()
+        parameters |= {key: {p: value(values.get(key, 1.0), name) for p, values in given.items()} for key in keys}
         with torch.no_grad():
             theirs = methods.merge_state_dicts(models, method, parameters=parameters, **start)[name]
         torch.testing.assert_close(ours[name], theirs, rtol=1e-5, atol=5e-5 if method == "karcher" else 2e-6)
         assert method == "slerp" or not torch.equal(ours[name], tensors[str(folder / "base.safetensors")][name])
+
+
+def test_defaults_are_those_of_mergekit():
+    """Of every parameter of its methods that a config may leave out."""
+    registry = pytest.importorskip("mergekit.merge_methods.registry")
+    specs = {method.spec.name: method.spec for method in registry.registered_methods()}
+    one_value = {"int8_mask": False, "filter_wise": False, "nuslerp_row_wise": False, "nuslerp_flatten": True}
+    one_value |= {"rescale": None, "max_iter": STEPS, "tol": 1e-5}
+    for method in METHODS:
+        theirs = {p.name: p.default for p in specs[method].parameters if not p.required}
+        ours = DEFAULTS.get(method, {}) | ({"normalize": NORMALIZE[method]} if method in NORMALIZE else {})
+        assert ours.keys() - theirs.keys() <= {"t"}, method  # mergekit has no default for it
+        for name, default in theirs.items():
+            if name in one_value:
+                assert one_value[name] in (default, None), (method, name)
+            elif (method, name) != ("task_arithmetic", "density"):  # it does nothing there
+                assert ours[name] == default, (method, name)
 
 
 def test_filters_and_dare(folder):
@@ -307,7 +340,8 @@ def test_filters_and_dare(folder):
 def test_what_cannot_be_read_is_named(folder):
     for method, more, message in (
         ("karchr", {}, "no merge_method 'karchr' here. Did you mean: karcher"),
-        ("ties", {"parameters": {"normalize": False}}, "normalize: false is not here"),
+        ("linear", {"parameters": {"normalize": False}}, "normalize: false is not here"),
+        ("ties", {"parameters": {"normalize": [True, False]}}, r"normalize \[True, False\]: expected true or false"),
         ("ties", {"parameters": {"weight": ["a", 0.9]}}, r"weight \['a', 0.9\]: expected a number, or numbers along"),
         ("ties", {"parameters": {"weight": [{"filter": "a"}]}}, "expected entries with `value:`"),
         ("sce", {"parameters": {"weight": 1}}, "parameter weight of sce"),

@@ -169,7 +169,7 @@ def ties(case, deltas=None):
     majority = 1 if sign.sum() >= 0 else -1
     sign[sign == 0] = {"positive": 1, "negative": -1, "majority": majority}[s.zero]
     agree = rows * sign > 0
-    merged = (rows * agree).sum(0) / agree.sum(0).clamp_min(1)
+    merged = (rows * agree).sum(0) / (agree.sum(0).clamp_min(1) if s.merge == "mean" else 1)
     pieces = merged.split([x.numel() for x in case.start.values()])
     return plus(case, s.scale, {n: p.view(x.shape) for (n, x), p in zip(case.start.items(), pieces, strict=True)})
 
@@ -507,10 +507,12 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
     *[("ties", "lattice", {"ties": s}) for s in (
         {}, {"keep": "at least"}, {"scope": "tensor"}, {"scope": "tensor", "keep": "at least", "zero": "positive"},
         {"zero": "positive"}, {"zero": "negative"}, {"density": 0.5, "scale": 0.55}, {"density": 1.0}, {"density": 1e-9},
+        {"merge": "sum", "scope": "tensor"},
     )],
     ("dare", "near", {"dare": {"p": 0.7, "scale": 0.5}}),
     ("dare-ties", "lattice", {"dare": {"p": 0.5}, "ties": {"scope": "tensor", "keep": "at least"}}),
     ("dare-ties", "lattice", {"dare": {"p": 0.5, "scale": 0.3}, "ties": {"density": 0.5, "zero": "positive"}}),
+    ("dare-ties", "near", {"dare": {"p": 0.5}, "ties": {"merge": "sum"}}),
     *[(name, kind, {"della": {"p": 0.3, "epsilon": 0.3, "scope": scope, "rescale": how, "scale": 0.7}})
       for name, kind, scope, how in (
         ("della", "lattice", "row", "probability"), ("della-linear", "near", "tensor", "norm"),
@@ -531,6 +533,7 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
     ("breadcrumbs", "near", {"breadcrumbs": {"density": 0.5, "gamma": 0.1, "scale": 1.0}}),
     ("sce", "near", {"sce": {"density": 1.0}}),
     ("knots", "near", {"ties": {"scope": "tensor", "scale": 0.6, "density": 0.7}}),
+    ("knots", "near", {"ties": {"merge": "sum", "density": 0.7}}),
 ]  # fmt: skip
 
 

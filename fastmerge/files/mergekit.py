@@ -3,15 +3,17 @@
     mergekit           fastmerge
     linear             average                (normalize: true, its default)
     task_arithmetic    task-arithmetic        scale = lambda; weights
-    ties               ties                   scope=tensor zero=positive scale=lambda; weights (normalize: true, its default)
+    ties               ties                   scope=tensor zero=positive scale=lambda; weights
     dare_linear        dare                   p = 1 - density, scale = lambda * sum of the weights; weights
-    dare_ties          dare-ties              p = 1 - density, density=1 scope=tensor zero=positive scale=lambda; weights
+    dare_ties          dare-ties              p = 1 - density, density=1, the others of ties but merge=sum; weights
     breadcrumbs        breadcrumbs            density, gamma, scale = lambda; weights
     sce                sce                    density = select_topk
     model_stock        stock
     karcher            karcher
     slerp              slerp                  weights 1 - t, t
     nuslerp            nuslerp                weights
+
+normalize sets `merge` of ties and dare-ties (mean or sum); elsewhere it changes the weights or the scale.
 
 The results agree up to rounding except DARE: mergekit draws its masks from torch's generator, and rescales so that the
 L1 norm stays; ours are a function of seed and position, divided by 1 - p (the paper).
@@ -56,6 +58,14 @@ DEFAULTS: dict[str, dict[str, float]] = {  # of the parameters that are one for 
     "breadcrumbs": {"lambda": 1.0, "density": 1.0, "gamma": 0.01},
     "sce": {"select_topk": 1.0},
     "slerp": {"t": 0.5},
+}
+NORMALIZE = {  # the default, of methods that have the parameter
+    "linear": True,
+    "task_arithmetic": False,
+    "ties": True,
+    "dare_linear": False,
+    "dare_ties": False,
+    "breadcrumbs": False,
 }
 FIXED: dict[str, dict[str, Any]] = {  # settings that mergekit has no choice of
     "ties": {"scope": "tensor", "zero": "positive"},
@@ -103,10 +113,12 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
         own: list[dict[str, Any]] = [{**(one.get("parameters") or {})} for one in models]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"--mergekit {path}: every entry of models needs `model:`, a path") from None
-    normalized = method in ("linear", "ties", "dare_ties")
-    normalize = bool(shared.get("normalize", normalized))
-    if normalized and not normalize:
-        raise UserError(f"--mergekit {path}: {method} with normalize: false is not here; leave it out")
+    where = f"--mergekit {path}"
+    normalize = shared.get("normalize", NORMALIZE.get(method, False))
+    if not isinstance(normalize, bool):
+        raise UserError(f"{where}: normalize {normalize!r}: expected true or false, for all tensors")
+    if method == "linear" and not normalize:
+        raise UserError(f"{where}: linear with normalize: false is not here; leave it out")
     numbers = {*DEFAULTS.get(method, {}), *({"weight"} if method in WEIGHTED else ())}
     free = FREE | {"normalize"} | ({"density"} if method == "linear" else set())
     unknown = {key for one in (shared, *own) for key in one} - numbers - free
@@ -127,8 +139,9 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
     if method == "nuslerp" and (base is None or len(names) != 2):
         raise UserError(f"--mergekit {path}: nuslerp needs base_model and two other models here")
     found.settings = dict(FIXED.get(method, {}))
+    if method in ("ties", "dare_ties"):
+        found.settings["merge"] = "mean" if normalize else "sum"
 
-    where = f"--mergekit {path}"
     weights = [_choice(where, "weight", one, shared, 1.0) for one in own]
     given: dict[str, Choice] = {}
     for name, default in DEFAULTS.get(method, {}).items():
@@ -172,7 +185,7 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
         put([given["density"], given["gamma"]], lambda density, gamma: (_crumbs(where, density, gamma), []))
     if method == "dare_linear":
         put([given["lambda"], *weights], lambda scale, *each: _dare(where, normalize, scale, each))
-    elif method == "task_arithmetic" and normalize:
+    elif method in ("task_arithmetic", "breadcrumbs") and normalize:
         put(weights, lambda *each: ({}, _shares(where, each)))
     elif method in WEIGHTED:
         put(weights, lambda *each: ({}, list(each)))

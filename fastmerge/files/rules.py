@@ -6,9 +6,9 @@ of a tensor and read it as a whole, straight from the file. Random numbers are f
 sorted by name. Hence no bit depends on the size of the parts, on shards, or on the order in the files.
 
 Weights: `average` divides them by their sum (mergekit's linear); task arithmetic multiplies the task vectors; DARE divides by
-their sum, as its rule averages; TIES elects the sign of the weighted sum and divides by the weights that agree
-(mergekit); SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with more. Those of by_tensor.py are described
-there. The others refuse weights.
+their sum, as its rule averages; TIES elects the sign of the weighted sum, which it divides by the weights that agree
+(mergekit), or with `merge=sum` does not divide; SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with more.
+Those of by_tensor.py are described there. The others refuse weights.
 """
 
 from __future__ import annotations
@@ -103,9 +103,11 @@ class Ties(FileRule):
         return state
 
     def finish(self, part: Part, state: list[Tensor], zero: str) -> None:
-        fk.ties_finalize(
-            *state, initial=part.base, scale=part.settings["scale"], zero=zero, out=part.out, nonfinite=part.bad
-        )
+        s = part.settings
+        if s["merge"] == "sum":
+            for divisor in state[2:]:  # of this part alone
+                divisor.fill_(1)
+        fk.ties_finalize(*state, initial=part.base, scale=s["scale"], zero=zero, out=part.out, nonfinite=part.bad)
 
 
 class DareTies(Ties):

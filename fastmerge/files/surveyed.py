@@ -27,6 +27,7 @@ from fastmerge.files.rule import FileRule, Part, Whole
 from fastmerge.files.thresholds import Parts, Trim, trims
 from fastmerge.merging.knots import SUPPORTED, Knots
 from fastmerge.merging.opcm import OPCM, projected
+from fastmerge.merging.ties import divided
 
 
 class Scratch:
@@ -144,7 +145,8 @@ class FileKnots(FileRule):
     def write(self, part: Part) -> None:
         turned, left, cuts, zero = part.known
         chosen = part.settings["zero"]
-        merged = fk.ties_finalize(*_elect(turned, cuts), zero=zero if chosen == "majority" else chosen)
+        state = divided(_elect(turned, cuts), part.settings["merge"])
+        merged = fk.ties_finalize(*state, zero=zero if chosen == "majority" else chosen)
         if left is not None:
             merged = (left.double() @ merged.view(left.shape[1], part.shape[1]).double()).float().flatten()
         fk.weighted_sum([part.base, merged], [1.0, part.settings["scale"]], out=part.out, nonfinite=part.bad)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.merging.keeps_all import KeepsAll
-from fastmerge.merging.ties import ACCUMULATORS, Ties
+from fastmerge.merging.ties import ACCUMULATORS, Ties, divided
 
 SUPPORTED = 1e-5  # the smallest singular value of a direction that counts (released code)
 
@@ -44,4 +44,4 @@ class Knots(KeepsAll, Ties):
         state = [torch.zeros_like(self.base.theta) for _ in ACCUMULATORS]
         for x in turned:
             self.accumulate(state, x, None, sizes)
-        return fk.ties_finalize(*state, zero=self.settings.zero)
+        return fk.ties_finalize(*divided(state, self.settings.merge), zero=self.settings.zero)

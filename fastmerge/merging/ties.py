@@ -3,7 +3,8 @@
 Four accumulators are enough for any number of tasks. The defaults follow the paper: density 0.2, trimming over the
 whole vector, the majority sign at exactly zero mass, and scale 1 (no validation set; MagMax's code uses 0.55).
 `--ties.scope tensor` trims every tensor separately, as mergekit and peft do. `--ties.keep "at least"` keeps all entries
-tied at the threshold, as in the released code (which also keeps one more entry). Padding is not counted.
+tied at the threshold, as in the released code (which also keeps one more entry). `--ties.merge sum` adds what agrees in
+place of its average (released code: dis-sum; mergekit: normalize false). Padding is not counted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import fastmerge_kernels as fk
+import torch
 from torch import Tensor
 
 from fastmerge.merging.rule import Rule
@@ -41,7 +43,15 @@ class Ties(Rule):
         )
 
     def _write(self, out: Tensor) -> Tensor:
-        state = (self.kept[name] for name in ACCUMULATORS)
+        state = divided([self.kept[name] for name in ACCUMULATORS], self.settings.merge)
         return fk.ties_finalize(
             *state, initial=self.base.theta, scale=self.settings.scale, zero=self.settings.zero, out=out
         )
+
+
+def divided(state: list[Tensor], merge: str) -> list[Tensor]:
+    """The accumulators with the divisors that `merge` takes: how many agree for the mean, 1 for the sum."""
+    if merge == "mean":
+        return state
+    ones = torch.ones_like(state[0])
+    return [*state[:2], ones, ones]

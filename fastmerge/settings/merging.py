@@ -126,6 +126,11 @@ class TiesSettings:
         "majority",
         "The sign where the mass is exactly zero: the majority's (released code) or positive (mergekit, peft).",
     )
+    merge: Literal["mean", "sum"] = setting(
+        "mean",
+        "Of the values of the elected sign take the mean (paper), or the sum (dis-sum of the released code, mergekit's "
+        "normalize: false).",
+    )
     scale: float = setting(
         1.0,
         "Factor of the merged task vector; 1 without validation (paper), 0.55 in MagMax's code.",
