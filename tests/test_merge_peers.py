@@ -249,7 +249,7 @@ def config(folder, method, given, **more):
         entries = [{"model": entry["model"]} for entry in entries]
     about = {"merge_method": method, "models": entries, **more}
     if method not in ("linear", "karcher"):
-        about["base_model"] = str(folder / "base.safetensors")
+        about.setdefault("base_model", str(folder / "base.safetensors"))
     (folder / "config.yml").write_text(yaml.safe_dump(about))
     return about
 
@@ -337,6 +337,27 @@ def test_filters_and_dare(folder):
     assert load_file(folder / "o.safetensors")["head.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("listed", [("base", "m1"), ("m1", "m2")])
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_without_task_vectors_is_one_more_model(method, listed, folder):
+    """As mergekit's planner has it: a base_model that is not among the models is added to them."""
+    methods = pytest.importorskip("mergekit.merge_methods")
+    models = {name: load_file(folder / f"{name}.safetensors") for name in dict.fromkeys((*listed, "base"))}
+    shared = {"weight": 1.0} if method == "linear" else {}
+    paths = {name: str(folder / f"{name}.safetensors") for name in models}
+    about = {"merge_method": method, "models": [{"model": paths[m]} for m in listed], "base_model": paths["base"]}
+    (folder / "config.yml").write_text(yaml.safe_dump(about | {"parameters": shared}))
+    assert main(["merge", "--mergekit", str(folder / "config.yml"), "--out", str(folder / "o.safetensors")]) == 0
+    parameters = {key: dict.fromkeys(models, value) for key, value in shared.items()}
+    theirs = methods.merge_state_dicts(models, method, parameters=parameters, base="base")
+    for name, tensor in load_file(folder / "o.safetensors").items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=5e-5)
+    if method == "linear" and "base" not in listed:
+        (folder / "config.yml").write_text(yaml.safe_dump(about))
+        with pytest.raises(UserError, match="takes base_model as one more model; name it in models with its weight"):
+            read_config(folder / "config.yml")
+
+
 def test_what_cannot_be_read_is_named(folder):
     for method, more, message in (
         ("karchr", {}, "no merge_method 'karchr' here. Did you mean: karcher"),
@@ -359,6 +380,9 @@ def test_what_cannot_be_read_is_named(folder):
         config(folder, method, [{}, {}], **more)
         with pytest.raises(UserError, match=message):
             read_config(folder / "config.yml")
+    config(folder, "ties", [{}, {}], base_model="b", models=[{"model": "b"}])
+    with pytest.raises(UserError, match="no model beside base_model"):
+        read_config(folder / "config.yml")
     config(folder, "ties", [{"density": 0.1}, {"density": 0.2}])
     with pytest.raises(UserError, match="density differs between the models"):
         read_config(folder / "config.yml")

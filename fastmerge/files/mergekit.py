@@ -13,6 +13,7 @@
     slerp              slerp                  weights 1 - t, t
     nuslerp            nuslerp                weights
 
+linear and karcher take a base_model as one of the models; the others have their task vectors from it.
 normalize sets `merge` of ties and dare-ties (mean or sum); elsewhere it changes the weights or the scale.
 
 The results agree up to rounding except DARE: mergekit draws its masks from torch's generator, and rescales so that the
@@ -49,6 +50,7 @@ METHODS = {
     "slerp": "slerp",
     "nuslerp": "nuslerp",
 }
+WITHOUT_BASE = {"linear", "karcher"}  # a base_model is one more model of them
 WEIGHTED = {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "nuslerp"}
 DEFAULTS: dict[str, dict[str, float]] = {  # of the parameters that are one for all models
     "task_arithmetic": {"lambda": 1.0},
@@ -107,13 +109,24 @@ def read_config(path: Path) -> Options:
 
 def _options(path: Path, config: dict[str, Any], method: str) -> Options:
     shared, base = config.get("parameters") or {}, config.get("base_model")
-    models = [one for one in config["models"] if method == "slerp" or one.get("model") != base]
+    models = list(config["models"])
     try:
+        if method not in {*WITHOUT_BASE, "slerp"}:
+            models = [one for one in models if one["model"] != base]
+        elif method in WITHOUT_BASE and base is not None and base not in [one["model"] for one in models]:
+            models.append({"model": base})
+            if method in WEIGHTED and "weight" not in shared:
+                raise UserError(
+                    f"--mergekit {path}: {method} takes base_model as one more model; name it in models with its weight, or "
+                    "leave it out"
+                )
         names = [str(one["model"]) for one in models]
         own: list[dict[str, Any]] = [{**(one.get("parameters") or {})} for one in models]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"--mergekit {path}: every entry of models needs `model:`, a path") from None
     where = f"--mergekit {path}"
+    if not names:
+        raise UserError(f"{where}: no model beside base_model; name in models what is merged")
     normalize = shared.get("normalize", NORMALIZE.get(method, False))
     if not isinstance(normalize, bool):
         raise UserError(f"{where}: normalize {normalize!r}: expected true or false, for all tensors")
@@ -126,7 +139,7 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
         unknown -= {"filter_wise"}
     if unknown:
         raise UserError(f"--mergekit {path}: parameter {min(unknown)} of {method} is not here")
-    found = Options(METHODS[method], names, None if method in ("linear", "karcher") else base)
+    found = Options(METHODS[method], names, None if method in WITHOUT_BASE else base)
     if config.get("out_dtype") or config.get("dtype"):
         word = config.get("out_dtype") or config["dtype"]
         if word not in DTYPES:

@@ -7,8 +7,8 @@ sorted by name. Hence no bit depends on the size of the parts, on shards, or on 
 
 Weights: `average` divides them by their sum (mergekit's linear); task arithmetic multiplies the task vectors; DARE divides by
 their sum, as its rule averages; TIES elects the sign of the weighted sum, which it divides by the weights that agree
-(mergekit), or with `merge=sum` does not divide; SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with more.
-Those of by_tensor.py are described there. The others refuse weights.
+(mergekit), or with `merge=sum` does not divide; SLERP of two models takes t = w2 / (w1 + w2), and goes on like this with
+more. Those of by_tensor.py are described there. The others refuse weights.
 """
 
 from __future__ import annotations
