@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
-from fastmerge.files.mergekit import DEFAULTS, METHODS, NORMALIZE, read_config
+from fastmerge.files.mergekit import DEFAULTS, METHODS, SHARED, SWITCHES, read_config
 from fastmerge.merging.karcher import STEPS
 
 SHAPES = {"b.weight": (40, 30), "a.bias": (17,), "c.scale": (), "b.bias": (513,), "tail": (1, 3, 5), "none": (0, 4)}
@@ -310,17 +310,17 @@ def test_defaults_are_those_of_mergekit():
     """Of every parameter of its methods that a config may leave out."""
     registry = pytest.importorskip("mergekit.merge_methods.registry")
     specs = {method.spec.name: method.spec for method in registry.registered_methods()}
-    one_value = {"int8_mask": False, "filter_wise": False, "nuslerp_row_wise": False, "nuslerp_flatten": True}
-    one_value |= {"rescale": None, "max_iter": STEPS, "tol": 1e-5}
+    fixed = {"int8_mask": False, "max_iter": STEPS, "tol": 1e-5}
+    idle = {("task_arithmetic", "density"), ("task_arithmetic", "rescale")}  # it drops nothing
+    shared = set()
     for method in METHODS:
         theirs = {p.name: p.default for p in specs[method].parameters if not p.required}
-        ours = DEFAULTS.get(method, {}) | ({"normalize": NORMALIZE[method]} if method in NORMALIZE else {})
+        ours = DEFAULTS.get(method, {}) | SWITCHES.get(method, {})
         assert ours.keys() - theirs.keys() <= {"t"}, method  # mergekit has no default for it
         for name, default in theirs.items():
-            if name in one_value:
-                assert one_value[name] in (default, None), (method, name)
-            elif (method, name) != ("task_arithmetic", "density"):  # it does nothing there
-                assert ours[name] == default, (method, name)
+            assert (method, name) in idle or (ours | fixed)[name] == default, (method, name)
+        shared |= {p.name for p in specs[method].shared_parameters} - fixed.keys()
+    assert shared == SHARED
 
 
 def test_filters_and_dare(folder):
@@ -373,6 +373,12 @@ def test_what_cannot_be_read_is_named(folder):
             "whose sum changes along the layers",
         ),
         ("dare_linear", {"parameters": {"weight": [0, 1], "lambda": [1, 2]}}, "both changing along the layers"),
+        ("dare_linear", {"parameters": {"rescale": False}}, "dare_linear with rescale: false is not here"),
+        ("dare_ties", {"parameters": {"rescale": False}}, "dare_ties with rescale: false is not here"),
+        ("ties", {"parameters": {"rescale": True}}, "ties with rescale: true is not here"),
+        ("breadcrumbs", {"parameters": {"rescale": True}}, "breadcrumbs with rescale: true is not here"),
+        ("model_stock", {"parameters": {"filter_wise": True}}, "filter_wise: true is not here"),
+        ("nuslerp", {"parameters": {"nuslerp_flatten": False}}, "nuslerp_flatten: false is not here"),
         ("ties", {"parameters": {"gamma": 1}}, "parameter gamma of ties"),
         ("ties", {"slices": []}, "slices is not read"),
         ("ties", {"dtype": "int8"}, "dtype 'int8'"),
@@ -380,6 +386,12 @@ def test_what_cannot_be_read_is_named(folder):
         config(folder, method, [{}, {}], **more)
         with pytest.raises(UserError, match=message):
             read_config(folder / "config.yml")
+    config(folder, "ties", [{"lambda": 0.5}, {"lambda": 0.5}])
+    with pytest.raises(UserError, match="lambda is a parameter of one model, where mergekit does not read it"):
+        read_config(folder / "config.yml")
+    for method, value in (("task_arithmetic", True), ("sce", False), ("dare_ties", True)):  # changes nothing
+        config(folder, method, [{}, {}], parameters={"rescale": value, "int8_mask": True})
+        assert read_config(folder / "config.yml").rule == METHODS[method]
     config(folder, "ties", [{}, {}], base_model="b", models=[{"model": "b"}])
     with pytest.raises(UserError, match="no model beside base_model"):
         read_config(folder / "config.yml")

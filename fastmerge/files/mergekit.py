@@ -61,21 +61,25 @@ DEFAULTS: dict[str, dict[str, float]] = {  # of the parameters that are one for 
     "sce": {"select_topk": 1.0},
     "slerp": {"t": 0.5},
 }
-NORMALIZE = {  # the default, of methods that have the parameter
-    "linear": True,
-    "task_arithmetic": False,
-    "ties": True,
-    "dare_linear": False,
-    "dare_ties": False,
-    "breadcrumbs": False,
+SWITCHES: dict[str, dict[str, bool]] = {  # the defaults of the parameters that are true or false
+    "linear": {"normalize": True},
+    "task_arithmetic": {"normalize": False},
+    "ties": {"normalize": True, "rescale": False},
+    "dare_linear": {"normalize": False, "rescale": True},
+    "dare_ties": {"normalize": False, "rescale": True},
+    "breadcrumbs": {"normalize": False, "rescale": False},
+    "model_stock": {"filter_wise": False},
+    "nuslerp": {"nuslerp_row_wise": False, "nuslerp_flatten": True},
 }
+BOTH = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs"}  # have normalize true and false here
+SHARED = {"normalize", "rescale", "lambda", "select_topk", "t", "filter_wise", "nuslerp_row_wise", "nuslerp_flatten"}
 FIXED: dict[str, dict[str, Any]] = {  # settings that mergekit has no choice of
     "ties": {"scope": "tensor", "zero": "positive"},
     "dare_ties": {"density": 1.0, "scope": "tensor", "zero": "positive"},
 }
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# those that say how mergekit computes, not what
-FREE = {"int8_mask", "rescale", "tokenizer_source", "tokenizer", "chat_template", "name"}
+FREE = {"int8_mask", "normalize", "rescale"}  # parameters that change nothing where a method has no switch of that name
+BESIDE = {"tokenizer_source", "tokenizer", "chat_template", "name"}  # of the config, not of the weights
 KNOWN = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"}
 
 Values = tuple[float, ...]  # along the layers; one where they do not change
@@ -101,7 +105,7 @@ def read_config(path: Path) -> Options:
     if method not in METHODS:
         close = nearest(str(method), METHODS)
         raise UserError(f"--mergekit {path}: no merge_method {method!r} here.{close} There are: {', '.join(METHODS)}")
-    unknown = sorted(config.keys() - KNOWN - FREE)
+    unknown = sorted(config.keys() - KNOWN - BESIDE)
     if unknown:
         raise UserError(f"--mergekit {path}: {unknown[0]} is not read; expected {', '.join(sorted(KNOWN))}")
     return _options(path, config, method)
@@ -127,16 +131,21 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
     where = f"--mergekit {path}"
     if not names:
         raise UserError(f"{where}: no model beside base_model; name in models what is merged")
-    normalize = shared.get("normalize", NORMALIZE.get(method, False))
-    if not isinstance(normalize, bool):
-        raise UserError(f"{where}: normalize {normalize!r}: expected true or false, for all tensors")
-    if method == "linear" and not normalize:
-        raise UserError(f"{where}: linear with normalize: false is not here; leave it out")
+    for name, usual in SWITCHES.get(method, {}).items():
+        value = shared.get(name, usual)
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {name} {value!r}: expected true or false, for all tensors")
+        if value != usual and not (name == "normalize" and method in BOTH):
+            raise UserError(f"{where}: {method} with {name}: {str(value).lower()} is not here; leave it out")
+    if misplaced := sorted({key for one in own for key in one} & SHARED):
+        raise UserError(
+            f"{where}: {misplaced[0]} is a parameter of one model, where mergekit does not read it; put it under the "
+            "parameters of the config"
+        )
+    normalize: bool = shared.get("normalize", SWITCHES.get(method, {}).get("normalize", False))
     numbers = {*DEFAULTS.get(method, {}), *({"weight"} if method in WEIGHTED else ())}
-    free = FREE | {"normalize"} | ({"density"} if method == "linear" else set())
+    free = FREE | SWITCHES.get(method, {}).keys() | ({"density"} if method == "linear" else set())
     unknown = {key for one in (shared, *own) for key in one} - numbers - free
-    if method == "model_stock" and not shared.get("filter_wise"):
-        unknown -= {"filter_wise"}
     if unknown:
         raise UserError(f"--mergekit {path}: parameter {min(unknown)} of {method} is not here")
     found = Options(METHODS[method], names, None if method in WITHOUT_BASE else base)
