@@ -23,6 +23,7 @@ from fastmerge.files.hashes import Hashes, likely_files
 from fastmerge.files.rules import FILE_RULES
 from fastmerge.files.settings import places
 from fastmerge.files.stamp import stamp_of
+from fastmerge.files.write import Output
 
 BASE = model(0)
 A, B = model(1, like=BASE), model(2, like=BASE)
@@ -332,6 +333,70 @@ def test_a_killed_merge_goes_on(tmp_path, capsys):
     assert "going on" not in capsys.readouterr().out
     close(merged(tmp_path / "other"), {name: (A[name] + 3 * B[name]) / 4 for name in A})
     assert not list(tmp_path.glob("*.part"))
+
+
+class Killed(BaseException):
+    """Ends a merge as a signal does: nothing is cleaned up."""
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Run a merge that ends after its second tensor is on the disk."""
+
+    def run(merge, *arguments, **more):
+        finished, calls = Output.finished, []
+
+        def counted(self, item, about):
+            finished(self, item, about)
+            calls.append(item.name)
+            if len(calls) == 2:
+                for saved in self.saves:
+                    saved.result()
+                self._close()
+                raise Killed
+
+        with monkeypatch.context() as during, pytest.raises(Killed):
+            during.setattr("fastmerge.files.write.FLUSH", 1)
+            during.setattr(Output, "finished", counted)
+            merge(*arguments, **more)
+
+    return run
+
+
+@pytest.mark.parametrize("memory", ["models", "base", "statistics"])
+def test_a_merge_of_tensors_in_memory_never_goes_on(memory, killed, tmp_path):
+    """Others of the same names look the same: what the first merge wrote would be part of the second."""
+    paths = [str(tmp_path / name) for name in ("a.safetensors", "base.safetensors")]
+    save_file(A, paths[0])
+    save_file({name: x.abs() for name, x in BASE.items()}, paths[1])  # may be a Fisher too
+    rule = "fisher" if memory == "statistics" else "task-arithmetic"
+    first, second = ({name: x.abs() for name, x in tensors.items()} for tensors in (A, B))
+    given = [{"models": paths, "base": paths[1], "rule": rule, memory: x} for x in (first, second)]
+    for one in given:
+        one[memory] = one[memory] if memory == "base" else [one[memory], paths[1]]
+        one["models"] = one["models"][:1] if memory == "base" else one["models"]
+    killed(fastmerge.merge, **given[0], out=tmp_path / "out")
+    fastmerge.merge(**given[1], out=tmp_path / "out")
+    expected = fastmerge.merge(**given[1])
+    found = merged(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_files_that_took_each_others_names_are_other_inputs(killed, tmp_path, capsys):
+    """Of one size and time, as files of an archive may be."""
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, tensors in zip(paths, (A, B), strict=True):
+        save_file(tensors, path)
+        os.utime(path, (1e9, 1e9))
+    words = ["merge", "average", "--models", *map(str, paths), "--weights", "1", "3", "--out", str(tmp_path / "out")]
+    killed(main, words)
+    os.rename(paths[0], tmp_path / "c")
+    os.rename(paths[1], paths[0])
+    os.rename(tmp_path / "c", paths[1])
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "going on" not in capsys.readouterr().out
+    close(merged(tmp_path / "out"), {name: (B[name] + 3 * A[name]) / 4 for name in A})
 
 
 def test_inputs_are_not_changed_and_a_dry_run_writes_nothing(tmp_path, capsys):

@@ -43,12 +43,13 @@ def recipe(plan: Plan) -> tuple[dict[str, Any], dict[Path, str]]:
     return about, pending
 
 
-def identity(plan: Plan) -> str:
-    """What must be equal for an interrupted merge to go on: options, versions, and the files as they are."""
+def identity(plan: Plan) -> str | None:
+    """What must be equal for an interrupted merge to go on: options, versions, and the files as they are. None: it cannot,
+    as an input is in memory alone, and another one would look the same."""
+    if not all(one.files for one in plan.inputs):
+        return None
     about, _ = recipe(plan)
-    about["inputs"] = [
-        [str(file.absolute()), stamp.size, stamp.mtime_ns] for one in plan.inputs for file, stamp in one.files.items()
-    ]
+    about["inputs"] = [[str(file.absolute()), *stamp] for one in plan.inputs for file, stamp in one.files.items()]
     return json.dumps(about, sort_keys=True)
 
 
@@ -61,7 +62,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     metadata = open_input(path).metadata
     try:
         about = json.loads(metadata[KEY])
-        if "state dict" in (*about["options"]["models"], about["options"]["base"]):
+        options = about["options"]
+        sources = (*options["models"], options["base"], *options.get("statistics", []), options.get("like"))
+        if "state dict" in sources:
             raise UserError(f"{path}: merged from tensors in memory, which cannot be read again")
         return about
     except (KeyError, ValueError, TypeError):

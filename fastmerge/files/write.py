@@ -2,7 +2,8 @@
 
 Everything happens in the folder TARGET.part: the files in TARGET.part/out get their final size (so a full disk is told
 at once), the tensors are written into the mapped files, and a journal lists the tensors that reached the disk, which a
-thread waits for. A second start with the same plan goes on behind them. At the end the files are flushed and renamed.
+thread waits for. A second start with the same plan goes on behind them, unless an input is in memory. At the end the files
+are flushed and renamed.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Output:
     """Files that are being written. One process at a time; `with` unmaps them, and after an error of the user deletes
     them."""
 
-    def __init__(self, target: Path, plan: Plan, metadata: dict[str, str], identity: str):
-        """identity: what must be equal for a second start to go on.
+    def __init__(self, target: Path, plan: Plan, metadata: dict[str, str], identity: str | None):
+        """identity: what must be equal for a second start to go on; None: it never does.
 
         Raises:
             UserError: the target exists, cannot be written, or another process writes it.
@@ -90,20 +91,22 @@ class Output:
                 f"--out {target}: cannot write there ({error.strerror or error}); nothing was written"
             ) from None
 
-    def _resume(self, identity: str) -> bool:
+    def _resume(self, identity: str | None) -> bool:
         """Whether an earlier start left part of this output; what another plan left is deleted."""
         plan, journal = self.work / PLAN, self.work / JOURNAL
-        if plan.is_file() and plan.read_text(encoding="utf-8") == identity:
+        if identity is not None and plan.is_file() and plan.read_text(encoding="utf-8") == identity:
             with contextlib.suppress(FileNotFoundError):
                 for line in journal.read_text(encoding="utf-8").splitlines():
                     with contextlib.suppress(ValueError):  # a line that was cut off
                         entry = json.loads(line)
                         self.done[entry["name"]] = entry
             return True
+        plan.unlink(missing_ok=True)
         shutil.rmtree(self.files, ignore_errors=True)
         self.files.mkdir()
         journal.unlink(missing_ok=True)
-        plan.write_text(identity, encoding="utf-8")
+        if identity is not None:
+            plan.write_text(identity, encoding="utf-8")
         return False
 
     def _create(self, file: str, items: list[Item], metadata: dict[str, str]) -> None:
