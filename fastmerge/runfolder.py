@@ -126,7 +126,11 @@ class RunFolder:
 
     def claim(self, name: str) -> str:
         """Claim the run `name` for this command until `release` or its end: 'claimed', 'finished' if it has results now, or
-        'busy' if another command works on it. All processes of this command get the same answer."""
+        'busy' if another command works on it. All processes of this command get the same answer.
+
+        Raises:
+            UserError: since this command opened the folder, another one began there with other settings.
+        """
         answers = ("claimed", "finished", "busy")
         answer = 0
         if not ranks().rank:
@@ -136,6 +140,13 @@ class RunFolder:
 
     def _claim(self, name: str) -> int:
         folder, path = self.path / name, self.path / "manifest.json"
+        manifest, own = read_json(path, "the manifest.json of this run"), self.determined["runs"][name]
+        if changed := differences(manifest["determines"], self.determined | {"runs": {name: own}}):
+            raise UserError(
+                f"--run-dir {self.path}: since this command started, another one began there with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nUse another --run-dir for one of them"
+            )
         if (folder / "result.json").exists():
             return 1
         folder.mkdir(exist_ok=True)
@@ -144,9 +155,8 @@ class RunFolder:
             file.close()
             return 2
         self._claims[name] = file
-        manifest = read_json(path, "the manifest.json of this run")
         if name not in manifest["determines"]["runs"]:  # another command started since, and knew no file of this run
-            manifest["determines"]["runs"][name] = self.determined["runs"][name]
+            manifest["determines"]["runs"][name] = own
             replace(path, text_writer(json_text(manifest)))
         return 0
 

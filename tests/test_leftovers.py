@@ -13,8 +13,9 @@ from toy import CONCEPTS
 
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
+from fastmerge.flags import parse
 from fastmerge.results import finished, folder_name, read_run
-from fastmerge.runfolder import Record, StopRequest
+from fastmerge.runfolder import Record, RunFolder, StopRequest
 
 FLAGS = (
     "--dataset folder --model tiny --pretrained none --head prototype --tasks 2 --method finetune --no-nearest-mean"
@@ -211,6 +212,30 @@ def test_results_cover_the_folder(data, whole, tmp_path, capsys):
     with pytest.raises(UserError, match=r"average-strict-seed1.result\.json: expected an object"):
         finished(run_dir)
     assert go(data, run_dir) == 2  # told before anything is trained, also where this command does not name the run
+
+
+def opened(folder, lr, weight=1.0):
+    """The folder as a command with these settings opens it."""
+    versions = {"fastmerge": "1", "gpu": None, "cuda": None, "versions": {}}
+    runs = {f"trm-seed{seed}": {"trm.weight": weight} for seed in (0, 1)}
+    determined = {"settings": {"training.lr": lr}, "contents": {"images": "x"}, "runs": runs}
+    return RunFolder(parse(["--run-dir", str(folder)]), versions, {}, determined, print)
+
+
+@pytest.mark.parametrize("settings", [(0.2, 1.0), (0.1, 2.0)], ids=["of all runs", "of the method"])
+def test_a_command_that_another_one_overtook(settings, tmp_path):
+    """Both opened a new folder; the manifest is the second one's, so the first may not train under it."""
+    first, second = opened(tmp_path, 0.1), opened(tmp_path, *settings)
+    with pytest.raises(UserError, match=r"another one began there with other settings:\n.*(lr: 0.2|weight: 2.0)"):
+        first.claim("trm-seed0")
+    assert not (tmp_path / "trm-seed0").exists() and second.claim("trm-seed0") == "claimed"
+    (tmp_path / "trm-seed1").mkdir()
+    (tmp_path / "trm-seed1" / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="other settings"):
+        first.claim("trm-seed1")  # its results are not the first one's
+    third = opened(tmp_path, *settings)
+    assert third.claim("trm-seed1") == "finished" and third.claim("trm-seed0") == "busy"
+    second.leave()
 
 
 def test_any_label_names_a_folder():
