@@ -7,8 +7,10 @@ file is written beside its target, flushed to disk and renamed, so a full disk o
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
+import platform
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from fastmerge.errors import UserError
 from fastmerge.ranks import ranks
+
+HOST = platform.node().replace("/", "_")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], older: Path | None = None) -> int:
@@ -38,8 +42,9 @@ def replace(path: Path, write: Callable[[Path], None], older: Path | None = None
     Raises:
         UserError: the file cannot be written (full disk, no permission); a previous file at `path` is unchanged.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{HOST}-{os.getpid()}.part")  # another process may write the same file
     try:
+        clear(path.parent)
         with open(temporary, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777  # what the umask allows; safetensors would make it private
         write(temporary)
@@ -58,6 +63,27 @@ def replace(path: Path, write: Callable[[Path], None], older: Path | None = None
             f"cannot write {path}: {error}; {kept}. Free space or fix the permissions, then run the same command again"
         ) from None
     return size
+
+
+def clear(folder: Path) -> None:
+    """Delete the temporary files in `folder` of processes of this machine that are gone, such as a killed one."""
+    for left in folder.glob(f"*.{glob.escape(HOST)}-*.part"):
+        number = left.name.removesuffix(".part").rpartition("-")[2]
+        if number.isdecimal() and not alive(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def alive(process: int) -> bool:
+    """Whether there is a process with this number; True where the system cannot say."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def save_text(path: Path, text: str) -> int:

@@ -1,14 +1,16 @@
 """Atomic files: after a write that really fails half-way, the disk still has the old content."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fastmerge.checkpoint import joined, load_tensors, resident, save_json, save_tensors, select
+from fastmerge.checkpoint import joined, load_tensors, replace, resident, save_json, save_tensors, select
 from fastmerge.errors import UserError
 
 
@@ -30,6 +32,39 @@ def test_round_trip_of_every_kind_of_tensor(tmp_path):
         assert loaded[name].dtype == t.dtype and torch.equal(loaded[name], t)
     assert path.stat().st_size < 4096  # the view is saved without the rest of its storage
     assert resident(tensors) == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    """While one writes, another one writes the same file and is done first: both succeed, and nothing is left."""
+    path = tmp_path / "c.safetensors"
+
+    def write(temporary):
+        save_file({"x": torch.ones(1)}, temporary)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", os.getppid)
+            save_tensors(path, {"x": torch.zeros(1)}, {"n": 2})
+        assert load_tensors(path)[1] == {"n": 2}
+
+    assert replace(path, write) > 0
+    assert load_file(path)["x"] == 1 and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path, monkeypatch):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for number in (os.getppid(), gone.pid):
+
+        def killed(temporary):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("os.getpid", lambda number=number: number)
+            replace(tmp_path / f"{number}.json", killed)
+    (tmp_path / "mine.part").write_text("a user's file")
+    assert len(list(tmp_path.glob("*.part"))) == 3
+    save_json(tmp_path / "other.json", [])
+    left = {path.name.partition(".")[0] for path in tmp_path.glob("*.part")}
+    assert left == {str(os.getppid()), "mine"}  # a living process still writes its own
 
 
 def test_parts():

@@ -11,7 +11,7 @@ from fastmerge.merging import build_rule
 from fastmerge.merging.rule import Base
 from fastmerge.methods import METHODS
 from fastmerge.methods.posthoc import PostHoc
-from fastmerge.methods.trajectory import Recorded, Reused, Trajectory
+from fastmerge.methods.trajectory import Recorded, Reused, Trajectory, saved
 from fastmerge.plan import plan, read_method, row_settings, shared_trainings, training_changes
 from fastmerge.training import Train
 
@@ -497,3 +497,18 @@ def test_fisher_per_batch_squares_the_mean_gradient():
         torch.nn.functional.cross_entropy(logits, labels).backward()
         want += len(labels) / len(images) * learner.flat.gradient.square()
     torch.testing.assert_close(passed.result(), want, rtol=1e-4, atol=1e-8)
+
+
+def test_two_processes_train_the_same_model(tmp_path):
+    """Each began before the other one's file was there: the file of the first to finish stays, and both go on."""
+    ends, phases = [], []
+    for name in ("first", "second"):
+        learner, (task, images) = toy.learner(), toy.tasks()[0]
+        learner.grow_head(task, images)
+        phases.append(Trajectory(tmp_path, {"sequential"}, name).train(learner, task, images))
+    (path,) = {phase.path for phase in phases}
+    for phase in phases:
+        toy.work(phase)
+        ends.append((phase.learner.theta.clone(), path.read_bytes(), phase.bytes_written > 0))
+    assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+    assert [written for *_, written in ends] == [True, False] and saved(path)[2] == "first"

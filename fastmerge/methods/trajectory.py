@@ -67,7 +67,8 @@ class Trajectory:
 
 
 class Recorded(Train):
-    """Training that saves its result and the seconds it took."""
+    """Training that saves its result and the seconds it took. A file that another process finished meanwhile has the same
+    bits and is kept."""
 
     def __init__(
         self, learner: Learner, task: Task, images: TaskImages, path: Path, run: str, scenario: Scenario | None = None
@@ -83,6 +84,8 @@ class Recorded(Train):
         super().finish()
         if self.learner.device.type == "cuda":
             torch.cuda.synchronize(self.learner.device)  # time finished work, not queued work
+        if ranks().agree(int(self.path.exists())):
+            return
         about: dict[str, Any] = {"seconds": self.seconds(), "run": self.run}
         if self.scenario is not None:
             own = {"method": f"{self.run}, not merged", "seed": self.learner.seed, "final_accuracy": None}
