@@ -97,11 +97,11 @@ def parser() -> Parser:
     return made
 
 
-def read_flags(words: Sequence[str]) -> Given:
-    """The settings that the arguments of a command line give.
+def known_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the flags in the arguments of a command line give, and the arguments that belong to none.
 
     Raises:
-        UserError: an unknown flag, with the nearest names; a value that the setting does not take.
+        UserError: a value that the setting does not take.
     """
     joined: list[str] = []
     for word in words:
@@ -112,7 +112,16 @@ def read_flags(words: Sequence[str]) -> Given:
             joined[-1] += f"={word}"  # argparse would take -1e-3 for a flag
         else:
             joined.append(word)
-    found, rest = parser().parse_known_args(joined)
+    return parser().parse_known_args(joined)
+
+
+def read_flags(words: Sequence[str]) -> Given:
+    """The settings that the arguments of a command line give.
+
+    Raises:
+        UserError: an unknown flag, with the nearest names; a value that the setting does not take.
+    """
+    found, rest = known_flags(words)
     if rest:
         flags = [f"--{flag_of(group, name)}" for group, settings in declarations().items() for name in settings]
         flag = rest[0].partition("=")[0]

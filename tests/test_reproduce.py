@@ -1,5 +1,6 @@
 """The papers' tables by command: what is declared, the arithmetic of the comparison, and one table from end to end."""
 
+import contextlib
 import csv
 import dataclasses
 import math
@@ -11,7 +12,8 @@ from image_trees import image_folder
 from fastmerge.__main__ import main
 from fastmerge.commands import reproduce
 from fastmerge.errors import Busy, UserError
-from fastmerge.flags import parse
+from fastmerge.flags import parse, read_flags
+from fastmerge.flags import parser as flag_parser
 from fastmerge.methods import METHODS
 from fastmerge.plan import read_method
 from fastmerge.reproduce import TARGETS
@@ -238,7 +240,7 @@ def test_a_process_of_several_trains_and_writes_no_table(table, tmp_path, monkey
 
 
 def _parsed(words):
-    own, rest = reproduce.parser().parse_known_args(words)
+    own, rest = reproduce.parsed(words)
     return own, rest, reproduce.chosen(own)
 
 
@@ -248,6 +250,8 @@ def _parsed(words):
         ([], "name a table or figure"),
         (["trm:table1", "--all"], "name a table or figure"),
         (["trm:tabel1"], "Did you mean: trm:table1"),
+        (["trm:table1", "--device", "cpu", "trm:tabel2"], "unknown target 'trm:tabel2'"),
+        (["trm:table1", "--lr", "x"], "--lr x: expected a number"),
         (["trm:table1", "--only", "MagMix"], "Did you mean: MagMax"),
         (["trm:table1", "--processes", "0"], "at least 1"),
         (["trm:table1", "--epoch", "3"], "unknown flag --epoch"),
@@ -257,6 +261,36 @@ def test_bad_words_are_refused_before_anything_runs(words, message, capsys, tmp_
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", *words]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def values_of(action):
+    """Values that the trainer's flag takes, as separate words."""
+    flag = action.option_strings[0]
+    for values in ((), ("1",), ("1", "2"), ("1", "2", "3"), ("text",)):
+        with contextlib.suppress(UserError):
+            read_flags([flag, *values])
+            if values or action.nargs != "*":
+                return values
+    error = str(pytest.raises(UserError, read_flags, [flag, "?"]).value)
+    return (error.partition("expected ")[2].split(" ")[0],)  # the first of the words that it takes
+
+
+def test_every_flag_of_the_trainer_anywhere():
+    """Before, between and after the targets, with its values as words of their own."""
+    own = {word for action in reproduce.parser()._actions for word in action.option_strings}
+    actions = [action for action in flag_parser()._actions if not own & {*action.option_strings}]
+    assert len(actions) > 150
+    for action in actions:
+        given = [action.option_strings[0], *values_of(action)]
+        for words in (
+            [*given, "trm:table1", "trm:table2"],
+            ["trm:table1", *given, "trm:table2"],
+            ["trm:table1", "--seeds", "1", "2", "trm:table2", *given, "--small"],
+        ):
+            found, rest = reproduce.parsed(words)
+            assert (found.targets, rest) == (["trm:table1", "trm:table2"], given)
+    found, rest = reproduce.parsed(["--all", "--small", "--device", "cpu"])
+    assert found.all and found.targets == [] and rest == ["--device", "cpu"]
 
 
 def test_the_list_and_the_plan(capsys):

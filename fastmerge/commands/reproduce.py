@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: an unknown target, row or flag.
     """
-    own, rest = parser().parse_known_args(argv)
+    own, rest = parsed(argv)
     if own.list:
         print(listing())
         return 0
@@ -56,10 +56,29 @@ def main(argv: Sequence[str]) -> int:
     return job.run()
 
 
+def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own settings, with `targets`, wherever these are, and the flags of the trainer with their values.
+
+    Raises:
+        UserError: a word that is neither; a value that a setting of the trainer does not take.
+    """
+    from fastmerge.flags import known_flags
+
+    own, rest = parser().parse_known_args([word for word in argv if word not in TARGETS])
+    own.targets = [word for word in argv if word in TARGETS]
+    _, other = known_flags(rest)
+    if other and not other[0].startswith("-"):
+        raise UserError(
+            f"unknown target {other[0]!r}.{nearest(other[0], TARGETS)} fastmerge reproduce --list prints all"
+        )
+    return own, rest
+
+
 def parser() -> argparse.ArgumentParser:
+    """Of all but the targets: argparse would take the value of a flag that it does not know for one."""
     made = argparse.ArgumentParser("fastmerge reproduce", description=__doc__, allow_abbrev=False)
+    made.usage = "fastmerge reproduce [PAPER:ITEM ...] [flag ...]"
     made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("targets", nargs="*", metavar="PAPER:ITEM", help="such as trm:table1 (see --list)")
     made.add_argument("--all", action="store_true", help="all tables and figures of the papers, not our own")
     made.add_argument("--list", action="store_true", help="print what there is")
     made.add_argument("--small", action="store_true", help="on the embedded data sets")
@@ -84,13 +103,10 @@ def chosen(own: argparse.Namespace) -> list[Target]:
     """The targets that the command names.
 
     Raises:
-        UserError: none, or an unknown one; an unknown row; a number of processes or seeds that cannot be.
+        UserError: none; an unknown row; a number of processes or seeds that cannot be.
     """
     if own.all == bool(own.targets):
         raise UserError("reproduce: name a table or figure, such as trm:table1, or give --all; --list prints them")
-    for name in own.targets:
-        if name not in TARGETS:
-            raise UserError(f"unknown target {name!r}.{nearest(name, TARGETS)} fastmerge reproduce --list prints all")
     if own.processes < 1:
         raise UserError(f"--processes {own.processes}: expected at least 1")
     named = [name for name in TARGETS if not TARGETS[name].ours] if own.all else own.targets
