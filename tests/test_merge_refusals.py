@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastmerge
 from fastmerge.__main__ import main
+from fastmerge.files.rules import FILE_RULES
 
 SHAPES = {"head.weight": (3, 4), "norm.weight": (7,), "trunk.weight": (5, 6)}
 
@@ -60,6 +62,55 @@ def refused(capfd, folder, *arguments, out="out"):
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert contents(folder) == before
     return error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rule", [name for name, rule in FILE_RULES.items() if rule.statistics is None])
+def test_a_value_that_is_not_finite(rule, value, place, capfd):
+    """Named with the file that has it; with --allow-nonfinite the other tensors are what they are without it."""
+    broken = tensors(1)
+    broken["trunk.weight"][2, 3] = value
+    save_file(broken, "a.safetensors")
+    others = {name: load_file(f"{name}.safetensors") for name in ("a", "b", "base")}
+    for one in others.values():
+        del one["trunk.weight"]
+    models = ["a", "b"] if FILE_RULES[rule].most is None else ["a"]
+    words = [rule, "--models", *(f"{name}.safetensors" for name in models), "--base", "base.safetensors"]
+    words += ["--set", "p=0"] if rule == "dare" else ["--set", "p=0", "density=1"] if rule == "dare-ties" else []
+    words += ["--set", "density=1", "gamma=0"] if rule == "breadcrumbs" else []
+    if rule != "randmix":  # draws the value, or not
+        assert "trunk.weight: " in (said := refused(capfd, place, *words)) and "(they are in a.safetensors)" in said
+    assert main(["merge", *words, "--out", "out.safetensors", "--allow-nonfinite"]) == 0
+    found = load_file("out.safetensors")
+    assert rule == "randmix" or not found.pop("trunk.weight").isfinite().all()
+    if rule not in (
+        "dare",
+        "dare-ties",
+        "della",
+        "della-linear",
+        "randmix",
+        "ties",
+        "knots",
+    ):  # see more than one tensor
+        alone = fastmerge.merge([others[name] for name in models], rule, base=others["base"], settings=settings(words))
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def settings(words):
+    return dict(word.split("=") for word in words if "=" in word)
+
+
+def test_statistics_that_cannot_be(place, capfd):
+    words = ["fisher", "--models", "a.safetensors", "b.safetensors", "--statistics", "f.safetensors", "g.safetensors"]
+    fishers = {name: x.abs() for name, x in tensors(1).items()}
+    save_file(fishers, "f.safetensors")
+    save_file(fishers | {"norm.weight": -fishers["norm.weight"]}, "g.safetensors")
+    assert "--statistics: file 2 has negative entries" in refused(capfd, place, *words)
+    save_file(fishers | {"norm.weight": fishers["norm.weight"] / 0}, "g.safetensors")
+    assert "norm.weight: 7 values of the output are NaN or inf (they are in g.safetensors)" in refused(
+        capfd, place, *words
+    )
 
 
 DAMAGED = {
@@ -182,15 +233,6 @@ def test_whole_numbers_that_differ(place, capfd):
     assert "ids" in refused(capfd, place, "average", *BOTH)
     save_file(tensors(1, ids=torch.arange(4.0)), "b.safetensors")
     assert "ids" in refused(capfd, place, "average", *BOTH)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite(place, capfd, value):
-    bad = tensors(1)
-    bad["trunk.weight"][2, 3] = value
-    save_file(bad, "b.safetensors")
-    error = refused(capfd, place, "average", *BOTH)
-    assert "trunk.weight: 1 value of the output is NaN or inf (they are in b.safetensors)" in error
 
 
 def test_bf16_that_overflows_in_fp16(place, capfd):

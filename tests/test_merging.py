@@ -750,6 +750,15 @@ def test_della_drops_small_entries_more_often():
     assert (kept - expected).abs().max() < 5 * (0.25 / (n // 20)) ** 0.5
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["iso-c", "tsv", "opcm", "knots"])
+def test_a_matrix_without_singular_values_is_named(name, value):
+    case = Case(3)
+    list(case.flat.views(case.thetas[1]))[case.flat.names.index("a.weight")][0, 1] = value
+    with pytest.raises(UserError, match="a.weight: its task vector has NaN or inf"):
+        case.merge(name)
+
+
 def test_probabilities_of_della_that_are_none_are_refused():
     backbone = SimpleNamespace(layers=1)
     for p, epsilon in ((0.1, 0.15), (0.9, 0.15)):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
-from fastmerge.files.rule import FileRule, Part
+from fastmerge.files.rule import FileRule, Part, not_finite
 from fastmerge.merging.breadcrumbs import Breadcrumbs
 from fastmerge.merging.della import Della, DellaLinear, check_probabilities
 from fastmerge.merging.fisher import CoFiMA, Fisher
@@ -30,6 +30,7 @@ from fastmerge.merging.karcher import Karcher
 from fastmerge.merging.regmean import RegMean
 from fastmerge.merging.rule import Base, Rule
 from fastmerge.merging.sce import SCE
+from fastmerge.merging.spectral import NotFinite
 from fastmerge.merging.tsv import TSV
 
 
@@ -43,9 +44,12 @@ class ByTensor(FileRule):
         size = part.out.numel()
         base = Base(part.base.float(), [0, size], [size], part.seed, [part.shape], position=part.position)
         rule = self.rule(base, *[SimpleNamespace(**part.settings)] * bool(self.groups))
-        for k in range(len(part.models)):
-            rule.update(self.model(part, k), self.about(part, k))
-        merged = rule.merged(torch.empty(size, device=part.out.device))
+        try:
+            for k in range(len(part.models)):
+                rule.update(self.model(part, k), self.about(part, k))
+            merged = rule.merged(torch.empty(size, device=part.out.device))
+        except NotFinite:
+            return not_finite(part)
         part.out.copy_(merged)
         part.bad.copy_((~part.out.isfinite()).sum())
 
@@ -122,6 +126,8 @@ class FileFisher(ByTensor):
     statistics = "the diagonal Fisher"
 
     def about(self, part: Part, k: int) -> Tensor:
+        if bool((part.statistics[k] < 0).any()):
+            raise UserError(f"--statistics: file {k + 1} has negative entries, and a diagonal Fisher has none")
         return (part.statistics[k].float() + part.settings["floor"]) * part.weights[k]
 
 

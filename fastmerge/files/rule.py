@@ -85,3 +85,9 @@ class FileRule:
 
     def write(self, part: Part) -> None:
         raise TypeError(f"{type(self).__name__} does not say how it merges")
+
+
+def not_finite(part: Part) -> None:
+    """Write NaN: the rule has no result where an input has NaN or inf."""
+    part.out.fill_(float("nan"))
+    part.bad.fill_(part.out.numel())

@@ -179,9 +179,10 @@ class Stream:
             rule.write(part)
 
     def _culprits(self, item: Item) -> str:
-        every = [*item.models, *([item.base] if item.base is not None else [])]
-        labels = [m.label for m in self.plan.models] if len(item.models) == len(self.plan.models) else []
-        bad = [label for label, e in zip(labels, every, strict=False) if not bool(e.whole().isfinite().all())]
+        owners = zip(self.plan.models, item.models, strict=True) if len(item.models) == len(self.plan.models) else ()
+        every = [*owners, *zip(self.plan.statistics, item.statistics, strict=False)]
+        every += [(self.plan.base, item.base)] if item.base is not None else []
+        bad = [one.label for one, entry in every if one is not None and not bool(entry.whole().isfinite().all())]
         return f" (they are in {', '.join(bad)})" if bad else ""
 
     def _parts(self, item: Item, out: Tensor, step: int | None = None) -> Iterator[Part]:

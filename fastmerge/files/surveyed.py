@@ -6,7 +6,9 @@ entry), KnOTS every task vector in the common basis and the basis (about T + 1 t
 
 OPCM divides by lam_t = ||total_t|| / mean_i ||delta_i|| after every model, a norm of the whole model. Its projections do not
 depend on that factor: total_t = lam_t tau_t follows total_t = total_{t-1} + P(delta_t), tensor by tensor, and one division at
-the end is enough.
+the end is enough. A tensor with NaN or inf counts in no norm.
+
+A matrix with NaN or inf has no decomposition: the survey leaves it out, and it becomes NaN.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ import torch
 from torch import Tensor
 
 from fastmerge.errors import UserError
-from fastmerge.files.rule import FileRule, Part, Whole
+from fastmerge.files.rule import FileRule, Part, Whole, not_finite
 from fastmerge.files.thresholds import Parts, Trim, trims
-from fastmerge.merging.knots import SUPPORTED, Knots
+from fastmerge.merging.knots import Knots, common
 from fastmerge.merging.opcm import OPCM, projected
+from fastmerge.merging.spectral import NotFinite
 from fastmerge.merging.ties import divided
 
 
@@ -77,20 +80,28 @@ class FileOPCM(FileRule):
             part, total = one.read(), torch.zeros(0)
             count = len(part.models)
             squares = squares if len(squares) else torch.zeros(count, dtype=torch.float64)
-            for k, model in enumerate(part.models):
-                delta = fk.axpy(model.float(), part.base.float(), -1.0)
-                squares[k] += delta.double().square().sum()
-                if k and len(part.shape) == 2:
-                    new, old = delta.view(part.shape), total.view(part.shape)
-                    new.copy_(projected(new, old, one.settings["alpha"]))
-                total = total + delta if k else delta
-            square += float(total.double().square().sum())
+            its = torch.zeros(count, dtype=torch.float64)
+            try:
+                for k, model in enumerate(part.models):
+                    delta = fk.axpy(model.float(), part.base.float(), -1.0)
+                    its[k] = delta.double().square().sum()
+                    if k and len(part.shape) == 2:
+                        new, old = delta.view(part.shape), total.view(part.shape)
+                        new.copy_(projected(new, old, one.settings["alpha"], one.name))
+                    total = total + delta if k else delta
+            except NotFinite:
+                continue
+            if bool(total.isfinite().all()):
+                squares += its
+                square += float(total.double().square().sum())
             found[one.name] = scratch.keep(total)
         norm, mean = square**0.5, float(squares.sqrt().sum()) / count
         factor = mean / norm if norm > 0 and mean > 0 else 1.0
         return {name: (total, factor) for name, total in found.items()}
 
     def write(self, part: Part) -> None:
+        if part.known is None:
+            return not_finite(part)
         total, factor = part.known
         fk.weighted_sum([part.base, total], [1.0, factor], out=part.out, nonfinite=part.bad)
 
@@ -114,15 +125,16 @@ class FileKnots(FileRule):
             scratch = scratch or Scratch(sum(_kept(tensor.shape, len(part.models)) for tensor in tensors))
             deltas = torch.stack([fk.axpy(x.float(), part.base.float(), -1.0) for x in part.models])
             if len(part.shape) == 2:
-                side = torch.cat(list(deltas.view(-1, *part.shape)), 1).double()
-                left, values, _ = torch.linalg.svd(side, full_matrices=False)
-                left = left[:, : int((values > SUPPORTED).sum())]
+                try:
+                    left = common(torch.cat(list(deltas.view(-1, *part.shape)), 1), one.name)
+                except NotFinite:
+                    continue
                 bases[one.name] = scratch.keep(left)
                 deltas = (left.mT @ deltas.view(-1, *part.shape).double()).flatten(1)
             turned[one.name] = scratch.keep(deltas)
         found: dict[str, list[Trim]] = {name: [] for name in turned}
         groups: dict[Any, list[str]] = {}
-        about = {one.name: one.settings for one in tensors}
+        about = {one.name: one.settings for one in tensors if one.name in turned}
         for name, s in about.items():
             if turned[name].numel():
                 alone = name if s["scope"] == "tensor" else None
@@ -143,6 +155,8 @@ class FileKnots(FileRule):
         return {name: (x, bases.get(name), found[name], zero) for name, x in turned.items()}
 
     def write(self, part: Part) -> None:
+        if part.known is None:
+            return not_finite(part)
         turned, left, cuts, zero = part.known
         chosen = part.settings["zero"]
         state = divided(_elect(turned, cuts), part.settings["merge"])

@@ -29,7 +29,7 @@ class IsoC(Rule):
         fk.axpy(self.base.theta, total, scale / self.count, out=out)
         initial, merged = self.base.matrices(self.base.theta), self.base.matrices(out)
         for k, matrix in self.base.matrices(total).items():
-            left, values, right = singular(matrix)
+            left, values, right = singular(matrix, self.base.name(k))
             if len(values):
                 merged[k].copy_(initial[k] + scale * values.mean() * (left @ right))
         return out

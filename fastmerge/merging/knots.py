@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.merging.keeps_all import KeepsAll
+from fastmerge.merging.spectral import check_finite
 from fastmerge.merging.ties import ACCUMULATORS, Ties, divided
 
 SUPPORTED = 1e-5  # the smallest singular value of a direction that counts (released code)
@@ -26,12 +27,11 @@ class Knots(KeepsAll, Ties):
         turned = list(self.kept["tasks"].clone())
         views, sizes, bases = [self.base.matrices(x) for x in turned], list(self.base.sizes), {}
         for k in views[0]:
-            left, values, _ = torch.linalg.svd(torch.cat([x[k] for x in views], 1).double(), full_matrices=False)
-            left = bases[k] = left[:, : int((values > SUPPORTED).sum())]
+            left = bases[k] = common(torch.cat([x[k] for x in views], 1), self.base.name(k))
             sizes[k] = left.shape[1] * views[0][k].shape[1]
             for x in views:
-                aligned = left.mT @ x[k].double()
-                x[k].zero_()[: len(aligned)].copy_(aligned)
+                inside = left.mT @ x[k].double()
+                x[k].zero_()[: len(inside)].copy_(inside)
         merged = self.elected(turned, sizes)
         fk.axpy(self.base.theta, merged, self.settings.scale, out=out)
         initial, new, aligned = (self.base.matrices(x) for x in (self.base.theta, out, merged))
@@ -45,3 +45,14 @@ class Knots(KeepsAll, Ties):
         for x in turned:
             self.accumulate(state, x, None, sizes)
         return fk.ties_finalize(*divided(state, self.settings.merge), zero=self.settings.zero)
+
+
+def common(side: Tensor, name: str) -> Tensor:
+    """U, float64 `[rows, k]`, of the task vectors of the tensor `name` side by side, `[rows, T columns]`.
+
+    Raises:
+        NotFinite: they have NaN or inf.
+    """
+    check_finite(side, name)
+    left, values, _ = torch.linalg.svd(side.double(), full_matrices=False)
+    return left[:, : int((values > SUPPORTED).sum())]

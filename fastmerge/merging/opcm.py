@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.merging.rule import WithMerged
-from fastmerge.merging.spectral import singular
+from fastmerge.merging.spectral import check_finite, singular
 
 
 class OPCM(WithMerged):
@@ -37,7 +37,7 @@ class OPCM(WithMerged):
         merged, (lam, norms) = self.kept["merged"], self.kept["sizes"]
         new = self.base.matrices(delta)
         for k, matrix in self.base.matrices(merged).items():
-            new[k].copy_(projected(new[k], matrix, self.settings.alpha))
+            new[k].copy_(projected(new[k], matrix, self.settings.alpha, self.base.name(k)))
         total = fk.axpy(delta, merged, lam.float())
         size, mean = total.double().norm(), (norms + norm) / self.count
         lam = torch.where((size > 0) & (mean > 0), size / mean, 1.0)
@@ -50,9 +50,14 @@ class OPCM(WithMerged):
         self.kept["merged"] = fk.axpy(theta, self.base.theta, -1.0)
 
 
-def projected(delta: Tensor, merged: Tensor, alpha: float) -> Tensor:
-    """P(delta), float64 `[rows, columns]`."""
-    left, values, right = singular(merged)
+def projected(delta: Tensor, merged: Tensor, alpha: float, name: str) -> Tensor:
+    """P(delta), float64 `[rows, columns]`. name: of the tensor.
+
+    Raises:
+        NotFinite: one of them has NaN or inf.
+    """
+    check_finite(delta, name)
+    left, values, right = singular(merged, name)
     leading = int((values.cumsum(0) <= alpha * values.sum()).sum())
     inside = left.mT @ delta.double() @ right.mT
     removed = torch.diag(inside.diagonal())

@@ -52,6 +52,10 @@ class Base:
         bounds, shapes = [*model.offsets[:-1], model.numel], [tuple(shape) for shape in model.shapes]
         return cls(model.theta.detach().clone(), bounds, list(model.sizes), seed, shapes, list(model.names))
 
+    def name(self, number: int) -> str:
+        """What messages call a tensor."""
+        return self.names[number] if self.names else f"tensor {number + 1} of {len(self.sizes)}"
+
     def whole(self) -> tuple[list[int], list[int]]:
         """(bounds, sizes) that treat the vector as one tensor."""
         return [0, self.theta.numel()], [sum(self.sizes)]

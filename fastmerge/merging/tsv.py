@@ -32,7 +32,7 @@ class TSV(Rule):
         for k, matrix in self.base.matrices(delta).items():
             (rows, columns), size = matrix.shape, max(1, min(matrix.shape) // self.count)
             new = [delta.new_zeros(1, rows, size), delta.new_zeros(1, size), delta.new_zeros(1, size, columns)]
-            left, values, right = singular(matrix)
+            left, values, right = singular(matrix, self.base.name(k))
             found = min(size, len(values))
             new[0][0, :, :found], new[1][0, :found], new[2][0, :found] = left[:, :found], values[:found], right[:found]
             for name, mine in zip("usv", new, strict=True):
@@ -47,6 +47,7 @@ class TSV(Rule):
         for k in merged:
             left, values, right = (self.kept[f"{name}.{k}"].double() for name in "usv")
             if values.any():
-                left, right = orthogonal(torch.cat(list(left), 1)), orthogonal(torch.cat(list(right)))
+                name = self.base.name(k)
+                left, right = orthogonal(torch.cat(list(left), 1), name), orthogonal(torch.cat(list(right)), name)
                 merged[k].copy_(initial[k] + scale * (left * values.flatten()) @ right)
         return out
