@@ -54,6 +54,20 @@ def grams(seed):
     return {name: rows.T @ rows / 70 for name, rows in x.items()}
 
 
+def test_regmean_with_alpha_1_and_few_images():
+    """All of alpha's range is legal: 6 images and 9 inputs say nothing of 3 directions, where the average stays."""
+    torch.manual_seed(1)
+    images, models = torch.randn(2, 3, 9), torch.randn(2, 4, 9)
+    found = fastmerge.merge(
+        [{"w": w} for w in models], "regmean", statistics=[{"w": x.T @ x} for x in images], settings={"alpha": 1}
+    )["w"]
+    mean = models.mean(0)
+    for w, x in zip(models, images, strict=True):
+        torch.testing.assert_close(found @ x.T, w @ x.T, rtol=1e-3, atol=1e-3)  # nothing contradicts: the loss is 0
+    blind = torch.linalg.svd(images.flatten(0, 1))[2][6:]
+    torch.testing.assert_close(found @ blind.T, mean @ blind.T, rtol=1e-3, atol=1e-3)
+
+
 def test_regmean_is_least_squares(tmp_path):
     """b.weight is used as x @ W: its first dimension is the input's."""
     data = [grams(k) for k in (1, 2)]

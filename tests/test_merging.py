@@ -20,6 +20,7 @@ from fastmerge.errors import UserError
 from fastmerge.flat import FlatModel
 from fastmerge.merging import RULES, build_rule
 from fastmerge.merging import della as della_rule
+from fastmerge.merging.regmean import nearest
 from fastmerge.merging.rule import Base
 from fastmerge.methods import METHODS
 
@@ -748,6 +749,52 @@ def test_della_drops_small_entries_more_often():
     kept = (result(rule).view(-1, 20) != 0).double().mean(0)
     expected = torch.linspace(0.3, 0.9, 20).double()
     assert (kept - expected).abs().max() < 5 * (0.25 / (n // 20)) ** 0.5
+
+
+def few_images(count=3, inputs=20):
+    """(weights of models [5, inputs], X [4, inputs] of each, of which the first input is zero)."""
+    torch.manual_seed(2)
+    images = torch.randn(count, 4, inputs) * torch.linspace(0, 2, inputs)
+    return torch.randn(count, 5, inputs), images
+
+
+def least_squares(models, images):
+    """The W nearest to the average of the models among those with the least sum of |X_i W^T - X_i W_i^T|^2, float64."""
+    models, images = models.double(), images.double()
+    mean = models.mean(0)
+    goal = torch.cat([x @ (w - mean).mT for w, x in zip(models, images, strict=True)])
+    return mean + torch.linalg.lstsq(images.flatten(0, 1), goal, rcond=1e-10, driver="gelsd").solution.mT
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_regmean_of_fewer_images_than_inputs(count):
+    """With alpha 1: 8 or 12 images and 20 inputs; with 36 images all directions have data but that of the first input."""
+    models, images = few_images(count)
+    rule = build_rule("regmean", Base(torch.zeros(100), shapes=[(5, 20)]), configured({"regmean": {"alpha": 1.0}}))
+    for w, x in zip(models, images, strict=True):
+        rule.update(w.flatten(), {0: (1, x.mT @ x)})
+    found = result(rule).view(5, 20).double()
+    torch.testing.assert_close(found, least_squares(models, images), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[:, 0], models.double().mean(0)[:, 0])
+
+
+def test_regmean_below_alpha_1_solves_as_before():
+    models, images = few_images(2)
+    grams = [x.mT @ x for x in images]
+    grams = [torch.where(torch.eye(20) == 1, g, 0.9 * g) for g in grams]
+    total, dead = sum(grams).double(), torch.arange(20) == 0
+    change = grams[1].double() @ (models[1].double() - models[0].double()).mT
+    step = torch.linalg.solve(total + torch.diag(dead.double()), change)
+    expected = torch.where(dead, models.mean(0).double(), models[0].double() + step.mT)
+    assert torch.equal(nearest(*models, grams[1], sum(grams), models.mean(0), 0.9), expected)
+
+
+def test_regmean_names_moments_that_are_not_finite():
+    case = Case(2)
+    axis, gram = case.moments[1][case.flat.names.index("a.weight")]
+    gram[1, 1] = torch.nan
+    with pytest.raises(UserError, match="a.weight: the second moments of its inputs have NaN or inf"):
+        case.merge("regmean")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

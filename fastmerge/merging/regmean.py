@@ -8,6 +8,11 @@ and all other tensors are averaged. One model at a time, with G the sum over the
 W^T <- W^T + (G + G_t)^-1 G_t (W_t^T - W^T), G <- G + G_t, solved in float64. So it keeps the merged model and one G per
 layer. Weights of inputs that are zero in all images are averaged. As in the released code alpha is 0.9, and G is a mean
 over the data of a task, so tasks of any size count alike.
+
+With alpha below 1 the sum of the G_i has an inverse. With alpha 1 it may have none, such as after fewer images than inputs.
+Then its pseudo-inverse takes its place, which leaves out eigenvalues below n eps times the largest (n inputs, eps of fp32).
+In these directions, about which no image says anything, the result is the average. The released code inverts the sum as it
+is.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastmerge.merging.rule import WithMerged
+from fastmerge.merging.spectral import EPSILON, NotFinite
 
 Moments = dict[int, tuple[int, Tensor]]  # number of the tensor -> (dimension of its input, G `[in, in]` fp32)
 
@@ -47,11 +53,22 @@ class RegMean(WithMerged):
             self.kept[f"gram.{k}"] = total
             if self.count > 1:
                 old, its, out = (x[k] if axis == 1 else x[k].mT for x in (before, new, mean))
-                out.copy_(nearest(old, its, gram, total, out))
+                if not bool(total.isfinite().all()):
+                    raise NotFinite(
+                        f"{self.base.name(k)}: the second moments of its inputs have NaN or inf; compute them again"
+                    )
+                out.copy_(nearest(old, its, gram, total, out, self.settings.alpha))
 
 
-def nearest(old: Tensor, new: Tensor, gram: Tensor, total: Tensor, mean: Tensor) -> Tensor:
-    """W `[rows, in]` float64. gram: of the new model; total: of all, the new one included; mean: for inputs that are zero."""
+def nearest(old: Tensor, new: Tensor, gram: Tensor, total: Tensor, mean: Tensor, alpha: float) -> Tensor:
+    """W `[rows, in]` float64. gram: of the new model; total: of all, the new one included; mean: `[rows, in]`, for inputs that
+    are zero and directions without data. alpha: with which the off-diagonal entries of both were multiplied."""
     total, dead = total.double(), total.diagonal() == 0
-    step = torch.linalg.solve(total + torch.diag(dead.double()), gram.double() @ (new.double() - old.double()).mT)
-    return torch.where(dead, mean.double(), old.double() + step.mT)
+    change, cut = gram.double() @ (new.double() - old.double()).mT, EPSILON * len(total)
+    if 1 - alpha > cut:  # no eigenvalue is below 1 - alpha once the diagonal is scaled to ones
+        step, failed = torch.linalg.solve_ex(total + torch.diag(dead.double()), change)
+        if not int(failed):
+            return torch.where(dead, mean.double(), old.double() + step.mT)
+    inverse = torch.linalg.pinv(total, rtol=cut, hermitian=True)
+    found = old.double() + (inverse @ change).mT
+    return mean.double() + (found - mean.double()) @ (inverse @ total)

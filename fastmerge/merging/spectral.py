@@ -15,7 +15,7 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 class NotFinite(UserError):
-    """A matrix has NaN or inf, so it has no singular values."""
+    """A matrix has NaN or inf, so it has no singular values and no inverse."""
 
 
 def check_finite(matrix: Tensor, name: str) -> None:
