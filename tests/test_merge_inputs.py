@@ -335,6 +335,22 @@ def test_a_killed_merge_goes_on(tmp_path, capsys):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("rule", ["average", "task-arithmetic", "ties"])
+def test_what_some_models_have_is_averaged_by_their_weights(rule):
+    models = [{**A, "some": torch.full((3,), 1.0)}, dict(B), {**B, "some": torch.full((3,), 5.0)}]
+    base = {} if rule == "average" else {"base": BASE}
+    for weights, expected in (((3.0, 2.0, 1.0), 2.0), ((1.0, 2.0, 0.0), 1.0), (None, 3.0)):
+        found = fastmerge.merge(models, rule, **base, weights=weights, missing="average")
+        assert torch.equal(found["some"], torch.full((3,), expected))
+    own = ["some:weights=1/7/3"]
+    found = fastmerge.merge(models, rule, **base, weights=(3, 2, 1), missing="average", tensors=own)
+    assert torch.equal(found["some"], torch.full((3,), 4.0))
+    with pytest.raises(
+        UserError, match="some: the weights of the models that have it add up to 0, so it has no average"
+    ):
+        fastmerge.merge(models, rule, **base, weights=(0, 2, 0), missing="average")
+
+
 class Killed(BaseException):
     """Ends a merge as a signal does: nothing is cleaned up."""
 

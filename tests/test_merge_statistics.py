@@ -33,6 +33,13 @@ def test_fisher_weighs_every_entry():
     torch.testing.assert_close(floor["a.weight"], sum(m["a.weight"] for m in MODELS) / 3, rtol=1e-4, atol=1e-4)
 
 
+def test_what_has_no_fisher_is_averaged_by_the_weights():
+    fishers = [{name: f for name, f in one.items() if name != "c.bias"} for one in FISHERS]
+    found = fastmerge.merge(MODELS, "fisher", statistics=fishers, weights=[1, 2, 3])
+    expected = sum(w * m["c.bias"] for w, m in zip((1, 2, 3), MODELS, strict=True)) / 6
+    torch.testing.assert_close(found["c.bias"], expected)
+
+
 def test_fisher_and_cofima_are_those_of_a_training(files):  # noqa: F811
     """With every reading of `accumulate`, any parts, and bf16 statistics."""
     fishers = [{name: x.bfloat16() for name, x in one.items()} for one in FISHERS]

@@ -239,6 +239,8 @@ def make_plan(options: Options) -> Plan:
                 take = override.take
             chosen = _choose(name, here, start, base is not None, rule, options, take, len(models), models)
             of_data, axis = statistics.of(name, first.shape) if chosen and chosen[0] == "merge" else ([], {})
+            if chosen and chosen[0] == "average":
+                own = _of_present(name, own, here)
         except UserError as problem:
             problems.append(str(problem))
             continue
@@ -247,7 +249,7 @@ def make_plan(options: Options) -> Plan:
             if rule.statistics is not None and not of_data and action == "merge":
                 action = "average"
                 alone.append(name)
-            shares = own if action == "merge" else (1.0,) * len(entries)
+            shares = (1.0,) if action == "copy" else own
             kind = entries[0] if action == "copy" else first
             if like is not None and like.entries[name].dtype.is_floating_point and kind.dtype.is_floating_point:
                 kind = like.entries[name]
@@ -396,6 +398,21 @@ def _choose(
     if len(kinds) > 1:
         raise UserError(f"{name}: {', '.join(sorted({str(e.dtype) for e in every}))} in different inputs")
     return ("merge", present) if kinds == {True} else _equal(name, every)
+
+
+def _of_present(name: str, weights: Sequence[float], here: Sequence[Entry | None]) -> tuple[float, ...]:
+    """The weights of the models that have a tensor.
+
+    Raises:
+        UserError: it cannot be averaged with them.
+    """
+    found = tuple(w for w, entry in zip(weights, here, strict=True) if entry is not None)
+    if abs(sum(found)) < 1e-3 * max(map(abs, found)) + 1e-30:
+        raise UserError(
+            f"{name}: the weights of the models that have it add up to {sum(found):g}, so it has no average; choose "
+            f"--missing skip, or --tensors '{re.escape(name)}:take=...'"
+        )
+    return found
 
 
 def _equal(name: str, entries: list[Entry]) -> tuple[str, list[Entry]]:

@@ -160,7 +160,8 @@ class Stream:
     def _write(self, item: Item, part: Part, zero: str | None) -> None:
         rule = self.plan.rule
         if item.action == "average":
-            fk.weighted_sum(part.models, out=part.out, nonfinite=part.bad)
+            total = sum(part.weights)
+            fk.weighted_sum(part.models, [w / total for w in part.weights], out=part.out, nonfinite=part.bad)
         elif item.action == "copy":
             part.out.copy_(part.models[0])
             if part.out.is_floating_point():

@@ -61,8 +61,8 @@ class RegMean(WithMerged):
 
 
 def nearest(old: Tensor, new: Tensor, gram: Tensor, total: Tensor, mean: Tensor, alpha: float) -> Tensor:
-    """W `[rows, in]` float64. gram: of the new model; total: of all, the new one included; mean: `[rows, in]`, for inputs that
-    are zero and directions without data. alpha: with which the off-diagonal entries of both were multiplied."""
+    """W `[rows, in]` float64. gram: of the new model; total: of all, the new one included; mean: `[rows, in]`, where no image
+    says anything. alpha: with which the off-diagonal entries of both were multiplied."""
     total, dead = total.double(), total.diagonal() == 0
     change, cut = gram.double() @ (new.double() - old.double()).mT, EPSILON * len(total)
     if 1 - alpha > cut:  # no eigenvalue is below 1 - alpha once the diagonal is scaled to ones
