@@ -415,6 +415,27 @@ def test_files_that_took_each_others_names_are_other_inputs(killed, tmp_path, ca
     close(merged(tmp_path / "out"), {name: (B[name] + 3 * A[name]) / 4 for name in A})
 
 
+def test_a_report_has_what_was_merged_before_it(killed, tmp_path):
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    for path, tensors in zip(paths, (A, B), strict=True):
+        save_file(tensors, path)
+    words = ["merge", "average", "--models", *paths, "--out"]
+    killed(main, [*words, str(tmp_path / "out")])
+    for name in ("out", "whole"):
+        assert main([*words, str(tmp_path / name), "--report", str(tmp_path / f"{name}.csv")]) == 0
+    assert (tmp_path / "out.csv").read_text() == (tmp_path / "whole.csv").read_text()
+
+
+def test_nan_that_was_allowed_once_is_refused_later(killed, tmp_path, capfd):
+    paths = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    save_file(A | {"a.weight": A["a.weight"] / 0}, paths[0])
+    save_file(B, paths[1])
+    words = ["merge", "average", "--models", *paths, "--out", str(tmp_path / "out")]
+    killed(main, [*words, "--allow-nonfinite"])
+    assert main(words) == 2
+    assert "a.weight: 3200 values of the output are NaN or inf (they are in " in capfd.readouterr().err
+
+
 def test_inputs_are_not_changed_and_a_dry_run_writes_nothing(tmp_path, capsys):
     before = {name: x.clone() for name, x in A.items()}
     found = fastmerge.merge([A], "average")

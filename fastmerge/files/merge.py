@@ -98,8 +98,8 @@ def write(
         text["about"] = json.dumps(of_run)
     if why is not None:
         say(f"`fastmerge evaluate` cannot score it: {why}")
-    same = identity(plan)
-    output = Output(out, plan, text, None if same is None else f"{stream.device.type} {same}")
+    same = identity(plan, device=stream.device.type, measured=stream.measure, finite=stream.finite)
+    output = Output(out, plan, text, same)
     if output.done:
         say(f"going on after {len(output.done)} of {counted(len(plan.items), 'tensor')}")
     hashes = hashes or Hashes()

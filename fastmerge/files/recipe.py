@@ -43,14 +43,15 @@ def recipe(plan: Plan) -> tuple[dict[str, Any], dict[Path, str]]:
     return about, pending
 
 
-def identity(plan: Plan) -> str | None:
-    """What must be equal for an interrupted merge to go on: options, versions, and the files as they are. None: it cannot,
-    as an input is in memory alone, and another one would look the same."""
+def identity(plan: Plan, **how: Any) -> str | None:
+    """What must be equal for an interrupted merge to go on: options, versions, the files as they are, and `how` they are
+    merged, which the journal depends on. None: it cannot, as an input is in memory alone, and another one would look the
+    same."""
     if not all(one.files for one in plan.inputs):
         return None
     about, _ = recipe(plan)
     about["inputs"] = [[str(file.absolute()), *stamp] for one in plan.inputs for file, stamp in one.files.items()]
-    return json.dumps(about, sort_keys=True)
+    return json.dumps(about | how, sort_keys=True)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
