@@ -20,6 +20,8 @@ import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.errors import UserError
 from fastmerge.files.hashes import Hashes, likely_files
+from fastmerge.files.inputs import open_input
+from fastmerge.files.recipe import KEY
 from fastmerge.files.rules import FILE_RULES
 from fastmerge.files.settings import places
 from fastmerge.files.stamp import stamp_of
@@ -413,6 +415,43 @@ def test_files_that_took_each_others_names_are_other_inputs(killed, tmp_path, ca
     assert main(words) == 0
     assert "going on" not in capsys.readouterr().out
     close(merged(tmp_path / "out"), {name: (B[name] + 3 * A[name]) / 4 for name in A})
+
+
+def test_the_model_of_like_is_in_the_recipe(tmp_path, capfd):
+    """It decides which tensors and types the output has."""
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "like")}
+    for path, tensors in zip(paths.values(), (A, B, {name: x.half() for name, x in A.items()}), strict=True):
+        save_file(tensors, path)
+    words = ["merge", "average", "--models", paths["a"], paths["b"], "--like", paths["like"]]
+    out = str(tmp_path / "out")
+    assert main([*words, "--out", out]) == 0 and main(["merge", "--recipe", out]) == 0
+    about = json.loads(open_input(out).metadata[KEY])
+    hashes = {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in paths.items()}
+    assert [one["files"] for one in about["inputs"]] == [{paths[name]: hashes[name]} for name in paths]
+    assert main([*words, "--out", paths["like"]]) == 2
+    capfd.readouterr()
+    save_file({name: x.bfloat16() for name, x in A.items()}, paths["like"])
+    assert main(["merge", "--recipe", out]) == 2
+    assert "like.safetensors: changed since it was merged: SHA-256 " in capfd.readouterr().err
+    fastmerge.merge([paths["a"], paths["b"]], "average", like=A, out=tmp_path / "memory")
+    assert main(["merge", "--recipe", str(tmp_path / "memory")]) == 2
+    assert "merged from tensors in memory" in capfd.readouterr().err
+
+
+def test_a_like_that_changes_during_the_merge(tmp_path, monkeypatch):
+    for name in ("a", "like"):
+        save_file(A, tmp_path / f"{name}.safetensors")
+    finished = Output.finished
+
+    def changed(self, item, about):
+        finished(self, item, about)
+        os.utime(tmp_path / "like.safetensors", (1, 1))
+
+    monkeypatch.setattr(Output, "finished", changed)
+    with pytest.raises(UserError, match="like.safetensors: changed while it was merged"):
+        fastmerge.merge(
+            [tmp_path / "a.safetensors"], "average", like=tmp_path / "like.safetensors", out=tmp_path / "out"
+        )
 
 
 def test_a_report_has_what_was_merged_before_it(killed, tmp_path):

@@ -104,7 +104,8 @@ class Plan:
 
     @property
     def inputs(self) -> list[Input]:
-        return [*self.models, *([self.base] if self.base is not None else []), *self.statistics]
+        found = [*self.models, *([self.base] if self.base is not None else []), *self.statistics]
+        return found if any(one is self.like for one in found) else [*found, self.like]
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
