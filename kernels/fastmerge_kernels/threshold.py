@@ -26,7 +26,9 @@ infinity.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -112,6 +114,16 @@ def magnitude_digit(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     return digit[:, 0].to(torch.int32), inside
 
 
+def whole_numbers(k: int | Sequence[int], segments: int) -> list[int]:
+    """k as a list; one number, of any type of whole numbers, holds for all segments."""
+    try:
+        if isinstance(k, Sequence) or getattr(k, "ndim", 0):
+            return [operator.index(count) for count in cast("Sequence[int]", k)]
+        return [operator.index(k)] * segments
+    except TypeError:
+        raise TypeError(f"k: expected a whole number, or one per segment, got {k!r}") from None
+
+
 @torch.no_grad()
 def magnitude_threshold(
     x: Tensor,
@@ -131,7 +143,7 @@ def magnitude_threshold(
     check_vectors("x", x=x, initial=initial)
     check_choice("keep", keep, KEEP)
     bounds = boundaries(segments, x.numel())
-    counts = [int(k)] * (len(bounds) - 1) if isinstance(k, int) else [int(c) for c in k]
+    counts = whole_numbers(k, len(bounds) - 1)
     if len(counts) != len(bounds) - 1:
         raise ValueError(f"k: expected one number or {len(bounds) - 1}, one per segment, got {len(counts)}")
     for count, start, stop in zip(counts, bounds[:-1], bounds[1:], strict=True):

@@ -80,6 +80,18 @@ def test_fisher_average(device, n, dtypes):
     assert_rounded(equal, reference.weighted_sum([m.cpu() for m in models], [0.25] * 4), 4 * size(*models))
 
 
+@pytest.mark.parametrize("mixed", ["models", "fishers"])
+def test_fisher_average_of_one_mixed_list(device, mixed):
+    """The other list has one dtype, and so no codes of dtypes in the kernel's table."""
+    many = [torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.bfloat16, torch.float32]
+    one = [torch.bfloat16] * 6
+    models = near(1300, many if mixed == "models" else one, device)
+    fishers = [x.abs() for x in near(1300, one if mixed == "models" else many, device)[::-1]]
+    merged = fk.fisher_average(models, fishers, out=torch.empty(1300, device=device))
+    expected = reference.fisher_average([m.cpu() for m in models], [f.cpu() for f in fishers])
+    assert_rounded(merged, expected, 6 * size(*models))
+
+
 @pytest.mark.parametrize("dtypes", TYPES)
 def test_dare(device, dtypes):
     for n, offset in ((1, 0), (N, 2**40 + 77)) if INTERPRET else ((1, 0), (1300, 0), (N, 2**40 + 77)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import fastmerge_kernels as fk
+import numpy as np
 import pytest
 import torch
 from fastmerge_kernels import reference
@@ -32,6 +33,8 @@ def test_threshold_equals_sorting(device, dtype, keep):
             assert threshold.item() == x.abs().float().cpu().sort(descending=True).values[k - 1].item()
         expected = reference.keep_largest(x.abs().float().cpu(), k, keep)
         assert torch.equal(kept(x, threshold, cut).cpu(), expected)
+        if k and (keep == "at least" or (x.abs() >= threshold).sum() == k):
+            assert cut.item() == N  # no tie is left out
 
 
 @settings(max_examples=3 if INTERPRET else 60, deadline=None)
@@ -156,3 +159,8 @@ def test_bad_arguments_are_named():
     for call, words in cases:
         with pytest.raises(ValueError, match=words):
             call()
+    for k in (2.5, [1.0], None):
+        with pytest.raises(TypeError, match="k: expected a whole number, or one per segment"):
+            fk.magnitude_threshold(x, k)
+    for k in (np.int64(3), torch.tensor(3), torch.tensor([3]), np.array([3])):
+        assert fk.magnitude_threshold(torch.arange(10.0), k)[0] == 7

@@ -121,7 +121,7 @@ def magmax(models, initial, scale, out, nonfinite):
 @triton.jit(do_not_specialize=["count"])
 def fisher_average_kernel(
     addresses, like, fishers, like_fisher, count, weights, out, n, nonfinite,
-    SAME: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    SAME: tl.constexpr, SAME_FISHERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -129,7 +129,7 @@ def fisher_average_kernel(
     for t in range(count):
         w = tl.load(weights + t)
         x = model(addresses, like, count, t, i, inside, SAME, ALIGNED)
-        v = w * model(fishers, like_fisher, count, t, i, inside, SAME, ALIGNED)
+        v = w * model(fishers, like_fisher, count, t, i, inside, SAME_FISHERS, ALIGNED)
         above += v * x
         below += v
         plain += w * x
@@ -146,7 +146,7 @@ def fisher(models, fishers, weights, out, nonfinite):
                 others, like_fisher, _, same_fishers, aligned_fishers = listed(parts[len(models) :])
                 fisher_average_kernel[(triton.cdiv(stop - start, BLOCK),)](
                     addresses, like, others, like_fisher, count, weights, target, stop - start, nonfinite,
-                    SAME=same and same_fishers, ALIGNED=aligned and aligned_fishers, BLOCK=BLOCK, **OPTIONS,
+                    SAME=same, SAME_FISHERS=same_fishers, ALIGNED=aligned and aligned_fishers, BLOCK=BLOCK, **OPTIONS,
                 )  # fmt: skip
 
 

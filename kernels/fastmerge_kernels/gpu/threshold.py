@@ -182,10 +182,12 @@ def threshold(x, initial, counts, bounds, exact):
                 ties = torch.empty(len(chunks), dtype=torch.int64, device=x.device)
                 tie_count_kernel[grid](chunks, x, initial, bits, slots, filled, ties, **sizes, num_warps=1, **OPTIONS)
                 through = torch.cat([ties.new_zeros(1), ties.cumsum(0)])
-                target = through[first_rows(bounds, SIZE, x.device)[:-1]] + ranks
+                rows = first_rows(bounds, SIZE, x.device)
+                target = through[rows[:-1]] + ranks
                 chunk = torch.searchsorted(through, target).clamp(1, len(chunks)) - 1
                 tie_place_kernel[(segments,)](
                     chunks, x, initial, bits, chunk, target - through[chunk], cuts,
                     SIZE=SIZE, num_warps=WARPS, **OPTIONS,
                 )  # fmt: skip
+                cuts.masked_fill_(ranks == through[rows[1:]] - through[rows[:-1]], x.numel())  # all ties are kept
     return bits.masked_fill_(wanted == 0, NOTHING), cuts.masked_fill_(wanted == 0, -1)
