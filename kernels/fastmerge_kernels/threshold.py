@@ -117,7 +117,7 @@ def magnitude_digit(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
 def whole_numbers(k: int | Sequence[int], segments: int) -> list[int]:
     """k as a list; one number, of any type of whole numbers, holds for all segments."""
     try:
-        if isinstance(k, Sequence) or getattr(k, "ndim", 0):
+        if isinstance(k, Sequence) or getattr(k, "ndim", None):
             return [operator.index(count) for count in cast("Sequence[int]", k)]
         return [operator.index(k)] * segments
     except TypeError:
