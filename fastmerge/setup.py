@@ -32,13 +32,12 @@ if TYPE_CHECKING:
     from fastmerge.models.openclip import TextEncoder
 
 
-def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
-    """The config with the defaults that depend on the data, the scenario, and the run that it continues.
+def data_of(config: Config) -> Dataset:
+    """The data of this run's own tasks, before `--validation` holds a part of it out.
 
     Raises:
-        UserError: the data of this run, or of one that it continues, is missing or does not fit the settings.
+        UserError: it is missing, or does not fit the settings.
     """
-    earlier = Earlier(config.run.continue_from) if config.run.continue_from else None
     dataset = load_datasets(
         config.data.dataset,
         config.data.data_root,
@@ -50,9 +49,18 @@ def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
         template=config.data.template,
         class_names=config.data.class_names,
     )
-    s = config.scenario
-    if s.top_classes is not None:
-        dataset = dataset.most_populous(s.top_classes)
+    top = config.scenario.top_classes
+    return dataset if top is None else dataset.most_populous(top)
+
+
+def prepared(config: Config) -> tuple[Config, Scenario, Earlier | None]:
+    """The config with the defaults that depend on the data, the scenario, and the run that it continues.
+
+    Raises:
+        UserError: the data of this run, or of one that it continues, is missing or does not fit the settings.
+    """
+    earlier = Earlier(config.run.continue_from) if config.run.continue_from else None
+    dataset, s = data_of(config), config.scenario
     if s.validation:
         dataset = dataset.held_out(s.validation)
     config = settled(config, len(dataset.class_names))

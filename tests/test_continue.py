@@ -1,17 +1,22 @@
 """`--continue-from`: a finished sequence goes on with new tasks."""
 
+import csv
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
-from image_trees import image_folder, write_tree
+from image_trees import image_folder, truncate, write_tree
 from toy import CONCEPTS
 
 import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.checkpoint import load_tensors
+from fastmerge.commands.evaluate import data_set
+from fastmerge.flags import as_flags, read_flags, resolve
 from fastmerge.methods import METHODS
+from fastmerge.setup import prepared
 
 QUICK = (
     "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --dataset folder --model tiny "
@@ -139,6 +144,37 @@ def test_a_chain_of_runs(first, data, tmp_path, capsys):
     assert run("--config", third / "config.json") == 0  # the same command again: finished
     assert run("evaluate", third / "magmax-strict-seed0") == 0
     assert "24 test images" in capsys.readouterr().out
+
+
+def test_a_sequence_is_evaluated_like_other_runs(data, tmp_path, capsys):
+    """On the test images, also after --validation; with the flags that say which images may be missing."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = [*QUICK, "--head", "text", "--method", "finetune", "--no-nearest-mean", "--tasks", 1, "--validation", 0.5]
+    assert run(*flags, "--data-root", shutil.copytree(data / "old", tmp_path / "old"), "--run-dir", first) == 0
+    new = shutil.copytree(data / "new", tmp_path / "new")
+    assert run("--continue-from", first, *CONTINUE, "--data-root", new, "--run-dir", second) == 0
+    model = second / "finetune-seed0"
+    assert json.loads((model / "result.json").read_text())["test_counts"] == [2, 2]  # of 8 training images
+    capsys.readouterr()
+    assert run("evaluate", model, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = list(csv.DictReader(open(found["files"][0])))
+    assert len(rows) == found["images"] == 12 and all("test/" in row["image"] for row in rows)
+    assert list(found["per_task"]) == ["task 1", "task 2"]
+    config = fastmerge.load(model).recipe["config"]
+    nothing = dict.fromkeys("dataset data_root split_file test_part class_names".split())
+    held = data_set(Namespace(**nothing, download=False, skip_bad_images=False), config, held_out=True)  # merge --sweep
+    scored = prepared(resolve(read_flags(as_flags(config, "the run"))))[1].dataset
+    assert list(held.test.ids) == list(scored.test.ids) and len(held.test) == len(held.train) == 4
+    truncate(next((tmp_path / "old" / "test" / "colour_0").iterdir()))
+    assert run("evaluate", model) == 2
+    assert "--skip-bad-images" in capsys.readouterr().err
+    assert run("evaluate", model, "--skip-bad-images", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["bad_images"]) == (11, 1)
+    for flag in ("--split-file", "--test-part", "--class-names"):
+        assert run("evaluate", model, flag, "x") == 2
+        assert f"error: {flag}: the model's run continues another" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on(first, data, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ classes, `confusion.png`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +20,16 @@ import numpy as np
 import torch
 
 from fastmerge.checkpoint import save_csv, write_atomically
+from fastmerge.config import Config
+from fastmerge.continuing import Earlier
 from fastmerge.data.dataset import Dataset
-from fastmerge.data.joined import load_datasets
+from fastmerge.data.joined import load_datasets, union
 from fastmerge.errors import UserError, nearest
 from fastmerge.flags import add_data_flags, as_flags, read_flags, resolve
 from fastmerge.machine import choose_device
 from fastmerge.models.saved import Model, load, model_file
 from fastmerge.results import safe
-from fastmerge.setup import prepared
+from fastmerge.setup import data_of
 from fastmerge.wording import counted
 
 MOST_CLASSES = 100  # a larger confusion matrix cannot be read as a picture
@@ -59,12 +62,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
+def data_set(given: argparse.Namespace, config: dict[str, Any], held_out: bool = False) -> Dataset:
     """The data set that the flags name; what they leave open is taken from the run if it is the run's data set. Without
-    flags, a run that continues another has the images of all its tasks."""
+    --dataset and --data-root, a run that continues another has the images of all tasks; held_out: see
+    `of_sequence`.
+
+    Raises:
+        UserError: no such data; flags of one data set for a model of several.
+    """
     run, top = config["data"], config["scenario"].get("top_classes")
     if given.dataset is None and given.data_root is None and config["run"].get("continue_from"):
-        return prepared(resolve(read_flags(as_flags(config, "the model's settings"))))[1].dataset
+        for flag in ("split_file", "test_part", "class_names"):
+            if getattr(given, flag) is not None:
+                raise UserError(
+                    f"--{flag.replace('_', '-')}: the model's run continues another, so it has several data sets; name "
+                    "the one that is meant with --dataset and --data-root"
+                )
+        return of_sequence(resolve(read_flags(as_flags(config, "the model's settings"))), given, held_out)
     its = [run["dataset"]] if isinstance(run["dataset"], str) else run["dataset"]  # a name in models of older versions
     roots = [run["data_root"]] if isinstance(run["data_root"], str) else run["data_root"]
     same = given.dataset in (None, its)
@@ -79,6 +93,18 @@ def data_set(given: argparse.Namespace, config: dict[str, Any]) -> Dataset:
         class_names=given.class_names or (run.get("class_names") if same else None),
     )
     return dataset.most_populous(top) if same and top else dataset
+
+
+def of_sequence(config: Config, given: argparse.Namespace, held_out: bool) -> Dataset:
+    """The data of a run and of those that it continues. held_out: of those with --validation, what this held out is in place
+    of the test images."""
+    flags = {name: getattr(given, name) for name in ("download", "skip_bad_images")}
+    own = data_of(dataclasses.replace(config, data=dataclasses.replace(config.data, **flags)))
+    if held_out and config.scenario.validation:
+        own = own.held_out(config.scenario.validation)
+    if config.run.continue_from is None:
+        return own
+    return union([of_sequence(Earlier(config.run.continue_from).config, given, held_out), own])[0]
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ class Scorer:
         else:
             data = {"dataset": given.evaluate, "data_root": None, "split_file": None}
             config = {"data": data, "scenario": {"scenario": "cil"}, "run": {}, "training": {"batch_size": 64}}
-        dataset = data_set(asked, config)
+        dataset = data_set(asked, config, held_out=True)
         self.dataset, self.images = self._held_out(dataset, given.validation, asked, config)
         self.batch_size = given.batch_size or config["training"]["batch_size"]
         of_run = given.model is None
