@@ -126,7 +126,7 @@ class FileFisher(ByTensor):
     statistics = "the diagonal Fisher"
 
     def about(self, part: Part, k: int) -> Tensor:
-        if bool((part.statistics[k] < 0).any()):
+        if not bool((part.statistics[k] < 0).logical_not().all()):  # NaN is for the message about the output
             raise UserError(f"--statistics: file {k + 1} has negative entries, and a diagonal Fisher has none")
         return (part.statistics[k].float() + part.settings["floor"]) * part.weights[k]
 
