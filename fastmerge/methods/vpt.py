@@ -5,11 +5,12 @@ sequence. It is the VPT of CMM's tables (reference 81), not the visual prompt tu
 
 As CoOp (coop.py), and one residual r, the same for all context vectors, is added to them: p_l + r, r ~ N(mu, sigma) with
 learned mu and sigma (the unconditional form). Loss: -log of the mean over the samples of p(y | x, r), plus `--vpt.kl` times
-KL(N(mu, sigma) || N(0, 1)) (eq. 8 with the released weight).
+KL(N(mu, sigma) || N(0, 1)) (eq. 8). As in the released code, whose weight is the default, the KL is the mean over the
+dimensions of r; the equation has their sum.
 
-As in the released code: 4 vectors, 10 samples, `std_posterior` drawn from U(0, 1) and used as the logarithm of the variance,
-SGD as CoOp. Different: it averages the predictions of new samples at test time; here the classes are encoded once at r = mu,
-so the saved model is a text head. mu starts at 0 (the source of its start was not found).
+As in the released code: 4 vectors, 10 samples, mu starts at 0, `std_posterior` drawn from U(0, 1) and used as the logarithm
+of the variance, SGD as CoOp. Different: it averages the predictions of new samples at test time; here the classes are encoded
+once at r = mu, so the saved model is a text head.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Residual(Context):
         return self.vectors + residual[:, None]
 
     def divergence(self) -> Tensor:
-        """KL(N(mean, variance) || N(0, 1)), summed over the dimensions."""
-        return 0.5 * (self.log_variance.exp() + self.mean.square() - 1 - self.log_variance).sum()
+        """KL(N(mean, variance) || N(0, 1)), the mean over the dimensions: 0-d."""
+        return 0.5 * (self.log_variance.exp() + self.mean.square() - 1 - self.log_variance).mean()
 
 
 class VPT(CoOp):

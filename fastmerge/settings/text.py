@@ -44,7 +44,7 @@ class VPTSettings:
     )
     kl: float = setting(
         0.001,
-        "Weight of the divergence from the standard normal distribution (released code).",
+        "Weight of the divergence from the standard normal distribution, a mean over the dimensions (released code).",
         at_least=0,
     )
 
