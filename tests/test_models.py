@@ -239,9 +239,17 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def stand_in(*args):
+    """A small CLIP in place of the model that was asked for."""
+    clip = tiny.create_tiny()
+    clip.visual.image_mean = clip.visual.image_std = None  # create_model sets them
+    return clip
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-def test_an_archive_like_openais(tmp_path):
-    """OpenAI published TorchScript archives in fp16 with three extra entries."""
+@pytest.mark.parametrize("form", ["TorchScript", "state dict"])
+def test_an_archive_like_openais(form, tmp_path, monkeypatch):
+    """OpenAI published TorchScript archives in fp16 with three extra entries, of models with QuickGELU."""
 
     class Tree(torch.nn.Module):
         def __init__(self, tensors):
@@ -252,9 +260,38 @@ def test_an_archive_like_openais(tmp_path):
 
     clip, path = tiny.create_tiny().half(), tmp_path / "archive.pt"
     extra = {n: torch.tensor(1) for n in ("input_resolution", "context_length", "vocab_size")}
-    torch.jit.script(Tree(clip.state_dict() | extra)).save(str(path))
+    tree = Tree(clip.state_dict() | extra)
+    torch.jit.script(tree).save(str(path)) if form == "TorchScript" else torch.save(tree.state_dict(), path)
     backbone, _ = load_backbone("tiny", str(path))
     assert backbone.weights_sha256 == hash_tensors(towers(clip.float().visual))
+    assert backbone.weights == f"file {path} (OpenAI's archive)"
+    monkeypatch.setattr(openclip, "create", stand_in)
+    for name in ("ViT-L-14", "ViT-B-16.laion2b_s34b_b88k", "RN50"):
+        plain = name.partition(".")[0]
+        with pytest.raises(
+            UserError, match=rf"--model {plain} .*archive.pt.*QuickGELU.*Use --model {plain}-quickgelu$"
+        ):
+            load_backbone(name, str(path))
+    assert load_backbone("ViT-L-14-quickgelu", str(path))[0].weights_sha256 == backbone.weights_sha256
+
+
+def test_a_file_of_a_model_with_either_activation(tmp_path, monkeypatch):
+    """A file whose activation nothing says is refused where open_clip has weights of both kinds."""
+    path = tmp_path / "own.pt"
+    torch.save(tiny.create_tiny().state_dict(), path)
+    monkeypatch.setattr(openclip, "create", stand_in)
+    with pytest.raises(UserError) as caught:
+        load_backbone("ViT-B-16", str(path))
+    words = (f"--model ViT-B-16 --pretrained {path}: nothing says", "--model ViT-B-16-quickgelu", "ViT-B-16.TAG")
+    assert all(word in str(caught.value) for word in (*words, "laion2b_s34b_b88k")), caught.value
+    assert "openai" not in str(caught.value)  # a tag with QuickGELU
+    for name in ("ViT-B-16-quickgelu", "ViT-B-16.laion2b_s34b_b88k", "ViT-B-16-SigLIP"):
+        assert load_backbone(name, str(path))[0].weights == f"file {path}"
+    assert "--model RN50-quickgelu" in load_backbone("RN50", str(path))[0].weights  # no tag has it with GELU
+
+
+def test_a_model_that_has_quickgelu_in_either_case():
+    openclip.check_activation("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 
 @pytest.mark.parametrize("tag", ["hub", "url"])

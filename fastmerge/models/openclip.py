@@ -22,11 +22,12 @@ from fastmerge.models.backbone import Backbone, hash_tensors
 from fastmerge.models.hub import from_hub_cache, hub_access, missing_weights
 from fastmerge.models.normalisation import Normalisation, choose
 from fastmerge.models.timm_vit import reads_class_token
-from fastmerge.models.weights import check_finite, fit, read, reason, refused
+from fastmerge.models.weights import ARCHIVE, check_finite, fit, read, reason, refused
 
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 LOGITS = ("logit_scale", "logit_bias")
+TWIN = "-quickgelu"  # ends the name of a model that open_clip has with GELU too
 
 
 class OpenClipBackbone(Backbone):
@@ -147,15 +148,50 @@ def tokenizer(name: str, download: bool) -> Callable[[Sequence[str]], Tensor]:
 
 def check_activation(name: str, tag: str) -> None:
     """Raise UserError if the weights `tag` were trained with another activation than `name` has."""
-    config = open_clip.get_pretrained_cfg(name, tag)
-    wants, has = bool(config.get("quick_gelu", False)), bool(open_clip.get_model_config(name).get("quick_gelu", False))
-    if wants != has:
-        other = f"{name}-quickgelu" if wants else name.removesuffix("-quickgelu")
+    wants, has = quick_gelu(open_clip.get_pretrained_cfg(name, tag)), quick_gelu(open_clip.get_model_config(name))
+    other = f"{name}{TWIN}" if wants else name.removesuffix(TWIN)
+    if wants != has and other != name:  # roberta-ViT-B-32 has QuickGELU always, and its tag does not say so
         raise UserError(
             f"--model {name} --pretrained {tag}: these weights were trained with {'QuickGELU' if wants else 'GELU'} and the "
             f"model uses {'QuickGELU' if has else 'GELU'}, which silently costs several points of accuracy. "
             f"Use --model {other}"
         )
+
+
+def quick_gelu(config: Mapping[str, Any]) -> bool:
+    """Whether open_clip's entry for a model or a tag says QuickGELU."""
+    return bool(config.get("quick_gelu", False))
+
+
+def check_file_activation(name: str, file: str, words: str, tag: str | None) -> str:
+    """Check that the file was trained with the activation that `name` has, where open_clip has this model with either.
+
+    words: what was found in the file. tag: that the user says it comes from. A name in `-quickgelu` says the activation
+    by itself. Returns what the user should know, in words. A model that no tag has with GELU is taken at its name.
+
+    Raises:
+        UserError: OpenAI's own archive for a model with GELU, or nothing says how the file was trained.
+    """
+    twin = f"{name}{TWIN}"
+    if twin not in open_clip.list_models():
+        return ""
+    if ARCHIVE in words:
+        raise UserError(
+            f"--model {name} --pretrained {file}: the file is {ARCHIVE}, trained with QuickGELU, and the model uses "
+            f"GELU, which silently costs several points of accuracy. Use --model {twin}"
+        )
+    if tag is not None:  # checked against its own activation
+        return ""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    plain = [known for known in tags if not quick_gelu(open_clip.get_pretrained_cfg(name, known))]
+    if not plain:
+        return f" (computed with GELU; for weights trained with QuickGELU, as OpenAI's, use --model {twin})"
+    raise UserError(
+        f"--model {name} --pretrained {file}: nothing says whether the file was trained with GELU or QuickGELU, and the "
+        "wrong one silently costs several points of accuracy. "
+        f"For QuickGELU, as in OpenAI's models, use --model {twin}. For GELU name the tag that the file comes from, "
+        f"--model {name}.TAG with TAG one of {', '.join(plain)}"
+    )
 
 
 def find_weights(name: str, tag: str, download: bool) -> Path:
@@ -294,12 +330,14 @@ def load(
         clip.visual.image_mean or open_clip.OPENAI_DATASET_MEAN,
         clip.visual.image_std or open_clip.OPENAI_DATASET_STD,
     )
-    file = None if normalisation else file
-    about = choose(name, tag_normalisations(name, default), default, tag=tag, file=file)
     text = True
     if path is not None:
         words, text = load_file(clip, path, name)
         weights += words
+        if file is not None:
+            weights += check_file_activation(name, file, words, tag)
+    tags = tag_normalisations(name, default)
+    about = choose(name, tags, default, tag=tag, file=None if normalisation else file)
     size = clip.visual.image_size
     sides = size if isinstance(size, tuple | list) else (size, size)
     if sides[0] != sides[1]:

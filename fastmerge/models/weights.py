@@ -23,6 +23,7 @@ from fastmerge.wording import counted
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")  # the first one found is used, as in timm
 PREFIXES = ("module.", "_orig_mod.", "model.")
 ARCHIVE_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's TorchScript archives
+ARCHIVE = "OpenAI's archive"  # what `read` says of a file with them
 SHOWN = 3  # names of tensors in a message
 
 
@@ -51,6 +52,9 @@ def read(
     while prefix := _prefix(tensors, own):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         found.append(f"prefix {prefix}")
+    if tensors.keys() >= set(ARCHIVE_EXTRAS):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in ARCHIVE_EXTRAS}
+        found.append(ARCHIVE)
     return tensors, found
 
 
@@ -64,8 +68,7 @@ def _content(path: Path) -> Any:
         except RuntimeError as error:
             if "TorchScript" not in str(error):
                 raise
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
-            return {name: tensor for name, tensor in state.items() if name not in ARCHIVE_EXTRAS}
+            return torch.jit.load(str(path), map_location="cpu").state_dict()
 
 
 def _prefix(tensors: Iterable[str], own: Collection[str]) -> str | None:
