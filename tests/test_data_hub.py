@@ -230,6 +230,19 @@ def test_a_single_split_is_divided_within_every_class_and_domain(tmp_path):
         assert np.bincount(split.labels * 2 + split.domains).tolist() == [each] * 6
 
 
+def test_the_division_of_a_single_split_does_not_depend_on_the_name_of_the_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    n, image = 60, {"bytes": png(PIXELS[0]), "path": None}
+    rows = {"image": [image] * n, "label": [i % 3 for i in range(n)]}
+    part = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    found = []
+    for name in ("one", "two"):
+        datasets.DatasetDict(train=part).save_to_disk(str(tmp_path / name))
+        found.append(load_dataset("huggingface", tmp_path / name))
+    assert found[0].test.ids == found[1].test.ids and found[0].notes == found[1].notes
+    assert [data.domain_names for data in found] == [("one",), ("two",)]
+
+
 def test_web_dataset_shards(tmp_path):
     shard(tmp_path / "train" / "0.tar", *(sample(i, str(LABELS[i])) for i in range(4)))
     shard(tmp_path / "train" / "1.tar", *(sample(i, str(LABELS[i])) for i in (4, 5)))

@@ -75,7 +75,7 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
     ]
     notes = [f"{tests[0]} is used for testing"] if tests and tests[0] != "test" else []
     if not tests:
-        splits, note = _divided(splits[0], names, domain_names)
+        splits, note = _divided(splits[0], names, domain_names if "domain" in train.column_names else ("",))
         notes.append(note)
     return Dataset(
         name,
