@@ -406,6 +406,21 @@ def test_test_part(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name, layout", TREES, ids=str)
+def test_a_part_for_testing_of_any_name(tmp_path, name, layout):
+    plant(tmp_path, TREES[name, layout][0])
+    usual = load_dataset(name, tmp_path)
+    if not usual.origin.split.endswith("folders"):  # other layouts have no such part
+        return
+    named = usual.origin.split.split()[-2]
+    for part in [path for path in tmp_path.rglob("*") if path.name == named]:
+        part.rename(part.with_name("test_small"))
+        plant(part, images("any"))
+    data = load_dataset(name, tmp_path, test_part="Test_Small")
+    assert data.test.ids == [re.sub(f"(^|/){named}/", r"\1test_small/", image) for image in usual.test.ids]
+    assert data.origin.split == "the train and test_small folders"
+
+
 def test_a_list_that_names_the_part_tells_files_of_the_same_name_apart(tmp_path):
     plant(tmp_path / "data", both("{part}/{}", ["a"], names=["0.jpg"]))
     (tmp_path / "s.txt").write_text("train old/place/test/a/0.jpg\ntest old/place/train/a/0.jpg\n")

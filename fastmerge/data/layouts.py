@@ -23,7 +23,8 @@ def either(names: Iterable[str], form: str = "{}") -> str:
 def parts(place: Place) -> Images:
     """`{train,test}/<class>/`, `{train,test}/<domain>/<class>/` or `<domain>/{train,test}/<class>/`."""
     train, test = folder.parts(place.base, place.notes, place.test_part)
-    names = {next(name for name in f.path.split("/") if name.lower() in TESTS) for f in test}
+    tests = (place.test_part.lower(),) if place.test_part else TESTS
+    names = {next(name for name in f.path.split("/") if name.lower() in tests) for f in test}
     return Images(train, test, "folders", f"the train and {' or '.join(sorted(names))} folders")
 
 
