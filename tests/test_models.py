@@ -188,6 +188,15 @@ def test_only_square_images():
         TimmBackbone("wide", model, weights="random")
 
 
+@pytest.mark.parametrize("name", ["lcnet_035", "mobilenetv3_small_050", "ghostnet_050", "convnext_atto", "resnet18"])
+def test_the_width_of_timms_features(name):
+    backbone, _ = load_backbone(name, "none")
+    size = backbone.image_size
+    with torch.device("meta"):
+        features = backbone.to("meta").eval()(torch.empty(1, 3, size, size))
+    assert features.shape == (1, backbone.feature_dim)
+
+
 def test_random_weights_follow_the_seed():
     torch.manual_seed(1)
     a = load_backbone("tiny", "none")[0]

@@ -41,9 +41,8 @@ class TimmBackbone(Backbone):
         if height != width:
             raise UserError(f"model {name} takes {height} x {width} images; only square ones are supported")
         about = normalisation or Normalisation(config["mean"], config["std"], f"default of {name}")
-        super().__init__(
-            name, model, weights=weights, image_size=height, feature_dim=model.num_features, **about._asdict()
-        )
+        width_out = getattr(model, "head_hidden_size", None) or model.num_features  # of a layer behind the pooling
+        super().__init__(name, model, weights=weights, image_size=height, feature_dim=width_out, **about._asdict())
         if reads_class_token(model):
             self.has_class_token = True
             self.layers, self.width = len(model.blocks), model.embed_dim
