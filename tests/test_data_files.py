@@ -11,7 +11,7 @@ from image_trees import write_image
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from fastmerge.data.files import decode, listing
+from fastmerge.data.files import decode, listing, square
 from fastmerge.errors import UserError
 
 
@@ -61,6 +61,19 @@ def test_colour_modes(tmp_path):
         for suffix in (".png", ".tif"):
             assert pixel(Image.fromarray(np.full((9, 9), value, np.uint16)), suffix) == (round(value / 257),) * 3
     assert pixel(Image.new("1", (9, 9), 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_unknown_range_are_refused(kind, tmp_path):
+    """A float image in 0..1 would be black, and so would integers in 0..255."""
+    Image.fromarray(np.ones((9, 9), kind)).save(tmp_path / "x.tif")
+    for image in (str(tmp_path / "x.tif"), None):
+        with pytest.raises(
+            ValueError, match=r"its values are (floats|32-bit integers) of unknown range; convert it to 8"
+        ):
+            decode(image, 4) if image else square(Image.fromarray(np.ones((9, 9), kind)), 4)
+    (tmp_path / "x.pgm").write_bytes(b"P5 2 2 65535\n" + np.full(4, 40000, ">u2").tobytes())  # mode I, of 16 bits
+    assert (decode(str(tmp_path / "x.pgm"), 2) == round(40000 / 257)).all()
 
 
 def test_folder_that_cannot_be_listed_is_named(tmp_path):

@@ -71,14 +71,14 @@ def listing(folder: str) -> tuple[list[str], list[str]]:
 
 
 def decode(path: str | BinaryIO, size: int) -> np.ndarray:
-    """The image at `path` (or in an open file) as uint8 [size, size, 3]. Raises what Pillow raises."""
+    """The image at `path` (or in an open file) as uint8 [size, size, 3]. Raises what Pillow and `square` raise."""
     with Image.open(path) as file:
         file.draft(None, (2 * size, 2 * size))  # a no-op for anything but JPEG
         return square(file, size)
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square of an image as uint8 [size, size, 3], RGB on white."""
+    """The centre square of an image as uint8 [size, size, 3], RGB on white. Raises ValueError for values of unknown range."""
     image = _rgb(image)
     width, height = image.size
     side = min(width, height)
@@ -87,7 +87,11 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB on a white background."""
+    """Convert to 8-bit RGB on a white background. Raises ValueError for values of unknown range."""
+    # of the formats that Pillow reads as 32-bit integers, these two hold 16 bits
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"its values are {kind} of unknown range; convert it to 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit values at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
