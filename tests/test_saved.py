@@ -1,6 +1,9 @@
 """The saved model is the model of the table: loading it gives the accuracy that the run reported."""
 
+import copy
+import io
 import json
+import pickle
 
 import numpy as np
 import open_clip
@@ -14,9 +17,14 @@ import fastmerge
 from fastmerge.__main__ import main
 from fastmerge.data import load_dataset
 from fastmerge.errors import UserError
+from fastmerge.flat import FlatModel
 from fastmerge.merging import RULES
 from fastmerge.methods import METHODS
 from fastmerge.models import load_backbone
+from fastmerge.models.adapter import ClipAdapter
+from fastmerge.models.heads import TextHead
+from fastmerge.models.prompt_pools import L2PPool
+from fastmerge.models.saved import Model
 
 QUICK = (
     "--epochs 1 --merge-epochs 1 --batch-size 16 --lr 1e-3 --device cpu --quiet --no-nearest-mean --dataset folder --tasks 2"
@@ -203,3 +211,53 @@ def test_models_of_every_task(data, tmp_path):
     unmerged = fastmerge.load(trained / "sequential-task-2.safetensors")
     assert unmerged.recipe["method"] == "average-full, not merged"
     assert not torch.equal(unmerged(pixels), last)
+
+
+def extra_tensors(kind, backbone):
+    """What features of this kind need beside the backbone."""
+    draw, d, width = torch.Generator().manual_seed(1), backbone.feature_dim, backbone.width
+    if kind == "backbone":
+        return {}
+    if kind == "linearised":
+        return {"initial": FlatModel(backbone).theta.detach() * 0.9}
+    if kind == "clip-adapter":
+        return dict(ClipAdapter(d, 4, 0.5, draw).state_dict())
+    if kind == "linear-adapter":
+        return {"weight": torch.randn(d, d, generator=draw)}
+    if kind == "random-projection":
+        return {"projection": torch.randn(d, 9, generator=draw)}
+    if kind == "deep-tokens":
+        return {"tokens": torch.randn(2, 3, width, generator=draw)}
+    return dict(L2PPool.start(4, 2, width, d, 1, 0.1, False, draw).state_dict())
+
+
+@pytest.mark.parametrize(
+    "kind", ["backbone", "linearised", "clip-adapter", "linear-adapter", "random-projection", "deep-tokens", "l2p"]
+)
+def test_a_model_can_be_copied_pickled_and_given_other_weights(kind):
+    """A copy has features of its own, computed with its own modules."""
+    torch.manual_seed(0)
+    backbone, _ = load_backbone("tiny", "glyphs")
+    tensors = extra_tensors(kind, backbone)
+    head = TextHead(torch.randn(3, 9 if kind == "random-projection" else backbone.feature_dim), 10.0)
+    model = Model(backbone, head, tensors, {"class_names": list("abc"), "candidates": [0, 1, 2], "features": kind})
+    images = torch.rand(2, 3, 32, 32)
+    before = model(images).detach()
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    for other in (*copies, torch.load(io.BytesIO(file.getvalue()), weights_only=False)):
+        assert torch.equal(other(images), before)
+        with torch.no_grad():
+            for tensor in other.state_dict().values():
+                tensor.mul_(1.1) if tensor.is_floating_point() else None
+        assert torch.equal(model(images), before)  # the copy shares nothing
+        other._bind()  # from scratch
+        wanted = other(images)
+        assert not torch.allclose(wanted, before)
+        fresh = copy.deepcopy(model)
+        fresh.load_state_dict(other.state_dict())
+        torch.testing.assert_close(fresh(images), wanted)
+        part = torch.nn.Sequential(copy.deepcopy(model))
+        part.load_state_dict({f"0.{name}": tensor for name, tensor in other.state_dict().items()}, assign=True)
+        torch.testing.assert_close(part(images), wanted)

@@ -76,6 +76,10 @@ def recipe(learner: Learner, features: Features, scenario: Scenario, after: int,
     }
 
 
+def _rebind(model: Model, keys: Any) -> None:
+    model._bind()
+
+
 class Model(nn.Module):
     """The function that a run evaluated, from images to logits.
 
@@ -96,6 +100,7 @@ class Model(nn.Module):
         known[recipe["candidates"]] = True
         self.register_buffer("known", known, persistent=False)
         self._bind()
+        self.register_load_state_dict_post_hook(_rebind)
         self.eval()
 
     def _bind(self) -> None:
@@ -107,6 +112,14 @@ class Model(nn.Module):
         super()._apply(fn, recurse)
         self._bind()  # the features hold tensors, which may be on another device or of another dtype now
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which get features of their own: the functions refer to the modules of this model."""
+        return {name: value for name, value in self.__dict__.items() if name != "features"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._bind()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[b, 3, h, w]`, uint8 or floats in 0..1, of any size -> logits `[b, classes]`.
