@@ -218,3 +218,13 @@ def test_same_pixels_whatever_the_company(tmp_path):
     together = data.train.read(np.arange(5), 16, CPU)[0]
     assert torch.equal(data.train.read(np.array([3, 1]), 16, CPU)[0], together[[3, 1]])
     assert np.array_equal(together[2].permute(1, 2, 0).numpy(), decode(str(tmp_path / data.train.ids[2]), 16))
+
+
+@pytest.mark.parametrize("domain", ["", "photo/"])
+def test_images_below_a_class_folder_with_images_are_told(tmp_path, domain):
+    write_tree(tmp_path, f"train/{domain}cat", f"test/{domain}cat", f"train/{domain}cat/kittens/small")
+    data = load_dataset("folder", tmp_path)
+    assert len(data.train) == len(data.test) == 2
+    assert data.notes == (
+        f"2 images are in folders inside class folders, such as train/{domain}cat/kittens, and left out",
+    )

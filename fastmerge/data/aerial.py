@@ -29,7 +29,7 @@ def camel(folders: Iterable[str]) -> dict[str, str]:
 def flat(place: Place) -> Images:
     """`<class>/<image>`, not divided."""
     undivided(place)
-    return Images(class_folders(place.base, ""))
+    return Images(class_folders(place.base, "", notes=place.notes))
 
 
 def resisc_lists(place: Place) -> Images:

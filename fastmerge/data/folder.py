@@ -185,11 +185,14 @@ def parts(root: str, notes: list[str], test_part: str | None = None) -> tuple[li
     if found is None:
         train, test = _domains_outside(root, looked, notes, test_part)
     else:
-        inside = [domain_folders(root, part) for part in found]
+        left_out: list[str] = []
+        inside = [domain_folders(root, part, notes=left_out) for part in found]
         if any(f.domain for f in inside[0]) != any(
             f.domain for f in inside[1]
         ):  # an odd first folder misled one of them
-            inside = [class_folders(root, part) for part in found]
+            left_out = []
+            inside = [class_folders(root, part, notes=left_out) for part in found]
+        notes += left_out
         train, test = inside
     for what, one, other in (("train", train, test), ("test", test, train)):
         if only := sorted(
@@ -227,8 +230,8 @@ def _domains_outside(
     train, test, others = [], [], []
     for name in subfolders(root):
         if found := find_parts(os.path.join(root, name), looked, notes, test_part=test_part):
-            train += class_folders(root, f"{name}/{found[0]}", name)
-            test += class_folders(root, f"{name}/{found[1]}", name)
+            train += class_folders(root, f"{name}/{found[0]}", name, notes=notes)
+            test += class_folders(root, f"{name}/{found[1]}", name, notes=notes)
         else:
             others.append(name)
     if not train:

@@ -84,7 +84,7 @@ def official(place: Place) -> Images:
                 raise UserError(f"{path} lists {row['Filename']}, which is not in {os.path.join(place.base, test)}.")
             images[f"{int(row['ClassId']):05d}"].append(row["Filename"])
     found = [ClassFolder("", name, test, sorted(own)) for name, own in images.items()]
-    return Images(class_folders(place.base, train), found, "official", "official")
+    return Images(class_folders(place.base, train, notes=place.notes), found, "official", "official")
 
 
 GTSRB = Downloadable(

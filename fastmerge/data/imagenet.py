@@ -47,7 +47,8 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
                 "unknown class. Sort images into one folder per wnid (the script valprep.sh does this for val). "
                 + LAYOUT
             )
-    train, test = (class_folders(root, part) for part in parts)
+    below: list[str] = []
+    train, test = (class_folders(root, part, notes=below) for part in parts)
     names = class_names()
     for folder in (*train, *test):
         if folder.name not in names:
@@ -63,6 +64,7 @@ def load(root: str | None, *, skip_bad_images: bool = False) -> Dataset:
         lost = counted(len(left_out), f"class of {parts[1]} is", f"classes of {parts[1]} are")
         notes.append(f"{lost} left out: {parts[0]} has no such folder")
     whole = not notes
+    notes += below
     return assemble(
         "imagenet1k",
         root,

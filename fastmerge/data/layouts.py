@@ -31,7 +31,7 @@ def parts(place: Place) -> Images:
 def flat_wnids(place: Place) -> Images:
     """`<wnid>/`, not divided; other folders are ignored."""
     undivided(place)
-    found = [f for f in class_folders(place.base, "") if WNID.fullmatch(f.name)]
+    found = [f for f in class_folders(place.base, "", notes=place.notes) if WNID.fullmatch(f.name)]
     return Images(found)
 
 
@@ -43,7 +43,7 @@ def domains(place: Place) -> Images:
             f
             for name in subfolders(place.base)
             if usual_domain(name, place.domains)
-            for f in class_folders(place.base, descend(place.base, name), name)
+            for f in class_folders(place.base, descend(place.base, name), name, notes=place.notes)
         ]
     )
 

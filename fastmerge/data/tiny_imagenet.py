@@ -39,7 +39,9 @@ def official(place: Place) -> Images:
             f"{counted(rest_of, 'image of val is', 'images of val are')} not in val_annotations.txt and left out"
         )
     test = [ClassFolder("", wnid, "val/images", sorted(names)) for wnid, names in found.items()]
-    return Images(class_folders(place.base, "train"), test, "official", "official (val_annotations.txt)")
+    return Images(
+        class_folders(place.base, "train", notes=place.notes), test, "official", "official (val_annotations.txt)"
+    )
 
 
 WHO = "results on the validation images, as is usual"

@@ -123,8 +123,11 @@ def holds_domains(root: str, path: str) -> bool:
     return False
 
 
-def class_folders(root: str, path: str, domain: str = "", layouts: str = LAYOUTS) -> list[ClassFolder]:
-    """The class folders in `root/path`. Raises UserError for one without images."""
+def class_folders(
+    root: str, path: str, domain: str = "", layouts: str = LAYOUTS, notes: list[str] | None = None
+) -> list[ClassFolder]:
+    """The class folders in `root/path`. Images in folders inside a class folder that has images are left out; `notes` tells
+    so. Raises UserError for a class folder without images."""
     loose, folders = listing(os.path.join(root, path))
     full = os.path.join(root, *path.split("/"))
     if unlabelled(full):
@@ -135,7 +138,7 @@ def class_folders(root: str, path: str, domain: str = "", layouts: str = LAYOUTS
         )
     if not folders:
         raise UserError(f"{full} is empty: expected class folders in it.\n{layouts}{archives([full])}")
-    found, empty = [], []
+    found, empty, left_out = [], [], []
     for name in folders:
         inside = f"{path}/{name}" if path else name
         images, below = listing(os.path.join(root, inside))
@@ -145,6 +148,8 @@ def class_folders(root: str, path: str, domain: str = "", layouts: str = LAYOUTS
         found.append(ClassFolder(domain, name, inside, images))
         if not images:
             empty.append((name, below))
+        elif notes is not None:
+            left_out += [(b, n) for b in (f"{inside}/{b}" for b in below) if (n := _images_in(os.path.join(root, b)))]
     if empty:
         more = counted(len(empty) - 1, "other folder has", "other folders have")
         others = f"; {more} none either" if len(empty) > 1 else ""
@@ -154,17 +159,26 @@ def class_folders(root: str, path: str, domain: str = "", layouts: str = LAYOUTS
             f"empty class folder: {os.path.join(full, name)} contains no images{instead}{others}. "
             f"Put images there or remove the folder.\n{layouts}"
         )
+    if left_out and notes is not None:
+        every = counted(sum(n for _, n in left_out), "image is", "images are")
+        notes.append(f"{every} in folders inside class folders, such as {left_out[0][0]}, and left out")
     return found
 
 
-def domain_folders(root: str, path: str, layouts: str = LAYOUTS) -> list[ClassFolder]:
-    """The class folders in `root/path`, which may be sorted into one folder per domain."""
+def _images_in(folder: str) -> int:
+    """The number of images in a folder and all folders in it."""
+    images, folders = listing(folder)
+    return len(images) + sum(_images_in(os.path.join(folder, name)) for name in folders)
+
+
+def domain_folders(root: str, path: str, layouts: str = LAYOUTS, notes: list[str] | None = None) -> list[ClassFolder]:
+    """The class folders in `root/path`, which may be sorted into one folder per domain. notes: as in `class_folders`."""
     if not holds_domains(root, path):
-        return class_folders(root, path, layouts=layouts)
+        return class_folders(root, path, layouts=layouts, notes=notes)
     return [
         folder
         for name in subfolders(root, path)
-        for folder in class_folders(root, descend(root, f"{path}/{name}" if path else name), name, layouts)
+        for folder in class_folders(root, descend(root, f"{path}/{name}" if path else name), name, layouts, notes)
     ]
 
 
