@@ -406,6 +406,14 @@ def test_test_part(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
+def test_folders_beside_the_wnids_are_ignored(tmp_path, name):
+    plant(tmp_path, TREES[name, "official"][0])
+    usual = listed(load_dataset(name, tmp_path))
+    plant(tmp_path / name, {"lists/train.txt": "", "__MACOSX/._x": "", "samples/deep/0.jpg": None})
+    assert listed(load_dataset(name, tmp_path)) == usual
+
+
 @pytest.mark.parametrize("name, layout", TREES, ids=str)
 def test_a_part_for_testing_of_any_name(tmp_path, name, layout):
     plant(tmp_path, TREES[name, layout][0])

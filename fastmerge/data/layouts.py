@@ -31,8 +31,7 @@ def parts(place: Place) -> Images:
 def flat_wnids(place: Place) -> Images:
     """`<wnid>/`, not divided; other folders are ignored."""
     undivided(place)
-    found = [f for f in class_folders(place.base, "", notes=place.notes) if WNID.fullmatch(f.name)]
-    return Images(found)
+    return Images(class_folders(place.base, "", notes=place.notes, named=WNID))
 
 
 def domains(place: Place) -> Images:

@@ -124,9 +124,16 @@ def holds_domains(root: str, path: str) -> bool:
 
 
 def class_folders(
-    root: str, path: str, domain: str = "", layouts: str = LAYOUTS, notes: list[str] | None = None
+    root: str,
+    path: str,
+    domain: str = "",
+    layouts: str = LAYOUTS,
+    notes: list[str] | None = None,
+    named: re.Pattern[str] | None = None,
 ) -> list[ClassFolder]:
-    """The class folders in `root/path`. Images in folders inside a class folder that has images are left out; `notes` tells
+    """The class folders in `root/path`. named: folders with other names are ignored.
+
+    Images in folders inside a class folder that has images are left out; `notes` tells
     so. Raises UserError for a class folder without images."""
     loose, folders = listing(os.path.join(root, path))
     full = os.path.join(root, *path.split("/"))
@@ -136,6 +143,7 @@ def class_folders(
             f"{full}: {counted(len(loose), 'image is', 'images are')} in no class folder; sort images into <class>/ "
             f"folders.\n{layouts}"
         )
+    folders = [name for name in folders if named is None or named.fullmatch(name)]
     if not folders:
         raise UserError(f"{full} is empty: expected class folders in it.\n{layouts}{archives([full])}")
     found, empty, left_out = [], [], []
