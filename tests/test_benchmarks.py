@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_data_suite as suite
 import torch
 from image_trees import write_tree
 from published_trees import (
@@ -406,6 +407,39 @@ def test_test_part(tmp_path):
     )
 
 
+def in_capitals(name, root):
+    """Rename whatever the layout needs, without wildcards, to capitals; return whether there is anything."""
+    known = next(b for b in BENCHMARKS if b.name == name)
+    found, _ = known.find(str(root))
+    needs = [one for need in found.layout.needs for one in need.split("|") if not re.search(r"[*?\[]", one)]
+    for parts in sorted((need.lower().split("/") for need in needs), key=len, reverse=True):
+        for depth in range(len(parts), 0, -1):
+            for path in [p for p in Path(found.base).rglob("*") if len(p.relative_to(found.base).parts) == depth]:
+                if [part.lower() for part in path.relative_to(found.base).parts] == parts[:depth]:
+                    path.rename(path.with_name(path.name.upper()))
+    return bool(needs)
+
+
+@pytest.mark.parametrize("name, layout", [*TREES, *((name, "") for name in SUITE), ("cars", "official")], ids=str)
+def test_a_layout_is_read_whatever_its_case(tmp_path, name, layout):
+    if name in SUITE:
+        suite.TREES[name](tmp_path)
+    elif (name, layout) in SLOWLY_MADE:
+        pytest.importorskip("scipy")
+        cars(tmp_path)
+    else:
+        plant(tmp_path, TREES[name, layout][0])
+    before = load_dataset(name, tmp_path)
+    if not in_capitals(name, tmp_path):
+        return
+    after = load_dataset(name, tmp_path)
+    assert {image.lower() for image in before.train.ids + before.test.ids} == {
+        image.lower() for image in after.train.ids + after.test.ids
+    }
+    assert len(before.train) == len(after.train)
+    assert {key.lower() for key in before.keys} == {key.lower() for key in after.keys}
+
+
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
 def test_folders_beside_the_wnids_are_ignored(tmp_path, name):
     plant(tmp_path, TREES[name, "official"][0])
@@ -508,3 +542,8 @@ def test_images_are_read(tmp_path):
     data = load_dataset("office31", root)
     pixels, good = data.train.read(np.arange(len(data.train)), 8, torch.device("cpu"))
     assert pixels.shape == (6, 3, 8, 8) and good.all() and len(data.train.contents()) == 64
+
+
+def test_imagenet_is_found_whatever_the_case_of_its_folders(tmp_path):
+    plant(tmp_path, both("ilsvrc/DATA/cls-loc/{part}/{}", WNIDS, "val"))
+    assert len(load_dataset("imagenet1k", tmp_path).test) == 9

@@ -35,15 +35,16 @@ def flat(place: Place) -> Images:
 def resisc_lists(place: Place) -> Images:
     """Lists of file names such as `airplane_001.jpg`, beside the folder of the images."""
     only_test(place)
-    base = next(name for name in sorted(os.listdir(place.base)) if name.lower() == "nwpu-resisc45")
     found: list[list[ClassFolder]] = []
     for part in ("train", "test"):
-        path = os.path.join(place.base, f"resisc45-{part}.txt")
+        path = os.path.join(place.base, place.at(f"resisc45-{part}.txt"))
         with open(path, encoding="utf-8") as file:
             images: dict[str, list[str]] = defaultdict(list)
             for line in filter(None, map(str.strip, file)):
                 images[line.rpartition("_")[0]].append(line)
-        found.append([ClassFolder("", name, f"{base}/{name}", sorted(own)) for name, own in images.items()])
+        found.append(
+            [ClassFolder("", name, place.at(f"NWPU-RESISC45/{name}"), sorted(own)) for name, own in images.items()]
+        )
         for folder in found[-1]:
             full = os.path.join(place.base, folder.path)
             there = set(os.listdir(full)) if os.path.isdir(full) else set()

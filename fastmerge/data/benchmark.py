@@ -36,6 +36,14 @@ class Place:
     domains: tuple[str, ...]
     test_part: str | None = None
     notes: list[str] = field(default_factory=list)
+    folders: _Folders = field(default_factory=lambda: _Folders())
+
+    def at(self, need: str) -> str:
+        """The file or folder `need` (`a|b`: the first that is there), relative to `base`, with its upper and lower case on
+        disk. One that is not there: as it is."""
+        options = need.split("|")
+        found = next(filter(None, (self.folders.spelt(self.base, one) for one in options)), None)
+        return os.path.relpath(found, self.base).replace(os.sep, "/") if found else options[0]
 
 
 class Images(NamedTuple):
@@ -348,12 +356,17 @@ class _Folders:
 
     def resolve(self, root: str, place: str) -> str | None:
         """The folder `place` under `root`, spelt as on disk; None if there is none."""
+        found = self.spelt(root, place)
+        return found if found and os.path.isdir(found) else None
+
+    def spelt(self, root: str, place: str) -> str | None:
+        """The file or folder `place` under `root`, spelt as on disk; None if there is none."""
         for part in filter(None, place.split("/")):
             name = self.names(root).get(part.lower())
             if name is None:
                 return None
             root = os.path.join(root, name)
-        return root if os.path.isdir(root) else None
+        return root
 
     def has(self, base: str, need: str) -> bool:
         return any(self._has(base, one) for one in need.lower().split("|"))

@@ -40,7 +40,7 @@ def official(place: Place) -> Images:
         try:
             from scipy.io import loadmat  # type: ignore[import-untyped]
 
-            return np.atleast_1d(loadmat(os.path.join(place.base, name), squeeze_me=True)[key])
+            return np.atleast_1d(loadmat(os.path.join(place.base, place.at(name)), squeeze_me=True)[key])
         except ImportError:
             raise UserError(
                 "the .mat files of Stanford Cars need scipy: pip install scipy, or use a copy by class."
@@ -61,7 +61,8 @@ def official(place: Place) -> Images:
 
 def coop(place: Place) -> Images:
     """The images that CoOp's JSON lists; its validation images belong to the official training images."""
-    file = os.path.join(place.base, "split_zhou_StanfordCars.json")
+    only_test(place)
+    file = os.path.join(place.base, place.at("split_zhou_StanfordCars.json"))
     form, entries = split_file.read_one(file)
     labels = {e.label or 0: year_last(e.name or "") for e in entries}
     train, test = (
@@ -121,7 +122,7 @@ def _grouped(place: Place, samples: Iterable[tuple[str, str]]) -> list[ClassFold
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, name in samples:
         where, _, image = path.rpartition("/")
-        found[where, name].append(image)
+        found[place.at(where), name].append(image)
     for where in {where for where, _ in found}:
         on_disk = frozenset(os.listdir(full)) if os.path.isdir(full := os.path.join(place.base, where)) else frozenset()
         if lack := sorted({i for (w, _), images in found.items() if w == where for i in images} - on_disk):

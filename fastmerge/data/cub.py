@@ -16,7 +16,7 @@ from fastmerge.data.tree import class_folders
 def official(place: Place) -> Images:
     """`images/NNN.Name/`, divided by the numbered files."""
     split = split_file.read(place.base, place.test_part)
-    (train, test), order = by_list(split, class_folders(place.base, "images"), place.base)
+    (train, test), order = by_list(split, class_folders(place.base, place.at("images")), place.base)
     return Images(train, test, "official", "official (train_test_split.txt)", order)
 
 

@@ -22,15 +22,14 @@ def lists(place: Place) -> Images:
     for files in (("train1.txt", "val1.txt"), ("test1.txt",)):
         images: dict[str, list[str]] = defaultdict(list)
         for file in files:
-            with open(path := os.path.join(place.base, "labels", file), encoding="utf-8") as lines:
+            with open(path := os.path.join(place.base, place.at(f"labels/{file}")), encoding="utf-8") as lines:
                 for line in filter(None, map(str.strip, lines)):
-                    if not os.path.exists(os.path.join(place.base, "images", line)):
-                        raise UserError(
-                            f"{path} lists {line}, but {os.path.join(place.base, 'images', line)} does not exist."
-                        )
                     name, _, image = line.partition("/")
+                    full = os.path.join(place.base, place.at(f"images/{name}"), image)
+                    if not os.path.exists(full):
+                        raise UserError(f"{path} lists {line}, but {full} does not exist.")
                     images[name].append(image)
-        found.append([ClassFolder("", name, f"images/{name}", sorted(own)) for name, own in images.items()])
+        found.append([ClassFolder("", name, place.at(f"images/{name}"), sorted(own)) for name, own in images.items()])
     return Images(found[0], found[1], "official", "official, partition 1; train and val are for training")
 
 

@@ -60,6 +60,13 @@ SIGNS = (
 )
 
 
+NEEDS = (
+    "GTSRB/Training|GTSRB/Final_Training/Images|Final_Training/Images",
+    "GTSRB/Final_Test/Images|Final_Test/Images",
+    "GT-final_test.csv",
+)
+
+
 def names(folders: Iterable[str]) -> dict[str, str]:
     """The sign of a number; other folder names stay as they are."""
     return {f: SIGNS[int(f)] if f.isdecimal() and int(f) < len(SIGNS) else f.replace("_", " ") for f in folders}
@@ -68,12 +75,8 @@ def names(folders: Iterable[str]) -> dict[str, str]:
 def official(place: Place) -> Images:
     """`Training/<number>/` and `Final_Test/Images/` with the labels in `GT-final_test.csv`."""
     only_test(place)
-    folders = ("GTSRB/Training", "GTSRB/Final_Training/Images", "Final_Training/Images")
-    train = next(f for f in folders if os.path.isdir(os.path.join(place.base, f)))
-    test = next(
-        f for f in ("GTSRB/Final_Test/Images", "Final_Test/Images") if os.path.isdir(os.path.join(place.base, f))
-    )
-    path = os.path.join(place.base, "GT-final_test.csv")
+    train, test, labels = map(place.at, NEEDS)
+    path = os.path.join(place.base, labels)
     there = set(os.listdir(os.path.join(place.base, test)))
     images: dict[str, list[str]] = defaultdict(list)
     with open(path, encoding="utf-8", newline="") as file:
@@ -96,11 +99,7 @@ GTSRB = Downloadable(
             "official",
             "gtsrb/{GTSRB/Training/<number>/, GTSRB/Final_Test/Images/, GT-final_test.csv}",
             ("gtsrb", "GTSRB"),
-            (
-                "GTSRB/Training|GTSRB/Final_Training/Images|Final_Training/Images",
-                "GTSRB/Final_Test/Images|Final_Test/Images",
-                "GT-final_test.csv",
-            ),
+            NEEDS,
             official,
             tells="GT-final_test.csv",
         ),

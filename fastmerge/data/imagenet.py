@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 from fastmerge.data.archives import archives
+from fastmerge.data.benchmark import folder_in
 from fastmerge.data.dataset import Dataset, Origin
 from fastmerge.data.files import data_root, listing
 from fastmerge.data.folder import assemble
@@ -87,9 +88,9 @@ def _find(root: str) -> tuple[str, tuple[str, str]]:
     """The folder that contains the two parts, and the names of the parts."""
     looked: list[str] = []
     for base in BASES:
-        folder = os.path.join(root, base) if base else root
-        if not os.path.isdir(folder):
-            looked.append(f"{folder} (no such folder)")
+        folder = folder_in(root, base)
+        if folder is None:
+            looked.append(f"{os.path.join(root, base)} (no such folder)")
         elif parts := find_parts(folder, looked, [], tests=("val",), layouts=LAYOUT):
             return folder, parts
     packed = archives([root, *(os.path.join(root, base) for base in BASES)])

@@ -57,7 +57,7 @@ def lists(*where: str) -> Callable[[Place], Images]:
     def read(place: Place) -> Images:
         on_disk = folders_with_images(place.base)
         present = {usual_domain(f.domain, place.domains) for f in on_disk}
-        for source in (os.path.normpath(os.path.join(place.base, w)) for w in where):
+        for source in (os.path.normpath(os.path.join(place.base, place.at(w))) for w in where):
             names = sorted(os.listdir(source)) if os.path.isdir(source) else []
             files = [n for n in names if n.lower().endswith(".txt") and split_file.part_of(n)]
             files = [n for n in files if usual_domain(split_file.before_part(n), place.domains) in present]

@@ -64,10 +64,11 @@ def read(split_file: str, test_part: str | None = None) -> SplitList:
     """
     split_file = os.path.expanduser(split_file)
     numbered = split_file if os.path.isdir(split_file) else os.path.dirname(split_file)
-    if (os.path.isdir(split_file) or os.path.basename(split_file) in NUMBERED) and all(
-        os.path.isfile(os.path.join(numbered, name)) for name in NUMBERED
-    ):
-        return chosen("CUB's numbered files", list(_numbered(numbered)), split_file, test_part)
+    if os.path.isdir(split_file) or os.path.basename(split_file).lower() in NUMBERED:
+        by_lower = {name.lower(): name for name in sorted(os.listdir(numbered or "."), reverse=True)}
+        files = [os.path.join(numbered, by_lower.get(name, name)) for name in NUMBERED]
+        if all(map(os.path.isfile, files)):
+            return chosen("CUB's numbered files", list(_numbered(files)), split_file, test_part)
     return read_files(_files(split_file), split_file, test_part)
 
 
@@ -244,11 +245,11 @@ def _from_lines(text: str, file: str) -> tuple[str, list[Entry]]:
     return "text", found
 
 
-def _numbered(folder: str) -> Iterable[Entry]:
+def _numbered(files: list[str]) -> Iterable[Entry]:
     """CUB-200-2011: `images.txt` gives every image a number, the other files its class and 1 for training, 0 for testing."""
-    columns = [dict(numbered_lines(os.path.join(folder, name))) for name in NUMBERED]
+    columns = [dict(numbered_lines(file)) for file in files]
     for number, path in columns[0].items():
-        where = f"{os.path.join(folder, NUMBERED[0])}, image {number}"
+        where = f"{files[0]}, image {number}"
         label, train = (column.get(number) for column in columns[1:])
         if label is None or not label.isdecimal() or train not in ("0", "1"):
             raise UserError(

@@ -16,6 +16,8 @@ from fastmerge.data.layouts import PARTS, only_test, parts, undivided
 from fastmerge.data.tree import ClassFolder, folders_with_images
 from fastmerge.errors import UserError
 
+LISTS = tuple(f"{part}_01.txt|Partitions/{part}_01.txt" for part in ("Training", "Testing"))
+
 
 def names(folders: Iterable[str]) -> dict[str, str]:
     return {folder: folder.replace("_", " ").replace("/", " ") for folder in folders}
@@ -24,14 +26,13 @@ def names(folders: Iterable[str]) -> dict[str, str]:
 def lists(place: Place) -> Images:
     """`Training_01.txt` and `Testing_01.txt`, with lines such as `/a/abbey/sun_aaa.jpg`."""
     only_test(place)
-    where = next(w for w in ("", "Partitions", "partitions") if os.path.exists(_list(place.base, w, "Training")))
     found = []
-    for part in ("Training", "Testing"):
+    for need in LISTS:
         images: dict[str, list[str]] = defaultdict(list)
-        with open(path := _list(place.base, where, part), encoding="utf-8") as file:
+        with open(path := os.path.join(place.base, place.at(need)), encoding="utf-8") as file:
             for line in filter(None, map(str.strip, file)):
                 folder, _, image = line.lstrip("/").rpartition("/")
-                images[folder].append(image)
+                images[place.at(folder)].append(image)
         for folder, own in images.items():
             full = os.path.join(place.base, folder)
             there = set(os.listdir(full)) if os.path.isdir(full) else set()
@@ -44,10 +45,6 @@ def lists(place: Place) -> Images:
 def undivided_images(place: Place) -> Images:
     undivided(place)
     return Images([f._replace(domain="", name=_name(f.path)) for f in folders_with_images(place.base)])
-
-
-def _list(base: str, where: str, part: str) -> str:
-    return os.path.join(base, where, f"{part}_01.txt")
 
 
 def _name(folder: str) -> str:
@@ -64,9 +61,9 @@ SUN397 = Downloadable(
             "official",
             "SUN397/{a/abbey/<image>, ..., Training_01.txt, Testing_01.txt}",
             ("SUN397",),
-            ("a", "Training_01.txt|Partitions/Training_01.txt", "Testing_01.txt|Partitions/Testing_01.txt"),
+            ("a", *LISTS),
             lists,
-            tells="Training_01.txt|Partitions/Training_01.txt",
+            tells=LISTS[0],
         ),
         Layout("train and test folders", "sun397/{train,test}/<class>/<image>", ("sun397",), PARTS, parts),
         Layout(

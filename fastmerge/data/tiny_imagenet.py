@@ -22,15 +22,15 @@ PLACES = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
 def official(place: Place) -> Images:
     """`train/<wnid>/images/`, and `val/images/` with `val_annotations.txt`."""
     only_test(place, "val")
-    file = os.path.join(place.base, "val", "val_annotations.txt")
-    images, found = frozenset(listing(os.path.join(place.base, "val", "images"))[0]), defaultdict(list)
+    file, folder = os.path.join(place.base, place.at("val/val_annotations.txt")), place.at("val/images")
+    images, found = frozenset(listing(os.path.join(place.base, folder))[0]), defaultdict(list)
     with open(file, encoding="utf-8", errors="surrogateescape") as opened:
         for number, line in enumerate(opened, 1):
             image, _, rest = line.rstrip("\n").partition("\t")
             wnid = rest.partition("\t")[0]
             if not wnid or image not in images:
                 raise UserError(
-                    f"{file}, line {number}: expected an image of {os.path.join(place.base, 'val', 'images')}, a tab and its "
+                    f"{file}, line {number}: expected an image of {os.path.join(place.base, folder)}, a tab and its "
                     f"wnid, got {line.strip()!r}."
                 )
             found[wnid].append(image)
@@ -38,10 +38,9 @@ def official(place: Place) -> Images:
         place.notes.append(
             f"{counted(rest_of, 'image of val is', 'images of val are')} not in val_annotations.txt and left out"
         )
-    test = [ClassFolder("", wnid, "val/images", sorted(names)) for wnid, names in found.items()]
-    return Images(
-        class_folders(place.base, "train", notes=place.notes), test, "official", "official (val_annotations.txt)"
-    )
+    test = [ClassFolder("", wnid, folder, sorted(names)) for wnid, names in found.items()]
+    train = class_folders(place.base, place.at("train"), notes=place.notes)
+    return Images(train, test, "official", "official (val_annotations.txt)")
 
 
 WHO = "results on the validation images, as is usual"
