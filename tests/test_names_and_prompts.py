@@ -34,6 +34,7 @@ def error_of(*args, **options) -> str:
     [
         (BIRDS, ("Black footed Albatross", "Laysan Albatross")),
         (("001.a", "2nd"), ("001.a", "2nd")),  # a prefix only where all have it
+        (("0.5", "1.5"), ("0.5", "1.5")),  # numbers are names
         (("back_pack", "T-Shirt"), ("T-Shirt", "back pack")),
         (WNIDS, ("goldfish", "great white shark", "flamingo")),
         (("n01443537", "zebra"), ("n01443537", "zebra")),

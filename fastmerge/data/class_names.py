@@ -19,7 +19,7 @@ from fastmerge.data.tree import WNID
 from fastmerge.errors import UserError, nearest
 from fastmerge.wording import counted
 
-NUMBERED = re.compile(r"\d+\.(?=.)")  # as in CUB-200-2011
+NUMBERED = re.compile(r"\d+\.(?=[^\W\d])")  # as in CUB-200-2011; `0.5` is a number
 
 
 def from_folders(folders: Iterable[str], notes: list[str] | None = None) -> dict[str, str]:
