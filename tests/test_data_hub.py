@@ -170,8 +170,9 @@ def test_hugging_face_datasets_on_disk(form, tmp_path, monkeypatch):
     assert data.name == "pets" and data.class_names == ("tabby cat", "dog", "fish")
     assert has(data.train, range(6), LABELS) and has(data.test, [6, 7, 8], [2, 1, 0])
     assert data.notes == ("validation is used for testing",) and data.train.contents() == data.test.contents()
-    with pytest.raises(UserError, match="has the splits train, validation; expected train, and extra"):
-        load_dataset("huggingface", root, test_part="extra")
+    for part in ("extra", "train"):
+        with pytest.raises(UserError, match=f"--test-part {part}: .* has no such part for testing. It has: validation"):
+            load_dataset("huggingface", root, test_part=part)
 
 
 def test_hugging_face_columns(tmp_path):
@@ -303,3 +304,11 @@ def test_a_bad_image_in_a_shard_is_named_or_skipped(tmp_path):
         load_dataset("webdataset", tmp_path).train.read(np.array([1]), 16, CPU)
     skipping = load_dataset("webdataset", tmp_path, skip_bad_images=True)
     assert skipping.train.read(np.array([0, 1]), 16, CPU)[1].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_web_dataset_is_not_tested_on_its_training_images(part, tmp_path):
+    shard(tmp_path / "train-0.tar", sample(0, "0"))
+    shard(tmp_path / "test-0.tar", sample(1, "0"))
+    with pytest.raises(UserError, match=f"--test-part {part}: .* has no such part for testing. It has: test"):
+        load_dataset("webdataset", tmp_path, test_part=part)

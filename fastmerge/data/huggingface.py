@@ -23,7 +23,7 @@ import numpy as np
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import ImageReader, data_root, decode, files_hash
 from fastmerge.data.split import by_hash, digest
-from fastmerge.data.tree import TESTS, ClassFolder
+from fastmerge.data.tree import TESTS, ClassFolder, check_test_part
 from fastmerge.errors import UserError
 from fastmerge.wording import counted
 
@@ -53,11 +53,12 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
         raise
     except Exception as error:  # pyarrow and datasets raise several kinds for damaged files
         raise UserError(f"data set 'huggingface': cannot read {root}: {error}. {LAYOUT}") from error
+    check_test_part(test_part, f"data set 'huggingface' in {root}", parts)
     tests = [test_part] if test_part else [name for name in SPLITS[1:] if name in parts]
-    if "train" not in parts or (tests and tests[0] not in parts):
+    if "train" not in parts:
         raise UserError(
-            f"data set 'huggingface': {root} has the splits {', '.join(parts)}; expected train, and "
-            f"{test_part or ' or '.join(TESTS)}. {LAYOUT}"
+            f"data set 'huggingface': {root} has the splits {', '.join(parts)}; expected train, and {' or '.join(TESTS)}. "
+            f"{LAYOUT}"
         )
     used = ["train", *tests[:1]]
     train = parts["train"]

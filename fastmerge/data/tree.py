@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from fastmerge.data.archives import archives
@@ -94,6 +94,15 @@ def find_parts(
             f"{folder}: {test} is used for testing, {', '.join(left_out)} is left out (--test-part {left_out[0]} uses it)"
         )
     return train, test
+
+
+def check_test_part(test_part: str | None, where: str, parts: Iterable[str]) -> None:
+    """Raise UserError if `--test-part` names none of `parts` that is for testing."""
+    tests = [part for part in parts if part != "train"]
+    if test_part is not None and test_part not in tests:
+        raise UserError(
+            f"--test-part {test_part}: {where} has no such part for testing. It has: {', '.join(tests) or 'train'}."
+        )
 
 
 def unlabelled(part: str) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 
 from fastmerge.data.dataset import Dataset, Split
 from fastmerge.data.files import ImageReader, data_root, decode, files_hash, image_suffixes
-from fastmerge.data.tree import TESTS
+from fastmerge.data.tree import TESTS, check_test_part
 from fastmerge.errors import UserError
 from fastmerge.wording import counted
 
@@ -44,6 +44,7 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
     """
     root = data_root("webdataset", root)
     shards = _shards(root)
+    check_test_part(test_part, f"data set 'webdataset' in {root}", shards)
     tests = [test_part] if test_part else [name for name in TESTS if name in shards]
     if "train" not in shards or not tests or tests[0] not in shards:
         there = ", ".join(f"{len(files)} of {part}" for part, files in shards.items()) or "none"
