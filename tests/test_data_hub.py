@@ -244,6 +244,21 @@ def test_the_division_of_a_single_split_does_not_depend_on_the_name_of_the_folde
     assert [data.domain_names for data in found] == [("one",), ("two",)]
 
 
+@pytest.mark.parametrize("column", ["label", "domain"])
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_without_a_label_are_told(column, named, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {name: [0, 1, 0] if named else ["a", "b", "a"] for name in ("label", "domain")}
+    rows[column] = [*rows[column][:2], None]
+    rows["image"] = [{"bytes": png(PIXELS[0]), "path": None}] * 3
+    kind = datasets.ClassLabel(names=["a", "b"]) if named else datasets.Value("string")
+    features = datasets.Features({"label": kind, "domain": kind, "image": datasets.Image()})
+    part = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=part, test=part).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(UserError, match=rf"1 image has no {column} \(None\)"):
+        load_dataset("huggingface", tmp_path / "d")
+
+
 def test_web_dataset_shards(tmp_path):
     shard(tmp_path / "train" / "0.tar", *(sample(i, str(LABELS[i])) for i in range(4)))
     shard(tmp_path / "train" / "1.tar", *(sample(i, str(LABELS[i])) for i in (4, 5)))

@@ -63,13 +63,13 @@ def load(root: str | None, *, test_part: str | None = None, skip_bad_images: boo
     used = ["train", *tests[:1]]
     train = parts["train"]
     image, label = _image(datasets, train), _label(datasets, train)
-    names, labels = _index([parts[u][label] for u in used], getattr(train.features[label], "names", None))
+    names, labels = _index("label", [parts[u][label] for u in used], getattr(train.features[label], "names", None))
     name = os.path.basename(os.path.abspath(root))
     domain_names: tuple[str, ...] = (name,)
     domains = [np.zeros_like(own) for own in labels]
     if "domain" in train.column_names:
         known = getattr(train.features["domain"], "names", None)
-        domain_names, domains = _index([parts[u]["domain"] for u in used], known)
+        domain_names, domains = _index("domain", [parts[u]["domain"] for u in used], known)
     splits = [
         _split(datasets, u, parts[u], image, own, where, files, skip_bad_images)
         for u, own, where in zip(used, labels, domains, strict=True)
@@ -147,19 +147,21 @@ def _label(datasets: Any, part: Any) -> str:
     return found[0]
 
 
-def _index(columns: list[Any], names: list[str] | None) -> tuple[tuple[str, ...], list[np.ndarray]]:
-    """Names and, for every column, the index of every row. Without given names: the sorted values."""
+def _index(what: str, columns: list[Any], names: list[str] | None) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """Names and, for every column, the index of every row. Without given names: the sorted values. Raises UserError for a
+    row that has none. what: a row has, for the message."""
     values = [list(column) for column in columns]
+    for column in values:
+        bad = [v for v in column if v is None or (names is not None and not 0 <= v < len(names))]
+        if bad:
+            raise UserError(
+                f"data set 'huggingface': {counted(len(bad), 'image has', 'images have')} no {what} ({bad[0]}); "
+                "choose another --test-part, or take them out of the data set."
+            )
     if names is None:
         every = sorted({value for column in values for value in column})
         place = {value: i for i, value in enumerate(every)}
         return tuple(map(str, every)), [np.array([place[v] for v in column], np.int64) for column in values]
-    for column in values:
-        if bad := [value for value in column if not 0 <= value < len(names)]:
-            raise UserError(
-                f"data set 'huggingface': {counted(len(bad), 'image has', 'images have')} no label ({bad[0]}); "
-                "choose another --test-part."
-            )
     return tuple(names), [np.array(column, np.int64) for column in values]
 
 
