@@ -259,6 +259,24 @@ def test_rows_without_a_label_are_told(column, named, tmp_path):
         load_dataset("huggingface", tmp_path / "d")
 
 
+@pytest.mark.parametrize("form", ["{}/{}-00000-of-00001.parquet", "data/{}/{}-0.parquet", "{}/{}/0000.parquet"])
+def test_parquet_files_of_several_configurations_are_not_joined(form, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    root = hub(tmp_path, "parquet")
+    for part in ("train", "validation"):
+        content = (root / "data" / f"{part}-00000-of-00001.parquet").read_bytes()
+        for name in ("large", "small"):
+            path = root / form.format(name, part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        (root / "data" / f"{part}-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match="2 configurations, which are different data sets: large, small") as caught:
+        load_dataset("huggingface", root)
+    one = str(caught.value).rpartition("--data-root ")[2]
+    assert one.endswith("small") and len(load_dataset("huggingface", one).train) == 6
+
+
 def test_web_dataset_shards(tmp_path):
     shard(tmp_path / "train" / "0.tar", *(sample(i, str(LABELS[i])) for i in range(4)))
     shard(tmp_path / "train" / "1.tar", *(sample(i, str(LABELS[i])) for i in (4, 5)))

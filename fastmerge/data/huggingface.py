@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -116,13 +117,28 @@ def _read(datasets: Any, root: str) -> tuple[dict[str, Any], list[str]]:
         raise UserError(f"{root} is a single split, saved by Dataset.save_to_disk. {LAYOUT}")
     files = sorted(glob.glob(os.path.join(glob.escape(root), "**", "*.parquet"), recursive=True))
     by_split: dict[str, list[str]] = {}
+    configurations: dict[str, str] = {}
     for file in files:
-        words = re.split(r"[^a-z]+", os.path.relpath(file, root).lower())
-        if found := [split for split in SPLITS if split in words]:
+        path = os.path.relpath(file, root)
+        if found := _splits(path):
             by_split.setdefault(found[0], []).append(file)
+            above = list(itertools.takewhile(lambda name: not _splits(name), path.split(os.sep)[:-1]))
+            configurations["/".join(name for name in above if name != "data")] = os.path.join(root, *above)
+    if len(configurations) > 1:
+        raise UserError(
+            f"data set 'huggingface': {root} has parquet files of {len(configurations)} configurations, which are different "
+            f"data sets: {', '.join(sorted(name or 'beside the folders' for name in configurations))}. Choose one, such as "
+            f"--data-root {max(configurations.values())}"
+        )
     if not by_split:
         raise UserError(f"data set 'huggingface': nothing found in {root} ({len(files)} parquet files). {LAYOUT}")
     return {split: datasets.Dataset.from_parquet(own) for split, own in by_split.items()}, files
+
+
+def _splits(path: str) -> list[str]:
+    """The splits that the words of a path name."""
+    words = re.split(r"[^a-z]+", path.lower())
+    return [split for split in SPLITS if split in words]
 
 
 def _image(datasets: Any, part: Any) -> str:
