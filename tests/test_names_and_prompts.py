@@ -11,6 +11,7 @@ import sys
 
 import open_clip
 import pytest
+import torch
 from image_trees import image_folder
 from published_trees import BIRDS, TREES, WNIDS, both, images, plant
 
@@ -20,6 +21,7 @@ from fastmerge.data.class_names import readable
 from fastmerge.data.recognise import BENCHMARKS
 from fastmerge.data.scenario import build_scenario
 from fastmerge.errors import UserError
+from fastmerge.models.text_embeddings import text_weights
 from fastmerge.report import results_rows
 
 
@@ -46,10 +48,19 @@ def test_names_of_folders(tmp_path, folders, names):
     assert data.class_names == names and data.keys == tuple(sorted(folders))
 
 
+class Remembering:
+    """A text tower that keeps its prompts."""
+
+    def encode(self, prompts, **options):
+        self.prompts = list(prompts)
+        return torch.ones(len(prompts), 4)
+
+
 TEMPLATES = [
     ("openai80", [t("x") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]),
     ("simple7", [t("x") for t in open_clip.SIMPLE_IMAGENET_TEMPLATES]),
     ("an origami {}", ["an origami x"]),
+    ("a {photo} of {} {", ["a {photo} of x {"]),  # braces are text
     ("FILE", ["a photo of a x.", "art of x"]),
     ("LIST", ["a photo of a x.", "art of x"]),
 ]
@@ -62,7 +73,9 @@ def test_template(tmp_path, name, spec, prompts):
     (tmp_path / "LIST").write_text(json.dumps(["a photo of a {}.", "art of {}"]))
     root = plant(tmp_path / "data", both("{part}/{}", ["a"])) if name == "folder" else None
     spec = str(tmp_path / spec) if spec in ("FILE", "LIST") else spec
-    assert [t.format("x") for t in load_dataset(name, root, template=spec).templates] == prompts
+    encoder = Remembering()
+    text_weights(encoder, ["x"], load_dataset(name, root, template=spec).templates, str(tmp_path))
+    assert encoder.prompts == prompts
 
 
 @pytest.mark.parametrize(

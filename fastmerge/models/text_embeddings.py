@@ -42,7 +42,7 @@ def text_weights(
         return load_file(path)["weight"]
     except (OSError, SafetensorError, KeyError):
         pass  # missing or damaged: computed below
-    prompts = [template.format(name) for name in class_names for template in templates]
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
     rows = encoder.encode(prompts, device=device, progress=progress).view(len(class_names), len(templates), -1)
     weight = F.normalize(rows.mean(1), dim=1)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.part")
