@@ -15,7 +15,7 @@ import torch
 from image_trees import truncate, write_tree
 
 from fastmerge.data import load_dataset
-from fastmerge.data.cache import CHUNK, ImageCache, StreamedImages
+from fastmerge.data.cache import CHUNK, ImageCache, StreamedImages, _free_bytes, _free_in_cgroups
 from fastmerge.data.dataset import Split
 from fastmerge.errors import UserError
 
@@ -233,6 +233,30 @@ def test_the_budget_follows_the_free_memory(monkeypatch, device, given, budget):
     free = {"cpu": 80 * 10**9, "cuda": 78 * 10**9}
     monkeypatch.setattr("fastmerge.data.cache._free_bytes", lambda where: free[where.type])
     assert ImageCache(SIZE, device, given).budget_bytes == budget
+
+
+def group(folder, version, limit, used, cached):
+    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), 2: ("max", "current", "inactive_file")}
+    folder.mkdir(parents=True, exist_ok=True)
+    most, current, files = names[version]
+    (folder / f"memory.{most}").write_text(f"{limit}\n")
+    (folder / f"memory.{current}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{files} {cached}\n")
+
+
+def test_limits_of_containers_and_jobs_count(tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.write_text("0::/job/step\n")
+    group(tmp_path / "2", 2, 900, 500, 100)
+    group(tmp_path / "2/job", 2, 700, 400, 0)
+    group(tmp_path / "2/job/step", 2, "max", 400, 0)
+    assert sorted(_free_in_cgroups(tmp_path / "2", own)) == [300, 500]
+    own.write_text("9:cpu,cpuacct:/x\n4:memory:/host/path\n")  # in a container the path is the host's
+    group(tmp_path / "1/memory", 1, 900, 950, 30)
+    assert _free_in_cgroups(tmp_path / "1", own) == [0]
+    assert _free_in_cgroups(tmp_path / "1", tmp_path / "none") == []
+    monkeypatch.setattr("fastmerge.data.cache._free_in_cgroups", lambda: [12345])
+    assert _free_bytes(torch.device("cpu")) == 12345
 
 
 def test_beside_a_gpu_the_next_images_have_the_hosts_memory(monkeypatch):

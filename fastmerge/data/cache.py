@@ -8,10 +8,12 @@ images, so the results of a run do not depend on the budget.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -213,6 +215,32 @@ def _free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: only budget_bytes is the limit
         return 1 << 62
+    return min([free, *_free_in_cgroups()])
+
+
+def _free_in_cgroups(mounts: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What the memory limits of this process (of a container, of a job) leave, in bytes, without file caches, which the
+    kernel gives back. Limits of all groups above its own count; a container sees its own as the topmost one."""
+    free = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, group = line.split(":", 2)
+            if kinds == "":
+                mount, limit, used, cached = mounts, "memory.max", "memory.current", "inactive_file"
+            elif "memory" in kinds.split(","):  # version 1
+                mount, limit, used, cached = (
+                    mounts / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+                )  # fmt: skip
+            else:
+                continue
+            inside = PurePosixPath(group).relative_to("/")
+            for folder in (mount / inside, *(mount / above for above in inside.parents)):
+                with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+                    most = int((folder / limit).read_text())
+                    stat = dict(pair.split() for pair in (folder / "memory.stat").read_text().splitlines())
+                    taken = int((folder / used).read_text()) - int(stat.get(cached, 0))
+                    free.append(max(0, most - taken))
+    return free
