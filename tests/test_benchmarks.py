@@ -373,6 +373,13 @@ def test_the_only_test_part_of_a_layout_may_be_named(tmp_path):
     assert "is tested on its val images only" in error_of("tiny-imagenet", root, test_part="test")
 
 
+@pytest.mark.parametrize("slash", ["/", "//", "/."])
+def test_a_slash_behind_the_root_finds_nothing_more(tmp_path, slash):
+    plant(tmp_path, TREES["imagenet-r", "LAMDA zip"][0])
+    root = tmp_path / "imagenet-r"
+    assert load_dataset("imagenet-r", f"{root}{slash}").notes == load_dataset("imagenet-r", root).notes
+
+
 def test_the_header_names_the_folder_that_is_tested_on(tmp_path):
     key = "cub200", "MagMax's and CMM's conversion"
     assert load_dataset("cub200", plant(tmp_path, TREES[key][0])).origin.split == "the train and val folders"

@@ -331,6 +331,7 @@ def _gaps(train: list[ClassFolder], classes: set[str], domains: tuple[str, ...])
 
 def _nested(a: str, b: str) -> bool:
     """Whether one of two folders is the other one or is in it."""
+    a, b = os.path.normpath(a), os.path.normpath(b)
     return os.path.commonpath([a, b]) in (a, b)
 
 
