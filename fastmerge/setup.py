@@ -93,7 +93,8 @@ class Setup:
     Attributes: scenario (with its data set), device, backbone and head of the first seed (random weights: of the last
     learner's seed), cache for decoded images, text_sha256: hash of the text tower that a text head comes from (else None),
     config with the defaults that depend on the data, fewer_tasks: whether the classes are too few for the default number
-    of tasks, retained: the data of `--retain` (or None), earlier: the run that this one continues (or None).
+    of tasks, retained: the data of `--retain`, with a head of the same seed (or None), earlier: the run that this one
+    continues (or None).
 
     progress(done, prompts) is called while a text head is computed. Raises Unprepared if something is missing.
     """
@@ -113,9 +114,8 @@ class Setup:
             training.compile = self.device.type == "cuda" and not training.checkpoint_gradients
         self.config = config = dataclasses.replace(config, training=training)
         with preparing():
-            unseen = load_retained(config, self.earlier)
+            self._unseen = load_retained(config, self.earlier)
         self._prepare(config.training.seeds[0])
-        self.retained = self._retained(unseen) if unseen is not None else None
         room = None if config.data.cache_gb is None else int(config.data.cache_gb * 1e9)
         self.cache = ImageCache(self.backbone.image_size, self.device, room)
 
@@ -150,6 +150,7 @@ class Setup:
                 )
             precision = self.config.training.precision or "fp32"
             self.text = ClassPrompts(encoder, self.dataset.class_names, self.device, precision)
+        self.retained = self._retained(self._unseen) if self._unseen is not None else None
         self._seed = seed
 
     def _retained(self, dataset: Dataset) -> Retained:

@@ -214,3 +214,12 @@ def test_heads_that_know_unseen_classes(tmp_path):
         learner = toy.learner(method=name)
         method = METHODS[name].build(learner, toy.nowhere(tmp_path), "strict")
         assert speaks(learner, method) == knows, name
+
+
+def test_every_seed_of_random_weights_has_its_own_text_tower_for_retained_data():
+    flags = [*FAST, "--retain", "test_transfer:hard", "--pretrained", "none", "--model", "tiny", "--head", "text"]
+    setup, alone = Setup(parse([*flags, "--seeds", "0", "1"])), Setup(parse([*flags, "--seeds", "1"]))
+    first = setup.retained.head.state_dict()
+    setup.learner(1)
+    torch.testing.assert_close(setup.retained.head.state_dict(), alone.retained.head.state_dict())
+    assert not torch.equal(first["weight"], alone.retained.head.state_dict()["weight"])
