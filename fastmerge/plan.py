@@ -111,9 +111,13 @@ def named_rules(name: str, rest: str, config: Config) -> Config:
 
 
 def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
-    """What NAME:... may set -> (group, setting); also under the name group.setting. The method's own come first."""
+    """What NAME:... may set -> (group, setting); also under the name group.setting. The method's own come first, then those
+    of other rules that `config` names; what the method does not read is not among them."""
     method, found = METHODS[name], dict[str, tuple[str, str]]()
-    places = [(group, setting) for group in method.groups_read(config) for setting in vars(getattr(config, group))]
+    read = method.groups_read(config)
+    groups = dict.fromkeys([*(group for group in method.groups if group in read), *read])
+    places = [(group, setting) for group in groups for setting in vars(getattr(config, group))]
+    places = [place for place in places if ".".join(place) not in method.unread(config)]
     if method.trains:
         other = dataclasses.replace(config.training, merge_epochs=config.training.merge_epochs + 1, init_rule=ZERO_SHOT)
         changed_config = dataclasses.replace(config, training=other)

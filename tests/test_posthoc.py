@@ -4,7 +4,7 @@ import pytest
 import torch
 import toy
 
-from fastmerge.config import declarations
+from fastmerge.config import declarations, to_dict
 from fastmerge.errors import UserError
 from fastmerge.fisher_pass import FisherPass
 from fastmerge.merging import build_rule
@@ -353,8 +353,31 @@ def test_a_method_with_settings_of_its_own():
 
 
 @pytest.mark.parametrize(
+    ("spec", "group", "setting"),
+    [
+        ("dare-ties:scale=0.7", "ties", "scale"),  # it does not read that of dare
+        ("dare:scale=0.7", "dare", "scale"),
+        ("cofima:lam=0.7", "cofima", "lam"),
+        ("coma:lam=0.7", "coma", "lam"),
+        ("ties:init_rule=dare,scale=0.7", "ties", "scale"),  # the method's own, not that of the other rule
+        ("ties:init_rule=dare,dare.scale=0.7", "dare", "scale"),
+        ("dare-ties:init_rule=dare,dare.scale=0.7", "dare", "scale"),  # here the other rule reads it
+        ("cofima:init_rule=fisher,lam=0.7", "cofima", "lam"),
+        ("cofima:init_rule=fisher,fisher.lam=0.7", "fisher", "lam"),
+    ],
+)
+def test_which_of_two_settings_with_one_name_a_row_sets(spec, group, setting):
+    _, config = read_method(spec, toy.parse(["--protocol", "full"]))
+    values, usual = to_dict(config), to_dict(toy.parse(["--protocol", "full"]))
+    changes = {(g, s) for g in values for s in values[g] if g != "training" and values[g][s] != usual[g][s]}
+    assert changes == {(group, setting)} and values[group][setting] == 0.7
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("dare-ties:dare.scale=2", "expected dare-ties:SETTING=VALUE"),  # TIES has the scale
+        ("cofima:fisher.lam=0.2", "expected cofima:SETTING=VALUE"),
         ("ties:densty", "expected ties:SETTING=VALUE.*Did you mean: density"),
         ("ties:densty=0.5", "Did you mean: density"),
         ("ties:density", "density needs a value, as in ties:density=VALUE"),

@@ -32,6 +32,7 @@ class DareTies(Ties):
     """TIES on the task vectors after dropping. p is a setting of `dare`; the other settings are those of `ties`."""
 
     groups = ("dare", "ties")
+    unread = ("dare.scale",)
 
     def __init__(self, base: Base, dare: Any, ties: Any):
         super().__init__(base, ties)

@@ -42,6 +42,7 @@ class CoFiMA(Fisher):
     """Fisher merging with the settings of `cofima`."""
 
     groups = ("cofima",)
+    unread = ("fisher.accumulate", "fisher.lam")
 
 
 class CoMA(Rule):

@@ -83,6 +83,7 @@ class Rule:
     """
 
     groups: ClassVar[tuple[str, ...]] = ()  # the groups of settings it reads
+    unread: ClassVar[tuple[str, ...]] = ()  # settings of them that change nothing, as GROUP.SETTING
     needs_base: ClassVar[bool] = True  # whether theta_init must be kept
     begins_at_base: ClassVar[bool] = False  # whether theta_init is its first model, so that it changes a single one
     needs_fisher: ClassVar[bool] = False  # whether update() needs the model's diagonal Fisher, `[n]`

@@ -70,6 +70,11 @@ class Method(ABC):
         return cls.groups
 
     @classmethod
+    def unread(cls, config: Config) -> set[str]:
+        """Settings of these groups, as GROUP.SETTING, that change nothing: a row of a table cannot set them."""
+        return set()
+
+    @classmethod
     def trajectory(cls, config: Config, protocol: str | None) -> str | None:
         """The un-merged training that it shares with other methods: 'sequential', 'independent', or None."""
         return None

@@ -135,9 +135,20 @@ class PostHoc(Method):
         return config.training.protocol
 
     @classmethod
+    def rules_read(cls, config: Config) -> list[str]:
+        """The rules that merge under any of the protocols, each once."""
+        return list(dict.fromkeys(n for p in config.training.protocol for n in rules_of(cls.rule_name, p, config)))
+
+    @classmethod
     def groups_read(cls, config: Config) -> tuple[str, ...]:
-        names = [name for protocol in config.training.protocol for name in rules_of(cls.rule_name, protocol, config)]
-        return tuple(dict.fromkeys(group for name in names for group in groups_of(name)))
+        return tuple(dict.fromkeys(group for name in cls.rules_read(config) for group in groups_of(name)))
+
+    @classmethod
+    def unread(cls, config: Config) -> set[str]:
+        names = cls.rules_read(config)
+        readers = {group: [name for name in names if group in groups_of(name)] for group in cls.groups_read(config)}
+        unread = {setting for name in names for setting in RULES[name].unread}
+        return {s for s in unread if all(s in RULES[name].unread for name in readers[s.partition(".")[0]])}
 
     @classmethod
     def trajectory(cls, config: Config, protocol: str | None) -> str | None:
