@@ -276,6 +276,22 @@ def test_the_last_step_says_where_the_search_ended_and_why(space):
     assert len(said) == (float(last["sign_steps"]) > 0.9)
 
 
+@pytest.mark.parametrize("per", ["model", "block"])
+def test_a_task_that_moves_nothing_ends_in_numbers(per, tmp_path):
+    flags = ["--epochs=0", "--merge-epochs=1", "--trm.lambda1=0", f"--trm.per={per}"]
+    learner = toy.learner(*flags, method="l2p")  # a toy with blocks
+    method = trm.TRM.build(learner, toy.nowhere(tmp_path), None)
+    for task, images in toy.tasks()[:2]:
+        learner.grow_head(task, images)
+        during = method.begin(task)
+        toy.work(method.train(task, images, during))
+        search = method.merge(task, images, during)
+    last = [search.step(i) for i in range(search.steps)][-1]
+    assert last["effective_alpha"] == 0 and last["mask_noise"] == 0
+    assert all(torch.as_tensor(value).isfinite() for value in last.values())
+    assert learner.theta.isfinite().all()
+
+
 OBJECTIVES = [lambdas for lambdas in itertools.product((0, 1), repeat=3) if any(lambdas)]
 
 

@@ -266,7 +266,8 @@ class Search(Phase):
         that kept its sign, and would have ended elsewhere with more steps.
 
         With `--trm.per block` also alpha_<group>, beta_<group> and effective_alpha_<group>; mask_noise is then the distance
-        from the plane of all d_k, and sign_steps that of the mean alpha.
+        from the plane of all d_k, and sign_steps that of the mean alpha. Where training moved nothing, ||d|| counts as 1 and
+        effective_alpha is 0.
         """
         values = self.coefficients.detach().clone()
         values[1:] = 0
@@ -281,6 +282,7 @@ class Search(Phase):
         for start, end, k in self.groups.pieces:
             off[k] += (moved[start:end] - position[k] * d[start:end]).square().sum()
         size, beta = sizes.sum(), self.coefficients.detach()[1]
+        size = size.where(size > 0, 1.0)
         values = self.coefficients.detach().clone()
         if self.groups.names:  # P is a unit vector as a whole, not in a group
             before = self.learner.theta.clone()
