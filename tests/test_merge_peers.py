@@ -107,6 +107,23 @@ def test_equals_mergekit(files, mergekit, weights):
     close(merge("breadcrumbs", weights=weights, out="c.safetensors", density=0.4, gamma=0.05, scale=1), crumbs)
 
 
+def test_a_density_of_one_equals_mergekit(files, mergekit):
+    """Breadcrumbs drops no outliers that it may keep, and SCE keeps what all models agree on."""
+    base, models = files
+    base, *models = [{n: m[n] for n in ("b.weight", "b.bias")} for m in (base, *models)]
+    for model in models:
+        model["b.weight"][:, 0] = base["b.weight"][:, 0] + 1
+        model["b.bias"][1:] = base["b.bias"][1:]
+    for name, content in zip(["base.safetensors", *MODELS], [base, *models], strict=True):
+        save_file(content, name)
+    for density, gamma in ((1.0, 0.3), (0.8, 0.5)):
+        crumbs = mergekit("breadcrumbs", models, base, (1.0, 1.0, 1.0), density=density, gamma=gamma)
+        close(merge("breadcrumbs", out=f"{density}.safetensors", density=density, gamma=gamma, scale=1), crumbs)
+    sce = mergekit("sce", models, base, select_topk=1.0)
+    assert (sce["b.weight"][:, 0] - base["b.weight"][:, 0]).abs().max() > 0.5
+    close(merge("sce", out="sce.safetensors", density=1), sce)
+
+
 def test_ties_equals_peft(files):
     rules = pytest.importorskip("peft.utils.merge_utils")
     base, models = files
@@ -232,7 +249,7 @@ ALONG = {
     "ties": [{"weight": [0, 1], "density": [0.3, 1.0]}, {"weight": 2.0, "density": [0.3, 1.0]}],
     "slerp": [{}, {"t": SPLIT}],
     "nuslerp": [{"weight": [1, 0.2]}, {"weight": 3.0}],
-    "breadcrumbs": [{"weight": 0.5, "density": [0.3, 0.7], "gamma": 0.2}, {"density": [0.3, 0.7], "gamma": 0.2}],
+    "breadcrumbs": [{"weight": 0.5, "density": [0.3, 1.0], "gamma": 0.2}, {"density": [0.3, 1.0], "gamma": 0.2}],
     "dare_linear": [{"weight": 0.5}, {"weight": 2.0}],  # of density 1: nothing is random
     "dare_ties": [{"weight": 0.5}, {"weight": [2.0, 1.0]}],
     "sce": [{"select_topk": [0.4, 1.0]}] * 2,
@@ -366,7 +383,6 @@ def test_what_cannot_be_read_is_named(folder):
         ("ties", {"parameters": {"weight": ["a", 0.9]}}, r"weight \['a', 0.9\]: expected a number, or numbers along"),
         ("ties", {"parameters": {"weight": [{"filter": "a"}]}}, "expected entries with `value:`"),
         ("sce", {"parameters": {"weight": 1}}, "parameter weight of sce"),
-        ("breadcrumbs", {"parameters": {"density": [0.5, 1]}}, "reaches 1 along the layers"),
         (
             "task_arithmetic",
             {"parameters": {"weight": [0, 1], "normalize": True}},

@@ -429,7 +429,8 @@ def breadcrumbs(case):
 
     def masked(d):
         order = d.abs().flatten().argsort(descending=True)
-        outliers, kept = int(s.gamma * d.numel()), int(s.density * d.numel())
+        kept = int(s.density * d.numel())
+        outliers = min(int(s.gamma * d.numel()), d.numel() - kept)
         mask = torch.zeros(d.numel(), dtype=torch.bool)
         mask[order[outliers : outliers + kept]] = True
         return d * mask.view(d.shape)
@@ -444,7 +445,7 @@ def sce(case):
             return ds[0]
         variance = (rows - rows.mean(0)).square().mean(0)
         count = int(case.config.sce.density * int((variance > 0).sum()))
-        if count:
+        if count and case.config.sce.density < 1:
             rows = rows * (variance >= variance.sort(descending=True).values[count - 1])
         weights, merged = [float(row @ row) for row in rows], torch.zeros_like(rows[0])
         for k in range(rows.shape[1]):
@@ -532,7 +533,9 @@ VARIANTS = [(name, "near", {}) for name in RULES] + [
     ("tsv", "near", {"tsv": {"scale": 0.6}}),
     ("opcm", "near", {"opcm": {"alpha": 0.9}}),
     ("breadcrumbs", "near", {"breadcrumbs": {"density": 0.5, "gamma": 0.1, "scale": 1.0}}),
+    ("breadcrumbs", "near", {"breadcrumbs": {"density": 0.8, "gamma": 0.5}}),
     ("sce", "near", {"sce": {"density": 1.0}}),
+    ("sce", "lattice", {"sce": {"density": 1.0}}),
     ("knots", "near", {"ties": {"scope": "tensor", "scale": 0.6, "density": 0.7}}),
     ("knots", "near", {"ties": {"merge": "sum", "density": 0.7}}),
 ]  # fmt: skip

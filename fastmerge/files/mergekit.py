@@ -204,7 +204,7 @@ def _options(path: Path, config: dict[str, Any], method: str) -> Options:
     if method == "ties":
         put([given["density"]], setting("density"))
     if method == "breadcrumbs":
-        put([given["density"], given["gamma"]], lambda density, gamma: (_crumbs(where, density, gamma), []))
+        put([given["density"], given["gamma"]], lambda density, gamma: ({"density": density, "gamma": gamma}, []))
     if method == "dare_linear":
         put([given["lambda"], *weights], lambda scale, *each: _dare(where, normalize, scale, each))
     elif method in ("task_arithmetic", "breadcrumbs") and normalize:
@@ -275,15 +275,6 @@ def _dare(where: str, normalize: bool, scale: Values, each: Sequence[Values]) ->
     if len(set(scale)) > 1 and len(set(totals)) > 1:
         raise UserError(f"{where}: dare_linear with lambda and the sum of the weights both changing along the layers")
     return {"scale": tuple(s * t for s, t in zip(scale, totals, strict=True))}, weights
-
-
-def _crumbs(where: str, density: Values, gamma: Values) -> dict[str, Values]:
-    """With density 1 mergekit drops nothing, the largest entries neither."""
-    if max(density) < 1 and max(density) + max(gamma) > 1:
-        raise UserError(f"{where}: breadcrumbs with density and gamma above 1 together is not here")
-    if max(density) >= 1 and min(density) < 1:
-        raise UserError(f"{where}: a density of breadcrumbs that reaches 1 along the layers is not here; end below it")
-    return {"density": density, "gamma": (0.0,) if min(density) >= 1 else gamma}
 
 
 def _text(values: Values) -> str:

@@ -4,7 +4,8 @@
     largest share `density` is kept
 
 As in mergekit, which has density and gamma; the paper names the two thresholds beta and gamma as percentiles. The defaults
-keep what is between the smallest 85 % and the largest 1 %. The sum is enough, so it keeps Theta(n).
+keep what is between the smallest 85 % and the largest 1 %. Where density + gamma is above 1, density holds and fewer
+outliers are dropped; with density 1 none. The sum is enough, so it keeps Theta(n).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Breadcrumbs(Rule):
         (total,) = self.zeros("total")
         delta, s = fk.axpy(theta, self.base.theta, -1.0), self.settings
         for mine, out in zip(self.base.tensors(delta), self.base.tensors(total), strict=True):
-            outliers, kept = int(s.gamma * len(mine)), int(s.density * len(mine))
-            order = mine.abs().topk(min(len(mine), outliers + kept)).indices[outliers:]
+            kept = int(s.density * len(mine))
+            outliers = min(int(s.gamma * len(mine)), len(mine) - kept)
+            order = mine.abs().topk(outliers + kept).indices[outliers:]
             out[order] += mine[order]
 
     def _write(self, out: Tensor) -> Tensor:
