@@ -1,6 +1,7 @@
 """Compare CLG-CBM with plain loops over torch's own modules, and the choice of concepts with the released loop."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 
 from fastmerge.errors import UserError
 from fastmerge.flags import parse
+from fastmerge.methods import clg_cbm
 from fastmerge.methods.clg_cbm import CLGCBM, Bottleneck, Gate
 from fastmerge.models.concepts import ConceptHead, alignment, nearest_unused
+from fastmerge.parts import OutOfMemory
 from fastmerge.report import results_rows
 
 FLAGS = (
@@ -191,6 +194,25 @@ def test_it_goes_on_in_the_middle(stop):
         heads.append(learner.head.state_dict())
     for name, tensor in heads[0].items():
         assert torch.equal(heads[1][name], tensor), name
+
+
+@pytest.mark.parametrize("what", ["mahalanobis", "positions"])
+def test_a_part_that_memory_cuts_off_while_it_opens_is_not_begun_twice(what, monkeypatch):
+    """Neither the gate nor, behind it, the layer: the last checkpoint counts."""
+    learner = toy.learner(*FLAGS)
+    method, (task, images) = CLGCBM(learner), toy.tasks()[0]
+    phase = method.merge(task, images, method.begin(task))
+    first = phase.batches.steps + (phase.gate_steps if what == "positions" else 0)
+    for i in range(first):
+        phase.step(i)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(clg_cbm, what, full)
+    with pytest.raises(OutOfMemory) as error:
+        learner.parts.attempt(partial(phase.step, first))
+    assert error.value.changed
 
 
 def test_epochs_are_chosen_on_test_images_only_if_asked():

@@ -1,5 +1,7 @@
 """L2P, DualPrompt and CODA-Prompt against plain loops over images, which share no code with them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -328,7 +330,17 @@ def test_prompts_that_start_at_the_mean_token():
         tokens = vit._pos_embed(vit.patch_embed(first))[:, 1:]
         mean = torch.stack([token for image in tokens for token in image]).mean(0)
     assert torch.equal(method.pool.prompts, drawn)
-    phase.step(0)
+    its, said = phase.loss, []
+    learner.parts.say = said.append
+
+    def full_once(*batch):
+        if not said:
+            raise torch.OutOfMemoryError("full")
+        return its(*batch)
+
+    phase.loss = full_once
+    learner.parts.attempt(partial(phase.step, 0))
+    assert len(said) == 1 and "4 at once" in said[0]
     torch.testing.assert_close(method.pool.prompts.detach(), mean + 0.1 * mean.std() * drawn)
     began = method.pool.prompts.detach().clone()
     phase.step(1)

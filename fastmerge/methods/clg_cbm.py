@@ -184,6 +184,7 @@ class LearnConcepts(StatisticsPass):
         return {"loss": loss.detach()}
 
     def open_gate(self) -> None:
+        self.learner.parts.changes()
         settings, texts = self.settings, self.embeddings.double()
         generator = self.learner.generator("gate", self.task.index)
         gate = Gate(len(texts), texts.shape[1], len(self.fresh), generator).to(self.learner.device)
@@ -222,6 +223,7 @@ class LearnConcepts(StatisticsPass):
 
     def open_bottleneck(self, chosen: Tensor) -> None:
         learner, head, gaussians = self.learner, self.head, self.method.gaussians
+        learner.parts.changes()
         self.chosen, self.best, self.epoch = chosen, {}, -1
         count = len(head.layer) + len(chosen)
         generator = learner.generator("bottleneck", self.task.index)

@@ -52,7 +52,8 @@ class L2P(PromptMethod):
             return
         learner = self.learner
         mean = learner.without_gradient(partial(mean_tokens, learner.backbone), pixels).mean(0)
-        self.pool.prompts.mul_(NOISE * mean.std()).add_(mean)
+        drawn = self.start(learner.backbone, learner.generator("pool")).prompts.to(mean.device)  # not what is there
+        self.pool.prompts.copy_(drawn.mul_(NOISE * mean.std()).add_(mean))
 
     def start(self, backbone: Backbone, generator: torch.Generator) -> L2PPool:
         s, d = self.settings, backbone.feature_dim

@@ -61,7 +61,8 @@ class PromptMethod(Method):
             check_prompts(backbone, (0,), flag, tokens=True)
 
     def first_batch(self, task: Task, pixels: Tensor) -> None:
-        """Called before the first step of a task with its images, uint8 `[b, 3, s, s]`: what starts from images."""
+        """Called before the first step of a task with its images, uint8 `[b, 3, s, s]`: what starts from images. Called again
+        where the step is done again (after an out-of-memory error), so it must not build on what it wrote."""
 
     def begin(self, task: Task) -> Tensors:
         if task.index:
