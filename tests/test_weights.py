@@ -211,6 +211,20 @@ def test_a_file_of_open_clip_takes_what_its_tags_say(name, tmp_path, monkeypatch
     assert load_backbone(f"{name}.{tag}", saved(tmp_path / "w.pt", state_of("tiny")))[0].mean == backbone.mean
 
 
+def test_an_archive_of_openai_in_a_timm_model_needs_quickgelu(tmp_path, monkeypatch):
+    name, twin = "vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"
+    small_file(name, tmp_path / "unused.pt", monkeypatch)
+    vision = {"image_size": 32, "patch_size": 16, "width": 24, "head_width": 8, "layers": 1}
+    text = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
+    state = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).state_dict()
+    extra = {n: torch.tensor(1) for n in ("input_resolution", "context_length", "vocab_size")}
+    path = saved(tmp_path / "archive.pt", state | extra)
+    given = Normalisation(HALF, HALF, "given")
+    with pytest.raises(UserError, match=rf"--model {name} .*archive.pt: .*QuickGELU.*Use --model {twin}$"):
+        load_backbone(name, path, normalisation=given)
+    assert "OpenAI's archive" in load_backbone(twin, path, normalisation=given)[0].weights
+
+
 def test_mean_and_std_of_the_command_line():
     backbone = Setup(parse("--mean 0.1 0.2 0.3 --std 0.4 0.5 0.6 --head linear".split())).backbone
     assert (backbone.mean, backbone.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

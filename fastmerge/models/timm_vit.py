@@ -17,7 +17,7 @@ from fastmerge.errors import UserError, nearest
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.hub import from_hub_cache, missing_weights
 from fastmerge.models.normalisation import Normalisation, Numbers, choose
-from fastmerge.models.weights import check_finite, fit, read, reason, refused, some
+from fastmerge.models.weights import ARCHIVE, check_finite, fit, read, reason, refused, some
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -123,7 +123,16 @@ def load(
         default = pair_of(timm.get_pretrained_cfg(name))
         about = choose(name, tags := tag_normalisations(name), default, tag=tag, file=None if normalisation else file)
         model = timm.create_model(f"{name}.{tag}" if tag in tags else name, num_classes=0)
-        weights = "random weights" if file is None else f"file {file}{load_file(model, Path(file), name)}"
+        weights = "random weights"
+        if file is not None:
+            words = load_file(model, Path(file), name)
+            twin = name.replace("_clip_", "_clip_quickgelu_")
+            if ARCHIVE in words and twin != name and timm.is_model(twin):
+                raise UserError(
+                    f"--model {name} --pretrained {file}: the file is {ARCHIVE}, trained with QuickGELU, and the model uses "
+                    f"GELU, which silently costs several points of accuracy. Use --model {twin}"
+                )
+            weights = f"file {file}{words}"
         return TimmBackbone(name, model, weights=weights, normalisation=normalisation or about), None
     path, tag, looked = find_weights(name, pretrained, download)
     overlay = None if path is None else {"file": str(path)}
