@@ -5,6 +5,9 @@ pytest tests/test_data_files.py
 
 from __future__ import annotations
 
+import io
+import struct
+
 import numpy as np
 import pytest
 from image_trees import write_image
@@ -74,6 +77,16 @@ def test_values_of_unknown_range_are_refused(kind, tmp_path):
             decode(image, 4) if image else square(Image.fromarray(np.ones((9, 9), kind)), 4)
     (tmp_path / "x.pgm").write_bytes(b"P5 2 2 65535\n" + np.full(4, 40000, ">u2").tobytes())  # mode I, of 16 bits
     assert (decode(str(tmp_path / "x.pgm"), 2) == round(40000 / 257)).all()
+
+
+@pytest.mark.parametrize("packed, grey", [(b"\xff\xff\xff", 255), (b"\x80\x08\x00", 128), (b"\x01\x00\x10", 1)])
+def test_a_12_bit_tiff_has_its_own_range(packed, grey):
+    """Two pixels in three bytes; 4095 is white."""
+    pixels = packed * 8
+    tags = {256: 4, 257: 4, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 4, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
+    assert (decode(io.BytesIO(file), 4) == grey).all()
 
 
 def test_folder_that_cannot_be_listed_is_named(tmp_path):

@@ -26,6 +26,7 @@ from fastmerge.data.archives import archives
 from fastmerge.errors import UserError
 
 HASHED_BYTES = 2_000_000_000  # seconds to read at every start; a large data set is known by the sizes of its files
+BITS = 258  # TIFF's tag BitsPerSample
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow names these formats but cannot decode them by itself
 
 
@@ -93,8 +94,11 @@ def _rgb(image: Image.Image) -> Image.Image:
         kind = "floats" if image.mode == "F" else "32-bit integers"
         raise ValueError(f"its values are {kind} of unknown range; convert it to 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16-bit values at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        top = (
+            4095 if getattr(image, "tag_v2", {}).get(BITS) == (12,) else 65535
+        )  # Pillow keeps the values of a 12-bit TIFF
+        values = np.asarray(image).astype(np.int64).clip(0, top)
+        return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
