@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from fastmerge import console
 from fastmerge.__main__ import main
 from fastmerge.data import load_dataset
+from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import build_scenario
+from fastmerge.methods import METHODS
 from fastmerge.methods.ewc import EWC
 from fastmerge.methods.lwf import LwF
+from fastmerge.models.heads import PrototypeHead
 from fastmerge.report import warmup_warning
 from fastmerge.training import Train, learning_rate, positions
 
@@ -87,6 +90,24 @@ def test_online_ewc_decays_the_older_fishers():
     old, merge = method.fisher.clone(), method.merge(task, images, during)
     toy.work(merge)
     torch.testing.assert_close(method.fisher, 0.25 * old + merge.fisher)
+
+
+@pytest.mark.parametrize("name", ["lwf", "icarl"])
+def test_a_known_class_without_an_image(name, tmp_path):
+    """A prototype head gives it the logit -inf, in the teacher and in the model."""
+    learner = toy.learner("--epochs=1", "--lwf.lam=1", "--icarl.exemplars=12")
+    learner.head = PrototypeHead(5, toy.CLASSES)
+    method, found = METHODS[name].build(learner, toy.nowhere(tmp_path), None), []
+    for task, images in toy.tasks()[:2]:
+        if not task.index:
+            rows = images.labels != 1
+            images = TaskImages(images.images[rows], images.labels[rows], 0)
+        learner.grow_head(task, images)
+        phase = method.train(task, images, method.begin(task))
+        found += [phase.step(i)["loss"] for i in range(phase.steps)]
+        phase.finish()
+        toy.work(method.merge(task, images, {}))
+    assert torch.stack(found).isfinite().all() and learner.theta.isfinite().all()
 
 
 @pytest.mark.parametrize("head", ["text", "linear"])

@@ -3,8 +3,9 @@
     python -m fastmerge --method lwf --lwf.lam 1 --lwf.temperature 2
 
 Loss: cross-entropy over the task's classes + lam * cross-entropy between the predictions of theta_{t-1} (teacher) and of the
-model over all classes learned before, both softened by the temperature. As in the paper there is no factor T^2. The teacher
-sees the same augmented images and uses the head from the start of the task.
+model over all classes learned before (with a prototype head, of which it has seen an image), both softened by the
+temperature. As in the paper there is no factor T^2. The teacher sees the same augmented images and uses the head from the
+start of the task.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class Distil(Train):
             self.teacher_head = copy.deepcopy(self.learner.head)
             self.teacher_head.load_state_dict(select(during, "teacher_head"))
             self.teacher_head.to(self.learner.device)
+            # a prototype head has the logit -inf for a class of which it has seen no image: there is nothing to keep
+            probe = self.learner.theta.new_zeros(1, self.learner.backbone.feature_dim)
+            self.known = self.known[self.learner.head(probe, self.known)[0].detach().isfinite()]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         method, learner = self.method, self.learner
