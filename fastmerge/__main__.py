@@ -163,8 +163,10 @@ def run(config: Any) -> int:
         for run in plan(config, scenario, setup.earlier)
     ]
     for run in runs:  # before anything is trained or written
-        METHODS[run.method].check(run.config, setup.backbone)
+        its_model = dataclasses.replace(run.config.model, head=setup.head.kind)
+        METHODS[run.method].check(dataclasses.replace(run.config, model=its_model), setup.backbone)
         METHODS[run.method].check_classes(run.config, setup.dataset.class_names)
+        METHODS[run.method].check_tasks(run.config, run.scenario)
         if run.config.training.checkpoint_gradients and METHODS[run.method].trains:
             blocks_of(setup.backbone)
     manifest = scenario.manifest() | {

@@ -7,13 +7,14 @@ that returns in another domain gets exemplars of its own there, and all pairs of
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.rehearsal import Joined
-from fastmerge.data.scenario import Task
+from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError
 from fastmerge.statistics_pass import ByClass, StatisticsPass, Sums
 from fastmerge.training import Learner, Phase
@@ -32,12 +33,7 @@ class Exemplars:
 
     def check_room(self, task: Task) -> None:
         """Raise UserError if some pair would have no exemplar after the task."""
-        needed = len(self.sizes) + len(task.classes)
-        if needed > self.most:
-            raise UserError(
-                f"{task.name}: {self.flag} {self.most} is less than one image for each of {needed} pairs of class and task; "
-                "give a larger number with another --run-dir"
-            )
+        _check_room(self.most, self.flag, task, len(self.sizes))
 
     def joined(self, images: TaskImages) -> TaskImages:
         """The images of a task, then the exemplars."""
@@ -53,6 +49,23 @@ class Exemplars:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         self.exemplars, self.labels, self.sizes = tensors["exemplars"], tensors["labels"], tensors["sizes"].tolist()
+
+
+def check_tasks(most: int, flag: str, scenario: Scenario) -> None:
+    """Raise UserError if some pair would have no exemplar after one of the tasks. most, flag: as of `Exemplars`."""
+    pairs = 0
+    for task in scenario.tasks:
+        _check_room(most, flag, task, pairs)
+        pairs += len(np.unique(scenario.dataset.train.labels[task.train]))  # a class without an image has no exemplars
+
+
+def _check_room(most: int, flag: str, task: Task, pairs: int) -> None:
+    """pairs: before the task."""
+    if (needed := pairs + len(task.classes)) > most:
+        raise UserError(
+            f"{task.name}: {flag} {most} is less than one image for each of {needed} pairs of class and task; give a larger "
+            "number with another --run-dir"
+        )
 
 
 class AllFeatures(Sums):

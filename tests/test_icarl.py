@@ -1,11 +1,14 @@
 """Compare iCaRL with a plain loop, and herding with the loop of the released code."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import toy
 
+from fastmerge.__main__ import main
 from fastmerge.data.rehearsal import Joined
 from fastmerge.errors import UserError
 from fastmerge.evaluate import accuracies
@@ -124,6 +127,15 @@ def test_too_few_exemplars():
     learner = toy.learner("--icarl.exemplars=3", "--epochs=1")
     with pytest.raises(UserError, match="task 2: --icarl.exemplars 3 is less than one image for each of 4 pairs"):
         toy.drive(learner, ICaRL(learner))
+
+
+@pytest.mark.parametrize("name", ["icarl", "proof"])
+def test_too_few_exemplars_for_a_later_task_are_refused_before_training(name, tmp_path, capsys):
+    flags = ["--method", f"{name}:exemplars=20", "--tasks", "3", "--device", "cpu", "--run-dir", str(tmp_path / "r")]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"task 2.*: --{name}.exemplars 20 is less than one image for each of \d+ pairs", said)
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_table_says_what_keeps_images():

@@ -16,6 +16,7 @@ from fastmerge.methods.vpt import VPT
 from fastmerge.models import load_backbone, text_context
 from fastmerge.models.openclip import TextEncoder
 from fastmerge.models.text_context import NAMELESS, ClassPrompts
+from fastmerge.models.tiny import create_tiny
 from fastmerge.setup import Setup
 
 CPU = torch.device("cpu")
@@ -139,6 +140,16 @@ def test_other_heads_are_refused(flags, tmp_path, capsys):
     assert main(["--method", "coop", *flags.split(), "--device", "cpu", "--run-dir", str(tmp_path / "r")]) == 2
     assert "--method coop uses the text tower in training, so it needs --head text" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["proof", "rapf"])
+def test_weights_without_a_text_tower_are_refused_where_texts_are_needed(name, tmp_path, capsys):
+    """A file of the image tower alone has a prototype head unless --head says something else."""
+    tower = {name: x for name, x in create_tiny().state_dict().items() if name.startswith("visual.")}
+    torch.save(tower, tmp_path / "tower.pt")
+    flags = ["--model", "tiny", "--pretrained", str(tmp_path / "tower.pt")]
+    assert main(["--method", name, *flags, "--device", "cpu", "--run-dir", str(tmp_path / "r")]) == 2
+    assert "needs --head text and a model with a text tower (given: --head prototype" in capsys.readouterr().err
 
 
 def test_the_tower_is_kept_only_for_methods_that_need_it():

@@ -20,14 +20,16 @@ import torch
 
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
-from fastmerge.data.scenario import Task
-from fastmerge.exemplars import Exemplars
+from fastmerge.data.scenario import Scenario, Task
+from fastmerge.exemplars import Exemplars, check_tasks
 from fastmerge.methods.lwf import Distil, LwF
 from fastmerge.methods.method import Tensors
 from fastmerge.models.features import Features, with_head
 from fastmerge.models.heads import PrototypeHead
 from fastmerge.settings.statistics import ICaRLSettings
 from fastmerge.training import Learner, Phase
+
+EXEMPLARS = "--icarl.exemplars"
 
 
 class ICaRL(LwF):
@@ -40,7 +42,11 @@ class ICaRL(LwF):
     def __init__(self, learner: Learner):
         super().__init__(learner)
         self.settings = learner.config.icarl
-        self.kept = Exemplars(learner, self.settings.exemplars, "--icarl.exemplars")
+        self.kept = Exemplars(learner, self.settings.exemplars, EXEMPLARS)
+
+    @classmethod
+    def check_tasks(cls, config: Config, scenario: Scenario) -> None:
+        check_tasks(config.icarl.exemplars, EXEMPLARS, scenario)
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:

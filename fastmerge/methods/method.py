@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
-from fastmerge.data.scenario import Task
+from fastmerge.data.scenario import Scenario, Task
 from fastmerge.errors import UserError
 from fastmerge.models.features import Features, plain
 from fastmerge.models.lora import check_rank
@@ -91,7 +91,8 @@ class Method(ABC):
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
-        """Raise UserError for a setting that the backbone cannot serve, before anything is trained."""
+        """Raise UserError for a setting that the backbone cannot serve, before anything is trained. config: with the kind
+        of head that the run has."""
         if cls.lora and cls.trains and config.training.lora_rank:
             check_rank("--lora-rank", config.training.lora_rank, backbone, ADAPTED)
         if cls.lora and cls.trains and config.training.prompt_length:
@@ -100,6 +101,10 @@ class Method(ABC):
     @classmethod
     def check_classes(cls, config: Config, names: Sequence[str]) -> None:
         """Raise UserError for a setting that does not fit the classes of the data, before anything is trained."""
+
+    @classmethod
+    def check_tasks(cls, config: Config, scenario: Scenario) -> None:
+        """Raise UserError for a setting that does not fit the tasks, before anything is trained."""
 
     @classmethod
     def contents(cls, config: Config) -> dict[str, str]:

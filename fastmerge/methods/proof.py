@@ -35,13 +35,15 @@ from torch import Tensor
 
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
-from fastmerge.data.scenario import Task
-from fastmerge.exemplars import Exemplars
+from fastmerge.data.scenario import Scenario, Task
+from fastmerge.exemplars import Exemplars, check_tasks
 from fastmerge.methods.method import Method, Tensors, check_text_head
 from fastmerge.models.backbone import Backbone
 from fastmerge.models.fusion import FusionHead, NewProjections
 from fastmerge.models.trainable import Beside
 from fastmerge.training import Learner, Phase, Train, positions
+
+EXEMPLARS = "--proof.exemplars"
 
 
 class Proof(Method):
@@ -57,12 +59,16 @@ class Proof(Method):
         self.settings, start = learner.config.proof, learner.head
         weight, scale = start.get_buffer("weight"), float(start.get_buffer("scale"))
         self.fusion = FusionHead(weight, scale, self.settings.fusion == "batch").to(learner.device)
-        self.kept = Exemplars(learner, self.settings.exemplars, "--proof.exemplars")
+        self.kept = Exemplars(learner, self.settings.exemplars, EXEMPLARS)
         learner.head = self.fusion
 
     @classmethod
     def check(cls, config: Config, backbone: Backbone) -> None:
         check_text_head(config, backbone, "proof projects the text embeddings of class names")
+
+    @classmethod
+    def check_tasks(cls, config: Config, scenario: Scenario) -> None:
+        check_tasks(config.proof.exemplars, EXEMPLARS, scenario)
 
     @classmethod
     def merge_epochs(cls, config: Config) -> int:
