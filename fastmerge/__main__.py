@@ -163,7 +163,7 @@ def run(config: Any) -> int:
         for run in plan(config, scenario, setup.earlier)
     ]
     for run in runs:  # before anything is trained or written
-        its_model = dataclasses.replace(run.config.model, head=setup.head.kind)
+        its_model = dataclasses.replace(run.config.model, head=setup.head.kind)  # type: ignore[arg-type]
         METHODS[run.method].check(dataclasses.replace(run.config, model=its_model), setup.backbone)
         METHODS[run.method].check_classes(run.config, setup.dataset.class_names)
         METHODS[run.method].check_tasks(run.config, run.scenario)

@@ -14,6 +14,8 @@ it chooses by products with keys that are not normalised, the paper by cosine, a
 similarity, here in the order of the bank; its texts without a name have the other prompts' placeholders, here nothing.
 After a task the class rows of all sets of attributes are encoded, C(10, 3) = 120 for every class: the saved model needs no
 text tower, but keeps these rows (AttributeHead, models/heads.py). Others could not reproduce the paper's numbers.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `attriclip:clip=0` switches it off.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ an image; here of the whole. It has prompts by data set; here one for all (`--cl
 of the data set. An old class has as many pseudo-features as a new class has on average, which is the same where all classes
 have as many images. A root of a covariance is symmetric. A class that returns in another domain brings no new concepts, and
 joins its images to its Gaussian.
+
+The batch normalisation of the gate has, there, the running statistics of the first epoch in 30 of 31 epochs; here those of
+the batches. In a domain-incremental run every task has all classes, so none is old and nothing is replayed.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ The adapter of section 3.2 (visual branch; models/adapter.py) is trained by cros
 with Adam and cosine annealing. All tasks share one adapter. As in the released code there is no text adapter. The last
 ReLU makes the learned part non-negative. The released code reads its optimiser from a configuration that is not in its
 repository; the learning rate is the paper's.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `clip-adapter:clip=0` switches it off.
 """
 
 from __future__ import annotations

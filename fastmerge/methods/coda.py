@@ -11,6 +11,10 @@ Differences. Released code has M / T components for each of T tasks, which it mu
 number is a setting, so that a sequence can go on. Its scripts set `ortho` to 0 and start the new components by Gram-Schmidt
 orthogonal to the old ones; here they start that way too, while there are dimensions left, and the penalty is the paper's. The
 weights are not normalised over the components, as in both. The head sees the backbone's own feature.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `coda:clip=0` switches it off. The released
+rate of epoch e of K is lr cos(99 pi e / (200 (K - 1))), a quarter of a wave by epoch; here half a wave, by step
+(training.py). The released penalty has a factor 1e-6 besides `ortho`.
 """
 
 from __future__ import annotations

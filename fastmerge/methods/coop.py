@@ -9,6 +9,9 @@ As in the released code: vectors drawn from N(0, 0.02), SGD with momentum 0.9 an
 then a cosine, which here changes every step. The paper trains 200 epochs on 16 images a class; here `--epochs` counts, and
 the warm-up epoch is left out where there is only one. After every task the class rows of all names are encoded with the
 vectors into the text head, so the saved model needs no text tower.
+
+The gradient is clipped to norm 1 (`--clip`); the released code of CoOp, and that of VPT (vpt.py), does not clip:
+`coop:clip=0` and `vpt:clip=0` switch it off.
 """
 
 from __future__ import annotations

@@ -24,6 +24,11 @@ that the unprompted feature is computed once. Its statistics are of augmented im
 every 30th epoch by default; here the rate is constant. The next task's prompt starts as the previous one's, and the first
 uniform in (-1, 1), as in released code. A class that returns in another domain gets another Gaussian, and another row in
 the head of part 1, since it belongs to two tasks. Head rows start at zero.
+
+Rates that differ. The head learns at `--head-lr` (1e-2); in the released scripts at a tenth of the rate of the prompts. The
+released code multiplies the rates of part 1 and of its alignment by batch size / 256; here they are `identity_lr` and
+`align_lr` as they are. The released alignment has no weight decay; here 5e-4. The released head of part 1 has a residual
+MLP (768, 1536, 768) and a LayerNorm before it; here it is linear.
 """
 
 from __future__ import annotations

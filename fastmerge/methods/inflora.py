@@ -14,6 +14,8 @@ number of tasks, and it measures fourth powers, not the energy of the paper's eq
 weight decay; logits of earlier classes are excluded. Different: the released code takes the number of tasks from the run
 (10 in its main tables), while here `tasks` is a setting, because a sequence can go on (`--continue-from`); its passes see
 augmented images, ours plain ones; its cosine changes every epoch, ours every step; a linear head learns at `--head-lr`.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `inflora:clip=0` switches it off.
 """
 
 from __future__ import annotations

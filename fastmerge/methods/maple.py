@@ -14,6 +14,8 @@ all later blocks. The tokens of the image tower's first block pass its norm befo
 and schedule as CoOp (coop.py). Different: a tower with fewer than `--maple.depth` blocks gets vectors in all of them, and the
 other tower in as many; the schedule changes every step; fp32 unless `--precision` says more. After every task the class rows
 of all names are encoded into the text head, so the saved model has them and the image tower's tokens, and no text tower.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `maple:clip=0` switches it off.
 """
 
 from __future__ import annotations

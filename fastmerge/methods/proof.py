@@ -23,6 +23,10 @@ be cut. It adds the first part without the scale, and at test time with images t
 projects features as they are; here image, text and the features behind a prototype have length 1. A class text is the mean
 over its templates, projected once; there each template is projected, and training sees the first alone. It trains the
 projections of the text of earlier tasks on, and CLIP's scale; here both are frozen. It has dropout in the attention.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `proof:clip=0` switches it off. Under
+`--proof.fusion batch` a batch is what is computed at once, so that training depends on `--micro-batch` and on the number of
+processes.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ an epoch should meet all of them; we take as many as that needs, and at least 2.
 all methods here. Its prompt is "a good photo of a {}."; ours are the templates of the data set (`--template`). Sigma has a
 symmetric root, not a Cholesky factor. A class that returns in another domain joins its images to its Gaussian, and is no new
 class of a pair.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `rapf:clip=0` switches it off.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ divides by ||B|| ||A|| where the paper has ||B A||, which we follow; it starts a
 changes the function before any training, while ours go on; it has one magnitude per task for all layers, ours belong to a
 weight as in the paper's equation; its first task sees the logits of all classes; it computes an orthogonality loss in every
 step and drops it.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `sdlora:clip=0` switches it off. Where the
+norm is above 1 a step of SGD is divided by it. The classifier learns at `--head-lr`; there at the rate of LoRA.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ mu_c times 0.9 + 0.1 (t_c + 1) / (t + 1), where t_c is the task of c; the next t
 Differences from the released code: it takes t_c from the size of the present task, which is right only if all tasks have the
 same size; head rows start at zero, not at random, and have no weight decay in training; Sigma has a symmetric root, not a
 Cholesky factor. A class that returns in another domain joins its images to its Gaussian.
+
+The gradient is clipped to norm 1 (`--clip`); the released code does not clip: `slca:clip=0` switches it off. Where the norm
+is above 1 a step of SGD is divided by it. In a domain-incremental run t_c is the first task of c, so the factor of a class
+does not grow with its later domains.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ logs where it ended and why; see `Search.report`.
 
 Our choices where the paper is silent: the search sees images without augmentation, so the teacher's class tokens are
 computed once per task; the squared norm of eq. 7 is averaged over the batch; Adam updates alpha, beta with a fixed lr.
+
+With `--lora-rank` d is zero outside the weights that LoRA adapts, but P spans all weights: the search moves the others too.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class FisherSettings:
     )
     labels: Literal["model", "data"] = setting(
         "model",
-        "For fisher, cofima and ewc (P&M has --pam.labels): labels drawn from the model's prediction, which gives "
+        "For fisher, cofima, ewc and became (P&M has --pam.labels): labels drawn from the model's prediction, which gives "
         "the Fisher information, or the labels of the data, which give the empirical Fisher (CoFiMA).",
     )
     per: Literal["sample", "batch"] = setting(
