@@ -117,7 +117,6 @@ def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
     read = method.groups_read(config)
     groups = dict.fromkeys([*(group for group in method.groups if group in read), *read])
     places = [(group, setting) for group in groups for setting in vars(getattr(config, group))]
-    places = [place for place in places if ".".join(place) not in method.unread(config)]
     if method.trains:
         other = dataclasses.replace(config.training, merge_epochs=config.training.merge_epochs + 1, init_rule=ZERO_SHOT)
         changed_config = dataclasses.replace(config, training=other)
@@ -129,7 +128,10 @@ def row_settings(name: str, config: Config) -> dict[str, tuple[str, str]]:
         if not method.lora:
             unread |= {"lora_rank", "prompt_length"}
         places += [("training", s) for s in vars(config.training) if f"training.{s}" not in FREE and s not in unread]
+    ignored = method.unread(config)
     for group, setting in places:
+        if f"{group}.{setting}" in ignored:
+            continue
         found.setdefault(setting, (group, setting))
         found[f"{group}.{setting}"] = (group, setting)
     return found

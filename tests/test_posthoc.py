@@ -377,6 +377,11 @@ def test_which_of_two_settings_with_one_name_a_row_sets(spec, group, setting):
     ("spec", "message"),
     [
         ("dare-ties:dare.scale=2", "expected dare-ties:SETTING=VALUE"),  # TIES has the scale
+        ("pam:lam=0.2", "expected pam:SETTING=VALUE"),
+        ("became:accumulate=ema", "expected became:SETTING=VALUE"),
+        ("l2p:weight_decay=0.1", "expected l2p:SETTING=VALUE"),
+        ("coop:head_lr=0.1", "expected coop:SETTING=VALUE"),
+        ("hide:training.lr=0.1", "expected hide:SETTING=VALUE"),
         ("cofima:fisher.lam=0.2", "expected cofima:SETTING=VALUE"),
         ("ties:densty", "expected ties:SETTING=VALUE.*Did you mean: density"),
         ("ties:densty=0.5", "Did you mean: density"),

@@ -45,6 +45,7 @@ class BECAME(Method):
     input. During a task: `stable`, theta_s."""
 
     groups = ("became", "fisher")
+    ignores = ("fisher.accumulate", "fisher.lam")
     lora = False
 
     def __init__(self, learner: Learner):

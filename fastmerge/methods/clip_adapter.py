@@ -25,6 +25,7 @@ class CLIPAdapter(Method):
     """It keeps the adapter."""
 
     groups = ("clip_adapter",)
+    ignores = ("training.lr", "training.weight_decay")
     lora = False
     frozen = True
 

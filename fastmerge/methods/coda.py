@@ -30,6 +30,7 @@ from fastmerge.models.prompt_pools import CodaPool
 
 class CODA(PromptMethod):
     groups = ("coda",)
+    ignores = ("training.lr", "training.weight_decay")
     layers = ("layers",)
     constant = False
 

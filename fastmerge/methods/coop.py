@@ -46,6 +46,7 @@ class CoOp(Method):
     """It keeps the learned vectors. Methods that learn other texts of the frozen tower have its frame."""
 
     groups = ("coop",)
+    ignores = ("training.lr", "training.warmup_steps", "training.weight_decay")
     lora = False
     frozen = True
     needs_text = True

@@ -23,6 +23,7 @@ from fastmerge.models.prompt_pools import DualPool
 
 class DualPrompt(PromptMethod):
     groups = ("dualprompt",)
+    ignores = ("training.lr", "training.warmup_steps", "training.weight_decay")
     layers = ("general_layers", "expert_layers")
 
     def start(self, backbone: Backbone, generator: torch.Generator) -> DualPool:

@@ -27,6 +27,7 @@ class EWC(Method):
     """It keeps the summed Fisher. During a task: `anchor`, theta_{t-1}."""
 
     groups = ("ewc", "fisher")
+    ignores = ("fisher.accumulate", "fisher.lam")
     lora = False
 
     def __init__(self, learner: Learner):

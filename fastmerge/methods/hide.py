@@ -62,6 +62,7 @@ class HiDe(PromptMethod):
     """It keeps its pool, and the Gaussians of the features without and with prompts, whose classes are rows of the pool."""
 
     groups = ("hide",)
+    ignores = ("training.lr", "training.warmup_steps", "training.weight_decay")
     layers = ("layers",)
     head = "linear"
     pool: HidePool

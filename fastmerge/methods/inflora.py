@@ -39,6 +39,7 @@ class InfLoRA(Method):
     """It keeps the memory of every adapted weight: at most half of the squared length of its input."""
 
     groups = ("inflora",)
+    ignores = ("training.lr", "training.weight_decay")
     lora = False
 
     def __init__(self, learner: Learner):

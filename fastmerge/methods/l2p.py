@@ -35,6 +35,7 @@ NOISE = 0.1  # of the standard deviation of the mean token's entries: prompts th
 
 class L2P(PromptMethod):
     groups = ("l2p",)
+    ignores = ("training.lr", "training.warmup_steps", "training.weight_decay")
     inserted = True
     pool: L2PPool
 

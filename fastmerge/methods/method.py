@@ -32,7 +32,8 @@ Tensors = dict[str, Tensor]
 class Method(ABC):
     """Class attributes:
 
-    groups: groups of settings that the method reads, its own first. head: the kind of head it needs, None for any.
+    groups: groups of settings that the method reads, its own first. ignores: settings of these groups and of training that
+    change nothing, as GROUP.SETTING. head: the kind of head it needs, None for any.
     needs_text: whether it needs a text head and trains through the text tower (`learner.text`). lora: whether
     `--lora-rank` and `--prompt-length` may be used. frozen: whether the backbone never changes. trains: whether it has a
     training phase. joint: whether all tasks are joined into one. keeps_images: whether it keeps training images between
@@ -40,6 +41,7 @@ class Method(ABC):
     """
 
     groups: ClassVar[tuple[str, ...]] = ()
+    ignores: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[str | None] = None
     needs_text: ClassVar[bool] = False
     lora: ClassVar[bool] = True
@@ -71,8 +73,9 @@ class Method(ABC):
 
     @classmethod
     def unread(cls, config: Config) -> set[str]:
-        """Settings of these groups, as GROUP.SETTING, that change nothing: a row of a table cannot set them."""
-        return set()
+        """Settings of these groups and of training, as GROUP.SETTING, that change nothing: a row cannot set them."""
+        head = "text" if cls.needs_text else cls.head or config.model.head or "linear"
+        return {*cls.ignores} | ({"training.head_lr"} if head != "linear" else set())
 
     @classmethod
     def trajectory(cls, config: Config, protocol: str | None) -> str | None:

@@ -48,6 +48,7 @@ class PAM(Method):
     """
 
     groups = ("pam", "fisher")
+    ignores = ("fisher.accumulate", "fisher.labels", "fisher.lam", "training.lr")
 
     def __init__(self, learner: Learner):
         super().__init__(learner)

@@ -148,7 +148,8 @@ class PostHoc(Method):
         names = cls.rules_read(config)
         readers = {group: [name for name in names if group in groups_of(name)] for group in cls.groups_read(config)}
         unread = {setting for name in names for setting in RULES[name].unread}
-        return {s for s in unread if all(s in RULES[name].unread for name in readers[s.partition(".")[0]])}
+        unread = {s for s in unread if all(s in RULES[name].unread for name in readers[s.partition(".")[0]])}
+        return unread | super().unread(config)
 
     @classmethod
     def trajectory(cls, config: Config, protocol: str | None) -> str | None:

@@ -54,6 +54,7 @@ class Proof(Method):
     """It keeps exemplars; the head keeps projections, attention, contexts and prototypes."""
 
     groups = ("proof",)
+    ignores = ("training.lr", "training.weight_decay", "training.head_lr")
     lora = False
     frozen = True
     keeps_images = True

@@ -53,6 +53,7 @@ class RAPF(Method):
     """It keeps A and a Gaussian of every class. During a task: `before`, A at its start."""
 
     groups = ("rapf",)
+    ignores = ("training.lr", "training.weight_decay", "training.head_lr")
     lora = False
     frozen = True
 

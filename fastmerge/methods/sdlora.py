@@ -46,6 +46,7 @@ class SDLoRA(Method):
     """It keeps W0 of the adapted weights and all directions: Theta(T r d)."""
 
     groups = ("sdlora",)
+    ignores = ("training.lr", "training.warmup_steps", "training.weight_decay")
     lora = False
 
     def __init__(self, learner: Learner):

@@ -48,6 +48,7 @@ class SLCA(Method):
     """It keeps a Gaussian of every class, and the head before the alignment (`weight`, `bias`)."""
 
     groups = ("slca",)
+    ignores = ("training.lr", "training.weight_decay")
     head = "linear"
 
     def __init__(self, learner: Learner):
