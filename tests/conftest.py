@@ -124,6 +124,7 @@ LONG = {
     "test_trm.py::test_merge_and_sums_sizes",
     "test_trm.py::test_ratio_ends",
     "test_trm_objective.py",
+    "test_wheel.py",
 }
 
 

@@ -226,7 +226,10 @@ ONCE = {  # the step that fails, and how
 }
 
 
-@pytest.mark.parametrize("case", ONCE)
+SIBLINGS = ("trm, first step", "cmm, average", "became")  # each takes seconds, and its neighbour fails with it
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SIBLINGS)) for c in ONCE])
 def test_a_step_without_memory_leaves_what_the_same_command_continues(case, tmp_path, monkeypatch):
     """Wherever memory runs out, also twice in a row, the result is that of a run that had it."""
     words, owner, name, at = ONCE[case]

@@ -11,6 +11,7 @@ start of the task.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,9 @@ class LwF(Method):
         self.known = tensors["known"]
 
 
+UNSEEN = -1e30  # a logit so low that its probability is 0, and finite
+
+
 class Distil(Train):
     """during: the teacher and its head, empty in the first task."""
 
@@ -67,9 +71,6 @@ class Distil(Train):
             self.teacher_head = copy.deepcopy(self.learner.head)
             self.teacher_head.load_state_dict(select(during, "teacher_head"))
             self.teacher_head.to(self.learner.device)
-            # a prototype head has the logit -inf for a class of which it has seen no image: there is nothing to keep
-            probe = self.learner.theta.new_zeros(1, self.learner.backbone.feature_dim)
-            self.known = self.known[self.learner.head(probe, self.known)[0].detach().isfinite()]
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         method, learner = self.method, self.learner
@@ -79,5 +80,8 @@ class Distil(Train):
             features = functional_call(learner.flat.module, learner.flat.as_dict(self.teacher), (images,))
             wanted = self.teacher_head(features, self.known)
         features, t = self.features(images), method.settings.temperature
-        kept = F.cross_entropy(learner.head(features, self.known) / t, (wanted / t).softmax(1))
+        # A prototype head has the logit -inf for a class of which it has seen no image. There is nothing to keep, and the
+        # term 0 * -inf would be NaN.
+        logits = learner.head(features, self.known).masked_fill(wanted == -math.inf, UNSEEN)
+        kept = F.cross_entropy(logits / t, (wanted / t).softmax(1))
         return self.task_loss(features, labels) + method.settings.lam * kept
