@@ -167,6 +167,8 @@ def run(config: Any) -> int:
         METHODS[run.method].check(dataclasses.replace(run.config, model=its_model), setup.backbone)
         METHODS[run.method].check_classes(run.config, setup.dataset.class_names)
         METHODS[run.method].check_tasks(run.config, run.scenario)
+        if METHODS[run.method].needs_text and setup.text is not None:
+            METHODS[run.method].check_text(run.config, setup.text)
         if run.config.training.checkpoint_gradients and METHODS[run.method].trains:
             blocks_of(setup.backbone)
     manifest = scenario.manifest() | {

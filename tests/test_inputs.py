@@ -48,6 +48,10 @@ def test_the_command_line_makes_this_check():
         ("--method finetune trm:layer_b=99", "--trm.layer-b 99"),
         ("--method finetune trm --model test_efficientnet --pretrained none", "no class token.*--trm.lambda1 0"),
         ("--method finetune --lora-rank 2 --model test_efficientnet --pretrained none", "no key or value projection"),
+        ("--head text --method finetune coop --coop.tokens 99", "--coop.tokens: 99 context vectors .* has room for"),
+        ("--head text --method finetune vpt:tokens=99", "--vpt.tokens: 99 context vectors"),
+        ("--head text --method finetune maple:tokens=99", "--maple.tokens: 99 context vectors"),
+        ("--head text --method finetune attriclip:tokens=33,top=3", "--attriclip.tokens: 99 context vectors"),
     ],
 )
 def test_what_the_model_cannot_serve_is_said_before_anything_is_trained(capsys, data, tmp_path, flags, says):

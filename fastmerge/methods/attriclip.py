@@ -88,6 +88,10 @@ class AttriCLIP(CoOp):
                 f"class; expected at most {MOST_SETS} sets"
             )
 
+    @classmethod
+    def length(cls, config: Config) -> int:
+        return config.attriclip.tokens * config.attriclip.top
+
     def train(self, task: Task, images: TaskImages, during: dict[str, Tensor]) -> Phase:
         return TrainBank(self, task, images)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastmerge.config import Config
 from fastmerge.data.cache import TaskImages
 from fastmerge.data.scenario import Task
+from fastmerge.errors import UserError
 from fastmerge.methods.method import Method, Tensors
 from fastmerge.models.precision import tf32
 from fastmerge.models.text_context import ClassPrompts
@@ -59,6 +60,19 @@ class CoOp(Method):
         self.settings = getattr(learner.config, self.groups[0])
         self.context = self.made(learner.generator("context")).to(learner.device)
         self.trained = self.trainable()
+
+    @classmethod
+    def check_text(cls, config: Config, text: ClassPrompts) -> None:
+        if (count := cls.length(config)) > text.room:
+            raise UserError(
+                f"--{cls.groups[0]}.tokens: {count} context vectors before a class name, and the text tower has room for "
+                f"{text.room}"
+            )
+
+    @classmethod
+    def length(cls, config: Config) -> int:
+        """Context vectors before a class name."""
+        return getattr(config, cls.groups[0]).tokens
 
     @property
     def peak(self) -> float:

@@ -25,6 +25,7 @@ from fastmerge.training import ADAPTED, Learner, Phase
 if TYPE_CHECKING:
     from fastmerge.methods.trajectory import Trajectory
     from fastmerge.models.backbone import Backbone
+    from fastmerge.models.text_context import ClassPrompts
 
 Tensors = dict[str, Tensor]
 
@@ -108,6 +109,11 @@ class Method(ABC):
     @classmethod
     def check_tasks(cls, config: Config, scenario: Scenario) -> None:
         """Raise UserError for a setting that does not fit the tasks, before anything is trained."""
+
+    @classmethod
+    def check_text(cls, config: Config, text: ClassPrompts) -> None:
+        """Raise UserError for a setting that the text tower cannot serve, before anything is trained; of methods with
+        `needs_text`."""
 
     @classmethod
     def contents(cls, config: Config) -> dict[str, str]:

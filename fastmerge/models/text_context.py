@@ -102,14 +102,19 @@ class ClassPrompts:
         prompts.tokens = torch.cat([rows[:, :1], rows[:, 1 + count :]], 1)
         return prompts, self.embedding(own[1 : 1 + count]).float()
 
+    @property
+    def room(self) -> int:
+        """How many context vectors the tower's longest text has room for, beside START, one token of the name, and END."""
+        return self.length - 3
+
     def with_room(self, classes: Tensor, count: int) -> Tensor:
         """The token rows of these classes with `count` places after START. A name that is too long is cut before END.
 
         Raises:
             UserError: the tower's longest text has no room for so many.
         """
-        if count > (most := self.length - 3):  # START, one token of the name, END
-            raise UserError(f"{count} context vectors before a class name: the text tower has room for {most}")
+        if count > self.room:
+            raise UserError(f"{count} context vectors before a class name: the text tower has room for {self.room}")
         rows = self.tokens[classes]
         rows = torch.cat([rows[:, :1], rows[:, :1].expand(-1, count), rows[:, 1:]], 1)[:, : self.length]
         cut = ~(rows == self.end).any(1)
