@@ -82,7 +82,7 @@ def alive(process: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True
 
 

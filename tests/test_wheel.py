@@ -6,26 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+
+from wheels import unpacked
 
 ROOT = Path(__file__).resolve().parents[1]
 HOMES = ("fastmerge", "kernels/fastmerge_kernels")
 
 
 def test_the_wheel_has_every_file_and_runs_from_it_alone(tmp_path):
-    source, wheels, site = (tmp_path / name for name in ("source", "wheels", "site"))
+    source, site = tmp_path / "source", tmp_path / "site"
     for name in HOMES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    wheels.mkdir()
-    build = f"import setuptools.build_meta as b; print(b.build_wheel({str(wheels)!r}))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = wheels.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    unpacked(source, site)
     packed = {str(f.relative_to(site)) for home in HOMES for f in (site / Path(home).name).rglob("*") if f.is_file()}
     homes = [(source / home, (source / home).parent) for home in HOMES]
     assert packed == {str(f.relative_to(above)) for home, above in homes for f in home.rglob("*") if f.is_file()}

@@ -34,6 +34,7 @@ from fastmerge.files.by_tensor import (
 from fastmerge.files.rule import FileRule, Part
 from fastmerge.files.surveyed import FileKnots, FileOPCM
 from fastmerge.merging import slerp
+from fastmerge.merging.ties import divided
 
 
 class Average(FileRule):
@@ -104,9 +105,7 @@ class Ties(FileRule):
 
     def finish(self, part: Part, state: list[Tensor], zero: str) -> None:
         s = part.settings
-        if s["merge"] == "sum":
-            for divisor in state[2:]:  # of this part alone
-                divisor.fill_(1)
+        state = divided(state, s["merge"])
         fk.ties_finalize(*state, initial=part.base, scale=s["scale"], zero=zero, out=part.out, nonfinite=part.bad)
 
 

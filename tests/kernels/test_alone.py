@@ -7,8 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+
+from wheels import unpacked
 
 import fastmerge
 
@@ -33,17 +34,11 @@ assert torch.equal(fk.lerp(torch.zeros(5), torch.ones(5), 0.5), torch.full((5,),
 
 
 def test_the_wheel_works_alone(tmp_path):
-    source, wheels, site = tmp_path / "kernels", tmp_path / "wheels", tmp_path / "site"
+    source, site = tmp_path / "kernels", tmp_path / "site"
     shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
-    wheels.mkdir()
-    build = f"import setuptools.build_meta as b; print(b.build_wheel({str(wheels)!r}))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = wheels.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-        packed = {n for n in archive.namelist() if n.endswith(".py")}
-        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+    unpacked(source, site)
+    packed = {str(f.relative_to(site)) for f in site.rglob("*.py")}
+    metadata = next(site.glob("*.dist-info/METADATA")).read_text()
     assert packed == {str(f.relative_to(KERNELS)) for f in (KERNELS / "fastmerge_kernels").rglob("*.py")}
     needs = set(re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.M))
     assert needs == {"torch", "triton", "numba", "numpy"}
